@@ -1,0 +1,32 @@
+# make demo | test | test-slow | lint | env. Everything runs in one virtual environment, built
+# on first use and again when requirements.txt changes; VENV=... puts it elsewhere.
+VENV ?= .venv
+PYTHON ?= python3.11
+NORM ?= ubn
+BIN := $(VENV)/bin
+
+.PHONY: env demo test test-slow lint clean
+
+env: $(VENV)/installed
+
+$(VENV)/installed: requirements.txt setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --upgrade pip 'setuptools<82' wheel ninja
+	$(BIN)/pip install $$(grep -E '^(torch|torchvision)==' requirements.txt)
+	$(BIN)/pip install --no-build-isolation -r requirements.txt
+	$(BIN)/pip install --no-deps --force-reinstall $$(grep '^opencv-python-headless==' requirements.txt)
+	$(BIN)/pip install --no-build-isolation --no-deps --editable .
+	touch $@
+
+test: env
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: env
+	$(BIN)/python -m pytest -m slow
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf build dist *.egg-info work_dirs data/scenes

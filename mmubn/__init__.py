@@ -1,0 +1,16 @@
+"""Unified Batch Normalization (UBN, arXiv 2311.15993), for OpenMMLab and plain PyTorch.
+
+Importing the package registers its types wherever mmengine is installed. The
+layers and the functions behind them, :mod:`mmubn.layers` and :mod:`mmubn.ops`,
+need torch alone.
+"""
+
+import importlib.util
+
+from .layers import UBN
+from .version import __version__
+
+if importlib.util.find_spec('mmengine') is not None:
+    from . import registration  # noqa: F401
+
+__all__ = ['UBN', '__version__']

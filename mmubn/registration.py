@@ -1,0 +1,12 @@
+"""Puts the layers into mmengine's root registry, where mmdet and mmpretrain look too.
+
+``mmcv.cnn.build_norm_layer`` searches the scope of the running config first and
+the root next, so one entry serves every OpenMMLab repository. ``force=True``
+makes a reload harmless.
+"""
+
+from mmengine.registry import MODELS
+
+from .layers import UBN
+
+MODELS.register_module(name='UBN', module=UBN, force=True)

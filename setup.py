@@ -1,0 +1,55 @@
+"""Packaging. ``pip install .`` needs torch alone; ``pip install '.[mm]'`` adds the tested line."""
+
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+VERSION: dict = {}
+exec((ROOT / 'mmubn' / 'version.py').read_text(), VERSION)
+
+
+class BuildWithConfigs(build_py):
+    """Ships configs/ and tools/ as mmubn/.mim, where `mim` and `_base_ = 'mmubn::…'` look."""
+
+    def run(self):
+        super().run()
+        target = Path(self.get_package_dir('mmubn') if self.editable_mode else self.build_lib)
+        target = target / '.mim' if self.editable_mode else target / 'mmubn' / '.mim'
+        for name in ('configs', 'tools'):
+            if self.editable_mode:  # a link, so that edits show
+                target.mkdir(exist_ok=True)
+                link = target / name
+                if not link.is_symlink():
+                    link.symlink_to(ROOT.resolve() / name, target_is_directory=True)
+            else:
+                ignore = shutil.ignore_patterns('__pycache__')
+                shutil.copytree(ROOT / name, target / name, dirs_exist_ok=True, ignore=ignore)
+
+
+setup(
+    name='mmubn',
+    version=VERSION['__version__'],
+    description='Unified Batch Normalization for MMDetection, MMPretrain and plain PyTorch',
+    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    python_requires='>=3.9',
+    packages=find_packages(include=['mmubn', 'mmubn.*']),
+    install_requires=['torch>=2.1'],
+    extras_require={
+        # The line of OpenMMLab packages that this project is tested with. The upstream
+        # packages share its import names and serve as well, so none is a requirement.
+        'mm': [
+            'onedl-mmengine>=0.10.12',
+            'onedl-mmcv>=2.3.6',
+            'onedl-mmdetection>=3.5.1',
+            'onedl-mmpretrain>=1.3.6',
+            'pycocotools>=2.0.11',
+        ],
+        'test': ['pytest', 'hypothesis', 'ruff', 'timm', 'onnx', 'onnxscript', 'onnxruntime'],
+    },
+    cmdclass={'build_py': BuildWithConfigs},
+)
