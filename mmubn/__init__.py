@@ -7,10 +7,10 @@ need torch alone.
 
 import importlib.util
 
-from .layers import UBN
+from .layers import BNET, IEBN, RBN, UBN
 from .version import __version__
 
 if importlib.util.find_spec('mmengine') is not None:
     from . import registration  # noqa: F401
 
-__all__ = ['UBN', '__version__']
+__all__ = ['BNET', 'IEBN', 'RBN', 'UBN', '__version__']

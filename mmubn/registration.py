@@ -7,6 +7,7 @@ makes a reload harmless.
 
 from mmengine.registry import MODELS
 
-from .layers import UBN
+from .layers import BNET, IEBN, RBN, UBN
 
-MODELS.register_module(name='UBN', module=UBN, force=True)
+for layer in (BNET, IEBN, RBN, UBN):
+    MODELS.register_module(module=layer, force=True)

@@ -1,5 +1,8 @@
 """Norm layers. They need torch alone; :mod:`mmubn` registers them with OpenMMLab."""
 
+from .bnet import BNET
+from .iebn import IEBN
+from .rbn import RBN
 from .ubn import UBN
 
-__all__ = ['UBN']
+__all__ = ['BNET', 'IEBN', 'RBN', 'UBN']

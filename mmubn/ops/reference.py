@@ -42,6 +42,7 @@ def normalize(
     kernel: Optional[Tensor] = None,
     scale_weight: Optional[Tensor] = None,
     scale_bias: Optional[Tensor] = None,
+    scale_from: Optional[Tensor] = None,
 ) -> Tensor:
     r"""Scaling, rectification and affine of an already centred input.
 
@@ -60,13 +61,15 @@ def normalize(
         kernel (Tensor, optional): :math:`K`, (C, 1, k, k).
         scale_weight (Tensor, optional): :math:`w_v`, (C,).
         scale_bias (Tensor, optional): :math:`w_b`, (C,).
+        scale_from (Tensor, optional): What the sigmoid pools in place of
+            :math:`X_s`; IEBN pools X.
 
     Returns:
         Tensor: :math:`Y`, (N, C, H, W).
     """
     y = (x - _column(mean)) / torch.sqrt(_column(var) + eps)
     if scale_weight is not None:
-        pooled = y.mean(dim=(2, 3), keepdim=True)
+        pooled = (y if scale_from is None else scale_from).mean(dim=(2, 3), keepdim=True)
         y = y * torch.sigmoid(_column(scale_weight) * pooled + _column(scale_bias))
     if kernel is not None:
         taps = kernel if weight is None else weight.view(-1, 1, 1, 1) * kernel
@@ -87,8 +90,12 @@ def ubn_step(
     fct_warmup: int = 0,
     momentum: Optional[float] = 0.1,
     eps: float = 1e-5,
+    scale_from_input: bool = False,
 ) -> Tuple[Tensor, Dict[str, Tensor]]:
     r"""One call of a UBN layer as a pure function of its state.
+
+    With ``fct=None`` and the parameters that a layer has it is RBN, BNET, IEBN
+    (``scale_from_input``) or BatchNorm.
 
     Stage 1, in training (Eq. 3):
 
@@ -113,6 +120,7 @@ def ubn_step(
             normalise. 0 gives the equations of the paper.
         momentum (float, optional): m; None is the cumulative average.
         eps (float): :math:`\epsilon`.
+        scale_from_input (bool): Whether the sigmoid sees GAP(X), as in IEBN.
 
     Returns:
         tuple[Tensor, dict]: The output, and the buffers after the call.
@@ -146,7 +154,8 @@ def ubn_step(
                 ] + factor * batch_mean
                 buffers['running_var'] = (1 - factor) * buffers['running_var'] + factor * batch_var
     rest = {name: value for name, value in params.items() if name != 'center_weight'}
-    return normalize(x_c, mean, var, eps, **rest), buffers
+    scale_from = x if scale_from_input else None
+    return normalize(x_c, mean, var, eps, **rest, scale_from=scale_from), buffers
 
 
 def _column(value: Tensor) -> Tensor:

@@ -95,6 +95,7 @@ def ubn(
     scale_weight: Optional[Tensor] = None,
     scale_bias: Optional[Tensor] = None,
     eps: float = 1e-5,
+    scale_from_input: bool = False,
 ) -> Tensor:
     r"""Centering, normalization, scaling and affine of UBN (Eqs. 4 and 5), with its own backward.
 
@@ -117,6 +118,7 @@ def ubn(
         scale_weight (Tensor, optional): :math:`w_v`, (C,), together with
         scale_bias (Tensor, optional): :math:`w_b`, (C,).
         eps (float): :math:`\epsilon`.
+        scale_from_input (bool): Whether the sigmoid sees m in place of t, as in IEBN.
 
     Returns:
         Tensor: Y, (N, C, H, W), in the dtype and memory format of ``x``.
@@ -131,7 +133,9 @@ def ubn(
         taps = torch.ones(x.shape[1], 1, 1, dtype=dtype, device=x.device)
     small = (mean, var, taps, bias, center_weight, scale_weight, scale_bias)
     mean, var, *parameters = (None if value is None else value.to(dtype) for value in small)
-    return _UBNFunction.apply(x, image_mean, mean, var, from_batch, *parameters, eps)
+    return _UBNFunction.apply(
+        x, image_mean, mean, var, from_batch, *parameters, eps, scale_from_input
+    )
 
 
 class _UBNFunction(torch.autograd.Function):
@@ -151,10 +155,12 @@ class _UBNFunction(torch.autograd.Function):
         scale_weight,
         scale_bias,
         eps,
+        scale_from_input,
     ):
         rstd = torch.rsqrt(var + eps)
         shift = _shift(image_mean, mean, center_weight)
-        factor, _ = _factor(image_mean + shift, rstd, scale_weight, scale_bias)
+        pooled = image_mean if scale_from_input else (image_mean + shift) * rstd
+        factor = _factor(pooled, scale_weight, scale_bias)
         scale = (factor * rstd).expand_as(shift)
         y = torch.empty_like(x)
         # Autocast would send the convolution's float32 operands back to half.
@@ -163,6 +169,7 @@ class _UBNFunction(torch.autograd.Function):
                 x_r = _rectify(x[part], shift[part], scale[part])
                 y[part] = _convolve(x_r, taps, bias)
         ctx.has_bias = bias is not None
+        ctx.scale_from_input = scale_from_input
         ctx.save_for_backward(
             x, image_mean, mean, rstd, from_batch, taps, center_weight, scale_weight, scale_bias
         )
@@ -176,7 +183,8 @@ class _UBNFunction(torch.autograd.Function):
         batch, _, height, width = x.shape
         shift = _shift(image_mean, mean, center_weight)
         centred = image_mean + shift  # (1 + w_m) m - mu
-        factor, pooled = _factor(centred, rstd, scale_weight, scale_bias)
+        pooled = image_mean if ctx.scale_from_input else centred * rstd
+        factor = _factor(pooled, scale_weight, scale_bias)
         scale = (factor * rstd).expand_as(shift)
 
         # First pass over the large tensors: what X_r's gradient sums to per image
@@ -194,14 +202,16 @@ class _UBNFunction(torch.autograd.Function):
 
         # From the shift h and the scale a to the parameters, mu, sigma^2 and m.
         d_rstd = (d_scale * factor).sum(0)
-        d_centred = d_center_weight = d_scale_weight = d_scale_bias = None
+        d_gap = d_center_weight = d_scale_weight = d_scale_bias = None
         if scale_weight is not None:
             d_logit = d_scale * rstd * factor * (1 - factor)
             d_scale_weight = (d_logit * pooled).sum(0)
             d_scale_bias = d_logit.sum(0)
-            d_rstd = d_rstd + (d_logit * scale_weight * centred).sum(0)
-            d_centred = d_logit * scale_weight * rstd
-            d_shift = d_shift + d_centred
+            d_gap = d_logit * scale_weight  # of m through the sigmoid's input
+            if not ctx.scale_from_input:
+                d_rstd = d_rstd + (d_gap * centred).sum(0)
+                d_gap = d_gap * rstd
+                d_shift = d_shift + d_gap
         # Statistics of the batch depend on X, running ones do not.
         d_mean = torch.where(from_batch, -d_shift.sum(0), 0.0)
         d_var = torch.where(from_batch, -0.5 * rstd**3 * d_rstd, 0.0)
@@ -209,8 +219,8 @@ class _UBNFunction(torch.autograd.Function):
         if center_weight is not None:
             d_center_weight = ((d_shift + d_image_mean) * image_mean).sum(0)
             d_image_mean = d_image_mean + center_weight * (d_shift + d_image_mean)
-        if d_centred is not None:
-            d_image_mean = d_image_mean + d_centred
+        if d_gap is not None:
+            d_image_mean = d_image_mean + d_gap
 
         # Second pass: X through X_r, through the variance inside each image
         # (centred on m) and through m.
@@ -222,7 +232,8 @@ class _UBNFunction(torch.autograd.Function):
             gradient.addcmul_(d_x_r, _plane(scale[part])).add_(_plane(level[part]))
             dx[part] = gradient
         d_parameters = d_center_weight, d_scale_weight, d_scale_bias
-        return dx, *[None] * 4, d_taps, d_bias if ctx.has_bias else None, *d_parameters, None
+        d_affine = d_taps, d_bias if ctx.has_bias else None
+        return dx, *[None] * 4, *d_affine, *d_parameters, None, None
 
 
 def _shift(image_mean: Tensor, mean: Tensor, center_weight: Optional[Tensor]) -> Tensor:
@@ -233,13 +244,10 @@ def _shift(image_mean: Tensor, mean: Tensor, center_weight: Optional[Tensor]) ->
 
 
 def _factor(
-    centred: Tensor, rstd: Tensor, scale_weight: Optional[Tensor], scale_bias: Optional[Tensor]
-) -> Tuple[Union[Tensor, float], Tensor]:
-    """g, (N, C) or 1, and t, (N, C)."""
-    pooled = centred * rstd
-    if scale_weight is None:
-        return 1.0, pooled
-    return torch.sigmoid(scale_weight * pooled + scale_bias), pooled
+    pooled: Tensor, scale_weight: Optional[Tensor], scale_bias: Optional[Tensor]
+) -> Union[Tensor, float]:
+    """g, (N, C), or 1 where the scaling is not calibrated."""
+    return 1.0 if scale_weight is None else torch.sigmoid(scale_weight * pooled + scale_bias)
 
 
 def _rectify(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -1,0 +1,231 @@
+"""What the rectified norm layers share: UBN's second stage on BatchNorm's statistics."""
+
+import difflib
+import inspect
+import logging
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .. import ops
+
+logger = logging.getLogger('mmubn')
+
+# What a state dict of these layers may hold and one of BatchNorm never does.
+_OWN_NAMES = ('kernel', 'center_weight', 'scale_weight', 'scale_bias', 'running_similarity')
+
+
+class RectifiedBatchNorm(_BatchNorm):
+    r"""BatchNorm with calibrated centering, calibrated scaling and a convolution as affine.
+
+    .. math::
+        X_c &= X + w_m \odot \mathrm{GAP}(X) \\
+        X_s &= (X_c - \mu) / \sqrt{\sigma^2 + \epsilon} \\
+        X_r &= X_s \odot \mathrm{sigmoid}(w_v \odot \mathrm{GAP}(X_s) + w_b) \\
+        Y   &= \mathrm{dwconv}_k(X_r;\, \gamma \odot K) + \beta
+
+    The base of :class:`UBN`, :class:`RBN`, :class:`BNET` and :class:`IEBN`, which
+    document their settings. It subclasses ``_BatchNorm``, which OpenMMLab tests for,
+    and not ``nn.BatchNorm2d``, for which fusing passes look. All parameters are
+    direct: a ``nn.Conv2d`` child would be taken by initialisers.
+    """
+
+    # Initial w_b, and whether the sigmoid sees GAP(X) in place of GAP(X_s).
+    _initial_scale_bias = 1.0
+    _scale_from_input = False
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float,
+        momentum: Optional[float],
+        affine: bool,
+        track_running_stats: bool,
+        kernel_size: int,
+        center: bool,
+        scale: bool,
+        device: Any,
+        dtype: Any,
+        unknown: Dict[str, Any],
+    ) -> None:
+        if unknown:
+            raise TypeError(_unknown_key_message(type(self), next(iter(unknown))))
+        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f'kernel_size must be a positive odd integer, got {kernel_size}')
+        factory = dict(device=device, dtype=dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **factory)
+        self.kernel_size = kernel_size
+        self.center = center
+        self.scale = scale
+
+        def register(name: str, present: bool, *shape: int) -> None:
+            value = nn.Parameter(torch.empty(shape, **factory)) if present else None
+            self.register_parameter(name, value)
+
+        has_kernel = affine and kernel_size > 1
+        register('kernel', has_kernel, num_features, 1, kernel_size, kernel_size)
+        register('center_weight', center, num_features)
+        register('scale_weight', scale, num_features)
+        register('scale_bias', scale, num_features)
+        self._reset_rectifications()
+
+    def reset_parameters(self) -> None:
+        """Sets every parameter and buffer to its initial value."""
+        super().reset_parameters()
+        if hasattr(self, 'kernel'):  # BatchNorm's constructor comes here before it exists
+            self._reset_rectifications()
+
+    @torch.no_grad()
+    def _reset_rectifications(self) -> None:
+        if self.kernel is not None:
+            center = self.kernel_size // 2
+            self.kernel.zero_()[..., center, center] = 1
+        if self.center_weight is not None:
+            self.center_weight.zero_()
+        if self.scale_weight is not None:
+            self.scale_weight.zero_()
+            self.scale_bias.fill_(self._initial_scale_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input(x)
+        if x.numel() == 0:
+            return self._forward_empty(x)
+        if self.training or self.running_mean is None:
+            image_mean, image_var = ops.image_moments(x)
+            mean, var, from_batch = self._training_statistics(x, image_mean, image_var)
+        else:
+            image_mean = ops.image_mean(x)
+            mean, var, from_batch = self.running_mean, self.running_var, False
+        return ops.ubn(
+            x,
+            image_mean,
+            mean,
+            var,
+            from_batch,
+            taps=self._taps(),
+            bias=self.bias,
+            center_weight=self.center_weight,
+            scale_weight=self.scale_weight,
+            scale_bias=self.scale_bias,
+            eps=self.eps,
+            scale_from_input=self._scale_from_input,
+        )
+
+    @torch.no_grad()
+    def _training_statistics(
+        self, x: Tensor, image_mean: Tensor, image_var: Tensor
+    ) -> Tuple[Tensor, Tensor, Union[bool, Tensor]]:
+        """Mean and variance to normalise with, whether the batch's; moves the buffers."""
+        mean, var = ops.batch_statistics(image_mean, image_var, self.center_weight)
+        if self.running_mean is not None and not recomputing():
+            self._update_running_statistics(mean, var, x.numel() // self.num_features)
+        return mean, var, True
+
+    def _update_running_statistics(
+        self, mean: Tensor, var: Tensor, count: int, allowed: Union[bool, Tensor] = True
+    ) -> None:
+        """Moves the running statistics where ``allowed``, unless the batch's are not finite."""
+        update = mean.isfinite().all() & var.isfinite().all() & allowed
+        self.num_batches_tracked.add_(update)
+        momentum = self.momentum
+        if momentum is None:  # cumulative average
+            momentum = 1 / self.num_batches_tracked.clamp(min=1).to(self.running_mean.dtype)
+        unbiased = var * (count / (count - 1))
+        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+            moved = torch.lerp(running, new.to(running.dtype), momentum)
+            running.copy_(torch.where(update, moved, running))
+
+    def _taps(self) -> Optional[Tensor]:
+        """The effective depthwise kernel, (C, k, k)."""
+        if self.weight is None:
+            return None
+        weight = self.weight[:, None, None]
+        return weight if self.kernel is None else weight * self.kernel.squeeze(1)
+
+    def _forward_empty(self, x: Tensor) -> Tensor:
+        # DDP waits for the gradient of every parameter, so all stay in the graph.
+        connected = x.new_ones(self.num_features)
+        for parameter in self.parameters():
+            connected = connected + parameter.reshape(self.num_features, -1).sum(1).to(x.dtype)
+        return x * connected.view(1, -1, 1, 1)
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() != 4:
+            raise ValueError(f'expected 4D input (got {x.dim()}D input)')
+        if x.shape[1] != self.num_features:
+            raise ValueError(
+                f'expected {self.num_features} channels, got input size {tuple(x.shape)}'
+            )
+        if self.training and x.numel() == x.shape[1]:
+            raise ValueError(
+                'Expected more than 1 value per channel when training, '
+                f'got input size {tuple(x.shape)}'
+            )
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, *args
+    ) -> None:
+        names = {key[len(prefix) :] for key in state_dict if key.startswith(prefix)}
+        if not names.isdisjoint(('weight', 'running_mean')) and names.isdisjoint(_OWN_NAMES):
+            state_dict = {**state_dict, **self._complete_batch_norm(state_dict, prefix)}
+            _announce_batch_norm(type(self).__name__, prefix[:-1], missing_keys)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *args
+        )
+
+    @torch.no_grad()
+    def _complete_batch_norm(self, state_dict: Dict[str, Tensor], prefix: str) -> Dict[str, Tensor]:
+        """What a BatchNorm's state dict lacks, such that evaluation gives BatchNorm's output."""
+        RectifiedBatchNorm._reset_rectifications(self)
+        own = {name: getattr(self, name, None) for name in _OWN_NAMES}
+        if self.scale:
+            weight = state_dict.get(prefix + 'weight')
+            if weight is None:  # nothing can absorb sigmoid(w_b), so it becomes 1
+                own['scale_bias'] = torch.full_like(self.scale_bias, 40.0)
+            else:
+                factor = torch.sigmoid(torch.tensor(self._initial_scale_bias, dtype=torch.float64))
+                own['weight'] = weight / factor.item()
+        return {prefix + name: value for name, value in own.items() if value is not None}
+
+    def extra_repr(self) -> str:
+        """The settings, BatchNorm's first."""
+        return (
+            f'{super().extra_repr()}, kernel_size={self.kernel_size}, '
+            f'center={self.center}, scale={self.scale}'
+        )
+
+
+def recomputing() -> bool:
+    """Whether a checkpointed segment is being run again, inside the backward pass.
+
+    Its statistics were counted the first time and its gate has decided.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+# torch and mmengine hand one list of missing keys to every layer of a load, which
+# tells a new load from the next layer of the same.
+_announced_load: Optional[List[str]] = None
+
+
+def _announce_batch_norm(kind: str, layer: str, missing_keys: List[str]) -> None:
+    global _announced_load
+    if missing_keys is _announced_load:
+        return
+    _announced_load = missing_keys
+    logger.warning(
+        "BatchNorm checkpoint loaded into %s layers (first: '%s'): what BatchNorm lacks starts "
+        'neutral and weight is divided by the initial sigmoid(scale_bias) where there is one, '
+        "so evaluation gives BatchNorm's outputs.",
+        kind,
+        layer,
+    )
+
+
+def _unknown_key_message(layer: type, name: str) -> str:
+    known = [key for key in inspect.signature(layer).parameters if key != 'unknown']
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f", did you mean '{nearest[0]}'?" if nearest else f'; it takes {", ".join(known)}'
+    return f"{layer.__name__} got an unknown key '{name}'{hint}"

@@ -1,0 +1,85 @@
+"""Batch Normalization with Enhanced Linear Transformation, a baseline of the UBN paper."""
+
+import math
+from typing import Optional
+
+import torch
+from torch import nn
+
+from .base import RectifiedBatchNorm
+
+
+class BNET(RectifiedBatchNorm):
+    r"""BatchNorm whose affine is a depthwise convolution.
+
+    .. math::
+        Y = \mathrm{dwconv}_k\!\left(\frac{X - \mu}{\sqrt{\sigma^2 + \epsilon}};\,
+            \gamma \odot K\right) + \beta
+
+    ``kernel`` (K) and ``bias`` (:math:`\beta`) start as published, as those of a
+    fresh ``nn.Conv2d(C, C, k, groups=C)``: uniform in [-1/k, 1/k]. ``weight``
+    (:math:`\gamma`), which the publication folds into the kernel, starts at 1.
+
+    Args:
+        num_features (int): C.
+        eps (float): :math:`\epsilon`. Default: 1e-5.
+        momentum (float, optional): As in ``nn.BatchNorm2d``. Default: 0.1.
+        affine (bool): Whether there is an affine at all. Default: True.
+        track_running_stats (bool): As in ``nn.BatchNorm2d``. Default: True.
+        kernel_size (int): Odd k. Default: 3.
+        kernel_init (str): ``'published'``, or ``'identity'``, which starts as
+            BatchNorm. Default: ``'published'``.
+        device: As in ``nn.BatchNorm2d``.
+        dtype: As in ``nn.BatchNorm2d``.
+
+    Shape:
+        - Input: (N, C, H, W). Output: the same.
+
+    Raises:
+        TypeError: An unknown keyword, with the nearest known one.
+        ValueError: As :class:`UBN` does; an unknown ``kernel_init``.
+
+    Source: Xu et al., "BNET: Batch Normalization with Enhanced Linear
+    Transformation", TPAMI 2023, and the authors' repository yuhuixu1993/BNET.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: Optional[float] = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        kernel_size: int = 3,
+        kernel_init: str = 'published',
+        device=None,
+        dtype=None,
+        **unknown,
+    ) -> None:
+        if kernel_init not in ('published', 'identity'):
+            raise ValueError(f"kernel_init must be 'published' or 'identity', got {kernel_init!r}")
+        self.kernel_init = kernel_init
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            kernel_size,
+            center=False,
+            scale=False,
+            device=device,
+            dtype=dtype,
+            unknown=unknown,
+        )
+
+    @torch.no_grad()
+    def _reset_rectifications(self) -> None:
+        super()._reset_rectifications()
+        if self.kernel_init == 'published' and self.kernel is not None:
+            nn.init.kaiming_uniform_(self.kernel, a=math.sqrt(5))
+            nn.init.uniform_(self.bias, -1 / self.kernel_size, 1 / self.kernel_size)
+
+    def extra_repr(self) -> str:
+        """The settings, BatchNorm's first."""
+        return f'{super().extra_repr()}, kernel_init={self.kernel_init}'

@@ -1,0 +1,65 @@
+"""Instance Enhancement Batch Normalization, a baseline of the UBN paper."""
+
+from typing import Optional
+
+from .base import RectifiedBatchNorm
+
+
+class IEBN(RectifiedBatchNorm):
+    r"""Instance Enhancement Batch Normalization: BatchNorm whose scale attends to the image.
+
+    .. math::
+        Y = \gamma \odot \mathrm{sigmoid}(w_v \odot \mathrm{GAP}(X) + w_b)
+            \odot \frac{X - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
+
+    The sigmoid sees the input's mean, where RBN's sees that of the normalised
+    features. ``scale_weight`` (:math:`w_v`) starts at 0, ``scale_bias``
+    (:math:`w_b`) at -1, as published.
+
+    Args:
+        num_features (int): C.
+        eps (float): :math:`\epsilon`. Default: 1e-5.
+        momentum (float, optional): As in ``nn.BatchNorm2d``. Default: 0.1.
+        affine (bool): As in ``nn.BatchNorm2d``. Default: True.
+        track_running_stats (bool): As in ``nn.BatchNorm2d``. Default: True.
+        device: As in ``nn.BatchNorm2d``.
+        dtype: As in ``nn.BatchNorm2d``.
+
+    Shape:
+        - Input: (N, C, H, W). Output: the same.
+
+    Raises:
+        TypeError: An unknown keyword, with the nearest known one.
+        ValueError: As :class:`UBN` does.
+
+    Source: Liang et al., "Instance Enhancement Batch Normalization: an Adaptive
+    Regulator of Batch Noise", AAAI 2020, and the authors' repository gbup-group/IEBN.
+    """
+
+    _initial_scale_bias = -1.0
+    _scale_from_input = True
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: Optional[float] = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        **unknown,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            kernel_size=1,
+            center=False,
+            scale=True,
+            device=device,
+            dtype=dtype,
+            unknown=unknown,
+        )

@@ -1,0 +1,63 @@
+"""Representative Batch Normalization, a baseline of the UBN paper."""
+
+from typing import Optional
+
+from .base import RectifiedBatchNorm
+
+
+class RBN(RectifiedBatchNorm):
+    r"""Representative Batch Normalization: BatchNorm with calibrated centering and scaling.
+
+    .. math::
+        X_c &= X + w_m \odot \mathrm{GAP}(X) \\
+        X_s &= (X_c - \mu) / \sqrt{\sigma^2 + \epsilon} \\
+        Y   &= \gamma \odot X_s \odot \mathrm{sigmoid}(w_v \odot \mathrm{GAP}(X_s) + w_b) + \beta
+
+    ``center_weight`` (:math:`w_m`) and ``scale_weight`` (:math:`w_v`) start at 0,
+    ``scale_bias`` (:math:`w_b`) at 1, as published. It is :class:`UBN` with
+    ``fct=None, kernel_size=1``.
+
+    Args:
+        num_features (int): C.
+        eps (float): :math:`\epsilon`. Default: 1e-5.
+        momentum (float, optional): As in ``nn.BatchNorm2d``. Default: 0.1.
+        affine (bool): As in ``nn.BatchNorm2d``. Default: True.
+        track_running_stats (bool): As in ``nn.BatchNorm2d``. Default: True.
+        device: As in ``nn.BatchNorm2d``.
+        dtype: As in ``nn.BatchNorm2d``.
+
+    Shape:
+        - Input: (N, C, H, W). Output: the same.
+
+    Raises:
+        TypeError: An unknown keyword, with the nearest known one.
+        ValueError: As :class:`UBN` does.
+
+    Source: Gao et al., "Representative Batch Normalization with Feature
+    Calibration", CVPR 2021, Eqs. 4 to 7.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: Optional[float] = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        **unknown,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            kernel_size=1,
+            center=True,
+            scale=True,
+            device=device,
+            dtype=dtype,
+            unknown=unknown,
+        )

@@ -1,0 +1,23 @@
+"""Fixtures that several test modules share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def real_data() -> Path:
+    """The folder of real data; the test is skipped where there is none."""
+    folder = Path(os.environ.get('MMUBN_DATA', ROOT.parent / 'shared' / 'data'))
+    if not folder.is_dir():
+        pytest.skip(f'no real data: {folder} is not a folder (set MMUBN_DATA)')
+    return folder

@@ -1,0 +1,219 @@
+"""UBN against the literal equations, step by step, and against BatchNorm."""
+
+import copy
+
+import pytest
+import torch
+from conftest import LAYERS, Reference, assert_equals_reference, randomize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from mmubn.layers import UBN
+
+
+@st.composite
+def inputs(draw):
+    """Random shapes, 1x1 maps and single images among them, memory formats and strides."""
+    n = draw(st.sampled_from([1, 2, 3, 9]))
+    c = draw(st.integers(1, 5))
+    h = draw(st.sampled_from([1, 2, 3, 7, 16]))
+    w = draw(st.sampled_from([1, 3, 4, 9]))
+    if n * h * w == 1:
+        n = 2
+    layout = draw(st.sampled_from(['contiguous', 'channels_last', 'strided', 'expanded']))
+    mean = draw(st.sampled_from([0.0, 1.0, -3.0]))
+    seed = draw(st.integers(0, 2**31))
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, c, 2 * h, w, dtype=torch.double, generator=generator) + mean
+    if layout == 'strided':
+        return x[:, :, ::2]
+    x = x[:, :, :h].contiguous()
+    if layout == 'channels_last':
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == 'expanded' and n > 1:
+        return x[:1].expand(n, c, h, w)
+    return x
+
+
+@pytest.mark.parametrize('name', LAYERS)
+@settings(max_examples=25, deadline=None)
+@given(batches=st.lists(inputs(), min_size=1, max_size=4), seed=st.integers(0, 2**31))
+def test_steps_equal_reference(name, batches, seed):
+    """Several steps in a row in float64; mixed batches open and shut the gate between them."""
+    torch.manual_seed(seed)
+    channels = batches[0].shape[1]
+    layer = LAYERS[name](channels).double()
+    if hasattr(layer, 'fct_momentum'):
+        layer.fct_momentum = 0.7  # quick enough to cross the threshold within the steps
+    randomize(layer)
+    oracle = Reference(layer)
+    for x in batches:
+        if x.shape[1] == channels:
+            assert_equals_reference(layer, oracle, x, rtol=1e-9, atol=1e-10)
+    layer.eval()
+    assert_equals_reference(layer, oracle, batches[0], rtol=1e-9, atol=1e-10)
+
+
+def test_gate_opens_and_shuts():
+    """The batches of the reference test really cross the threshold, both ways."""
+    layer = UBN(4, fct_momentum=0.7, fct_warmup=0)
+    oracle = Reference(layer)
+    seen = []
+    for offset in (0, 0, 0, 3, 3, 0, 0, 0):
+        x = torch.randn(8, 4, 9, 9) + offset
+        assert_equals_reference(layer, oracle, x, rtol=1e-4, atol=1e-5)
+        seen.append(bool(layer.batch_statistics_used))
+    assert seen == [True, False, False, True, True, True, False, False]
+
+
+@pytest.mark.parametrize('fct', [-1.0, 1.0], ids=['open', 'shut'])
+@pytest.mark.parametrize('training', [True, False])
+def test_gradcheck(make_layer, fct, training):
+    layer = make_layer(3).double().train(training)
+    if getattr(layer, 'fct', None) is not None:
+        layer.fct = fct
+    randomize(layer)
+    layer.running_mean.normal_()
+    layer.running_var.uniform_(0.5, 2)
+    names = [name for name, _ in layer.named_parameters()]
+
+    def function(x, *parameters):
+        return torch.func.functional_call(copy.deepcopy(layer), dict(zip(names, parameters)), (x,))
+
+    x = torch.randn(3, 3, 4, 5, dtype=torch.double, requires_grad=True)
+    parameters = [p.detach().clone().requires_grad_() for p in layer.parameters()]
+    assert torch.autograd.gradcheck(function, (x, *parameters))
+
+
+def test_double_backward_is_refused():
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(UBN(3)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable'):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('momentum', [0.1, None])
+@pytest.mark.parametrize('affine', [True, False])
+def test_every_switch_off_is_batch_norm(dtype, momentum, affine):
+    settings = dict(momentum=momentum, affine=affine, dtype=dtype)
+    bn = nn.BatchNorm2d(5, **settings)
+    ubn = UBN(5, fct=None, kernel_size=1, center=False, scale=False, **settings)
+    if affine:
+        randomize(bn)
+        ubn.load_state_dict({**ubn.state_dict(), **bn.state_dict()})
+    for step in range(4):
+        if step == 3:
+            bn.eval()
+            ubn.eval()
+        x = 2 * torch.randn(6, 5, 7, 3, dtype=dtype) + 1
+        x_bn, x_ubn = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y_bn, y_ubn = bn(x_bn), ubn(x_ubn)
+        upstream = torch.randn_like(x)
+        y_bn.backward(upstream)
+        y_ubn.backward(upstream)
+        torch.testing.assert_close(y_ubn, y_bn)
+        torch.testing.assert_close(x_ubn.grad, x_bn.grad)
+        for (name, actual), expected in zip(ubn.named_parameters(), bn.parameters()):
+            torch.testing.assert_close(actual.grad, expected.grad, msg=name)
+        for name, expected in bn.named_buffers():
+            torch.testing.assert_close(getattr(ubn, name), expected, msg=name)
+
+
+def test_never_filled_statistics_do_not_normalise():
+    """Zero-mean noise has no similarity; the gate stays open until the statistics are filled."""
+    layer = UBN(4, momentum=0.5)
+    for step in range(40):
+        layer(
+            torch.randn(16, 4, 8, 8) * 5
+            + torch.tensor([3.0, -3, 3, -3]).view(4, 1, 1) * (-1) ** step
+        )
+        assert bool(layer.batch_statistics_used) == (step < 20 or layer.running_similarity > 0.15)
+    assert layer.num_batches_tracked >= 20
+
+
+@pytest.mark.parametrize(('momentum', 'batches'), [(0.1, 100), (0.01, 1000), (None, 10)])
+def test_warmup_follows_momentum(momentum, batches):
+    layer = UBN(2, momentum=momentum)
+    layer.running_similarity.zero_()
+    x = torch.randn(8, 2, 4, 4)
+    for tracked, batch_statistics in ((batches - 1, True), (batches, False)):
+        layer.num_batches_tracked.fill_(tracked)
+        layer(x)
+        assert bool(layer.batch_statistics_used) is batch_statistics
+
+
+def test_evaluation_updates_nothing(make_layer):
+    layer = make_layer(4)
+    layer(torch.randn(4, 4, 5, 5) + 1)
+    layer.eval()
+    before = copy.deepcopy(layer.state_dict())
+    layer(torch.randn(4, 4, 5, 5) - 2)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_shut_gate_leaves_running_statistics():
+    layer = UBN(4, fct=1.0, fct_warmup=0)
+    layer.running_mean.normal_()
+    before = copy.deepcopy(layer.state_dict())
+    layer(torch.randn(4, 4, 5, 5))
+    after = layer.state_dict()
+    for name in ('running_mean', 'running_var', 'num_batches_tracked'):
+        assert torch.equal(after[name], before[name]), name
+    assert after['running_similarity'] < before['running_similarity']
+
+
+def test_state_dict_names():
+    full = ['weight', 'bias', 'kernel', 'center_weight', 'scale_weight', 'scale_bias']
+    buffers = ['running_mean', 'running_var', 'num_batches_tracked', 'running_similarity']
+    assert list(UBN(3).state_dict()) == full + buffers
+    shapes = {
+        name: tuple(value.shape) for name, value in UBN(3, kernel_size=5).state_dict().items()
+    }
+    assert shapes == {name: (3,) for name in full} | {
+        'kernel': (3, 1, 5, 5),
+        'running_mean': (3,),
+        'running_var': (3,),
+        'num_batches_tracked': (),
+        'running_similarity': (),
+    }
+    off = UBN(3, fct=None, kernel_size=1, center=False, scale=False)
+    assert list(off.state_dict()) == full[:2] + buffers
+
+
+@pytest.mark.parametrize(
+    ('settings', 'message'),
+    [
+        (dict(fctt=0.2), "unknown key 'fctt', did you mean 'fct'"),
+        (dict(kernelsize=3), "unknown key 'kernelsize', did you mean 'kernel_size'"),
+        (dict(qqq=3), "unknown key 'qqq'; it takes num_features, eps"),
+        (dict(kernel_size=4), 'kernel_size must be a positive odd integer, got 4'),
+        (dict(fct=15), r'fct is a cosine similarity in \[-1, 1\]'),
+        (dict(fct_momentum=2), r'fct_momentum must lie in \[0, 1\], got 2'),
+        (dict(fct_warmup=-1), 'fct_warmup counts batches'),
+        (dict(track_running_stats=False), 'fct needs running statistics'),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        UBN(3, **settings)
+
+
+@pytest.mark.parametrize(
+    ('shape', 'message'),
+    [
+        ((2, 3, 4), r'expected 4D input \(got 3D input\)'),
+        ((2, 4, 5, 5), 'expected 3 channels, got input size'),
+        ((1, 3, 1, 1), 'Expected more than 1 value per channel when training'),
+    ],
+)
+def test_bad_input(shape, message):
+    with pytest.raises(ValueError, match=message):
+        UBN(3)(torch.randn(shape))
+
+
+def test_repr():
+    assert repr(UBN(8, fct=0.2)).startswith('UBN(8, eps=1e-05, momentum=0.1, affine=True')
+    assert 'fct=0.2' in repr(UBN(8, fct=0.2))
