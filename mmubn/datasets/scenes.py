@@ -1,0 +1,272 @@
+"""Synthetic detection scenes in COCO layout, with polygon masks that are exact to the pixel.
+
+Ellipses, rectangles, triangles and stars of varied size, proportion, rotation and
+texture lie over each other, on an uneven background and among unlabelled bars,
+crosses and rings. Each is painted over what is there already, so the mask of an
+instance is the pixels that nothing was painted over, and its polygons run along the
+edges of pixels: rasterising them gives these pixels back.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import List, NamedTuple, Tuple, Union
+
+import cv2
+import numpy as np
+import shapely
+from numpy.random import Generator
+from tqdm import tqdm
+
+CLASSES = ('ellipse', 'rectangle', 'triangle', 'star')
+
+_DISTRACTORS = ('bar', 'cross', 'ring')
+_SETTINGS_FILE = 'scenes.json'
+_VERSION = 1  # of the drawing: another version is another data set
+_MIN_VISIBLE = 0.4  # of what an instance would show alone, in an endless image
+_MIN_PIXELS = 24
+_SUBPIXELS = 4
+
+
+class Instance(NamedTuple):
+    """A labelled object: index into :data:`CLASSES` and visible pixels, bool (size, size)."""
+
+    label: int
+    mask: np.ndarray
+
+
+def make_scenes(
+    out_dir: Union[str, Path],
+    num_train: int = 600,
+    num_val: int = 150,
+    size: int = 128,
+    seed: int = 0,
+) -> bool:
+    """Writes scenes in COCO layout.
+
+    The folder gets ``annotations/instances_{train,val}.json``, the images in
+    ``train/`` and ``val/``, and ``scenes.json``, which marks it as made here and says
+    whether it is finished. The same arguments give the same bytes; train and val come
+    from different streams of random numbers. A finished folder of these arguments is
+    left as it is; one that was interrupted, or has other arguments, is made anew.
+
+    Args:
+        out_dir (str | Path): The folder.
+        num_train (int): Number of training images.
+        num_val (int): Number of held-out images.
+        size (int): Width and height in pixels, at least 64.
+        seed (int): Seed, not negative.
+
+    Returns:
+        bool: Whether anything was written.
+
+    Raises:
+        FileExistsError: ``out_dir`` holds something that was not made here.
+        ValueError: An argument out of its range.
+    """
+    settings = dict(version=_VERSION, num_train=num_train, num_val=num_val, size=size, seed=seed)
+    for name, least in (('num_train', 1), ('num_val', 1), ('size', 64), ('seed', 0)):
+        if settings[name] < least:
+            raise ValueError(f'{name} must be at least {least}, got {settings[name]}')
+    out_dir = Path(out_dir)
+    marker = out_dir / _SETTINGS_FILE
+    if marker.is_file():
+        if json.loads(marker.read_text()) == {**settings, 'finished': True}:
+            return False
+    elif out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise FileExistsError(
+            f"'{out_dir}' holds no {_SETTINGS_FILE}, so it was not made here and is left alone: "
+            'move it away or name another folder'
+        )
+    out_dir.mkdir(parents=True, exist_ok=True)
+    _write_json(marker, {**settings, 'finished': False})
+    for name in ('annotations', 'train', 'val'):
+        shutil.rmtree(out_dir / name, ignore_errors=True)
+        (out_dir / name).mkdir()
+    first_id = 1
+    for stream, (split, count) in enumerate((('train', num_train), ('val', num_val))):
+        coco = _write_images(out_dir / split, range(first_id, first_id + count), size, seed, stream)
+        _write_json(out_dir / 'annotations' / f'instances_{split}.json', coco)
+        first_id += count
+    _write_json(marker, {**settings, 'finished': True})
+    return True
+
+
+def draw_scene(rng: Generator, size: int = 128) -> Tuple[np.ndarray, List[Instance]]:
+    """Draws one scene.
+
+    A shape that would hide too much of another one, or of which too little would be
+    seen, is not drawn: so everything that is seen of a class is annotated.
+
+    Args:
+        rng (Generator): Where all randomness comes from.
+        size (int): Width and height in pixels.
+
+    Returns:
+        tuple[np.ndarray, list[Instance]]: The image, uint8 (size, size, 3), and its
+        instances, the lowest first.
+    """
+    image = _texture(rng, size, rng.uniform(0, 255, 3))
+    classes = rng.choice(CLASSES, rng.integers(2, 9))
+    distractors = rng.choice(_DISTRACTORS, rng.integers(0, 4))
+    drawn: List[str] = []
+    needed: List[float] = []  # pixels that have to stay visible, of each that is drawn
+    owner = np.full((size, size), -1)  # index into `drawn` of what is seen
+    for name in rng.permutation([*classes, *distractors]):
+        for _ in range(20):  # places to try
+            cover, area = _silhouette(rng, name, size)
+            attempt = np.where(cover >= 0.5, len(drawn), owner)
+            visible = np.bincount(attempt[attempt >= 0], minlength=len(drawn) + 1)
+            least = max(_MIN_PIXELS, _MIN_VISIBLE * area)
+            if np.all(visible >= [*needed, least]):
+                break
+        else:
+            continue
+        colour = _contrasting_colour(rng, image[cover >= 0.5].mean(0))
+        image += cover[..., None] * (_texture(rng, size, colour) - image)
+        owner = attempt
+        drawn.append(name)
+        needed.append(least)
+    image += rng.normal(0, rng.uniform(1, 10), image.shape)
+    instances = [
+        Instance(CLASSES.index(name), owner == index)
+        for index, name in enumerate(drawn)
+        if name in CLASSES
+    ]
+    return image.clip(0, 255).astype(np.uint8), instances
+
+
+def mask_to_polygons(mask: np.ndarray) -> List[List[float]]:
+    """Outlines of a mask along pixel edges, as a COCO segmentation.
+
+    A COCO segmentation is a union of polygons without holes, so a mask with a hole is
+    cut along the hole's left side.
+
+    Args:
+        mask (np.ndarray): Bool (H, W).
+
+    Returns:
+        list[list[float]]: Disjoint polygons x0, y0, x1, y1, ... which pycocotools
+        rasterises to exactly ``mask``.
+    """
+    steps = np.diff(mask.astype(np.int8), axis=1, prepend=0, append=0)
+    rows, starts = np.nonzero(steps == 1)
+    ends = np.nonzero(steps == -1)[1]
+    region = shapely.union_all(shapely.box(starts, rows, ends, rows + 1)).simplify(0)
+    parts = shapely.get_parts(region)
+    holes = [hole for part in parts for hole in part.interiors]
+    if holes:
+        right = np.arange(mask.shape[1]) >= holes[0].bounds[0]
+        return mask_to_polygons(mask & ~right) + mask_to_polygons(mask & right)
+    return [np.ravel(part.exterior.coords[:-1]).tolist() for part in parts]
+
+
+def _write_images(folder: Path, ids: range, size: int, seed: int, stream: int) -> dict:
+    """Draws one split; returns what its annotation file holds."""
+    images, annotations = [], []
+    for image_id in tqdm(ids, desc=f'drawing {folder}', mininterval=1):
+        # A stream for each image: it does not depend on how many others are asked for.
+        rng = np.random.default_rng([seed, stream, image_id - ids[0]])
+        image, instances = draw_scene(rng, size)
+        name = f'{image_id:06d}.jpg'
+        jpeg = cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
+        (folder / name).write_bytes(jpeg.tobytes())
+        images.append(dict(id=image_id, file_name=name, width=size, height=size))
+        for instance in instances:
+            annotation = dict(id=len(annotations) + 1, image_id=image_id)
+            annotations.append({**annotation, **_annotate(instance)})
+    categories = [
+        dict(id=label + 1, name=name, supercategory='shape') for label, name in enumerate(CLASSES)
+    ]
+    info = dict(description='Synthetic scenes of mmubn', version=str(_VERSION))
+    return dict(info=info, images=images, annotations=annotations, categories=categories)
+
+
+def _annotate(instance: Instance) -> dict:
+    ys, xs = np.nonzero(instance.mask)
+    left, top = int(xs.min()), int(ys.min())
+    return dict(
+        category_id=instance.label + 1,
+        bbox=[left, top, int(xs.max()) + 1 - left, int(ys.max()) + 1 - top],
+        area=len(xs),
+        iscrowd=0,
+        segmentation=mask_to_polygons(instance.mask),
+    )
+
+
+def _silhouette(rng: Generator, name: str, size: int) -> Tuple[np.ndarray, float]:
+    """A shape somewhere in the image: coverage of every pixel in [0, 1], and its whole area."""
+    radius = np.exp(rng.uniform(np.log(7), np.log(30))) * size / 128
+    angle = rng.uniform(0, 2 * np.pi)
+    cos, sin = np.cos(angle), np.sin(angle)
+    placed = radius * np.array([[cos, sin], [-sin, cos]])
+    centre = rng.uniform(0.05 * size, 0.95 * size, 2)
+    outlines = [(outline @ placed + centre).astype(np.float32) for outline in _outlines(rng, name)]
+    area = cv2.contourArea(outlines[0]) - sum(map(cv2.contourArea, outlines[1:]))
+    # Half a pixel, as OpenCV's coordinates are those of pixel centres.
+    points = [np.rint(outline * _SUBPIXELS - 0.5).astype(np.int32) for outline in outlines]
+    canvas = np.zeros((size * _SUBPIXELS, size * _SUBPIXELS), np.float32)
+    cv2.fillPoly(canvas, points, 1)
+    return cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA), area
+
+
+def _outlines(rng: Generator, name: str) -> List[np.ndarray]:
+    """Outline of a shape in the unit circle, (points, 2), followed by its holes."""
+    if name == 'ellipse':
+        return [_on_circle(48) * [1, rng.uniform(0.5, 1)]]
+    if name == 'rectangle':
+        return [_box(1, rng.uniform(0.35, 1))]
+    if name == 'triangle':
+        return [_on_circle(3, rng.uniform(-0.3, 0.3, 3)) * [1, rng.uniform(0.7, 1)]]
+    if name == 'star':
+        points = _on_circle(10)
+        points[1::2] *= rng.uniform(0.38, 0.55)
+        return [points]
+    if name == 'bar':
+        return [_box(1.5, rng.uniform(0.05, 0.12))]
+    if name == 'cross':
+        width = rng.uniform(0.15, 0.3)
+        arm = np.array([[1, -width], [1, width], [width, width]])
+        quarter = np.array([[0, 1], [-1, 0]])
+        return [np.concatenate([arm @ np.linalg.matrix_power(quarter, i) for i in range(4)])]
+    return [_on_circle(48), _on_circle(48) * rng.uniform(0.6, 0.8)]
+
+
+def _on_circle(count: int, jitter: Union[float, np.ndarray] = 0.0) -> np.ndarray:
+    angles = np.arange(count) * 2 * np.pi / count + jitter
+    return np.stack([np.cos(angles), np.sin(angles)], 1)
+
+
+def _box(half_width: float, half_height: float) -> np.ndarray:
+    return np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]]) * [half_width, half_height]
+
+
+def _texture(rng: Generator, size: int, colour: np.ndarray) -> np.ndarray:
+    """A plane of about one colour, float32 (size, size, 3): a slope, stripes or blotches."""
+    kind = rng.choice(['slope', 'stripes', 'blotches'])
+    if kind == 'blotches':
+        cells = rng.integers(4, 24)
+        noise = rng.normal(0, 0.6, (cells, cells)).astype(np.float32)
+        field = cv2.resize(noise, (size, size), interpolation=cv2.INTER_CUBIC)
+    else:
+        angle = rng.uniform(0, 2 * np.pi)
+        y, x = np.mgrid[:size, :size] * 2 / size - 1
+        field = np.cos(angle) * x + np.sin(angle) * y
+        if kind == 'stripes':
+            field = np.sin(field * rng.uniform(8, 40))
+    return (colour + field[..., None] * rng.uniform(-50, 50, 3)).astype(np.float32)
+
+
+def _contrasting_colour(rng: Generator, other: np.ndarray) -> np.ndarray:
+    while True:
+        colour = rng.uniform(0, 255, 3)
+        if np.abs(colour - other).max() > 40:
+            return colour
+
+
+def _write_json(path: Path, content: dict) -> None:
+    """Writes a file that is there whole or not at all."""
+    partial = path.with_suffix('.partial')
+    partial.write_text(json.dumps(content))
+    os.replace(partial, path)
