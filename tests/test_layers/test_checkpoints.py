@@ -1,0 +1,118 @@
+"""State dicts: BatchNorm's into each layer, each layer's into itself."""
+
+import copy
+import logging
+
+import pytest
+import torch
+import torchvision
+from conftest import randomize
+from torch import nn
+
+from mmubn.layers import BNET, IEBN, RBN, UBN
+
+
+@torch.no_grad()
+def trained_bn(channels: int, **settings) -> nn.BatchNorm2d:
+    """A BatchNorm with nothing at its initial value."""
+    bn = nn.BatchNorm2d(channels, **settings)
+    randomize(bn)
+    bn.running_mean.normal_()
+    bn.running_var.uniform_(0.5, 2)
+    bn.num_batches_tracked.fill_(7)
+    return bn.eval()
+
+
+@torch.no_grad()
+def randomize_network(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.weight.uniform_(0.2, 0.5)
+            module.bias.normal_(0, 0.1)
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_batch_norm_keeps_its_outputs(make_layer, dtype):
+    bn = trained_bn(6, dtype=dtype)
+    layer = make_layer(6, dtype=dtype)
+    randomize(layer)  # whatever was there must go
+    assert not any(layer.load_state_dict(bn.state_dict()))
+    x = torch.randn(4, 6, 5, 7, dtype=dtype) * 3
+    torch.testing.assert_close(layer.eval()(x), bn(x))
+    assert layer.num_batches_tracked == 7
+
+
+@pytest.mark.parametrize('layer', [UBN, RBN, IEBN])
+def test_batch_norm_without_affine_keeps_its_outputs(layer):
+    bn = trained_bn(6, affine=False)
+    norm = layer(6, affine=False)
+    norm.load_state_dict(bn.state_dict())
+    x = torch.randn(4, 6, 5, 7)
+    torch.testing.assert_close(norm.eval()(x), bn(x))
+
+
+@pytest.mark.parametrize('layer', [UBN, RBN, BNET, IEBN])
+def test_torchvision_resnet50_keeps_its_outputs(layer):
+    bn = torchvision.models.resnet50(weights=None)
+    randomize_network(bn)
+    network = torchvision.models.resnet50(weights=None, norm_layer=layer)
+    assert not any(network.load_state_dict(bn.state_dict()))
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected, actual = bn.eval()(x), network.eval()(x)
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_one_line_a_load(caplog):
+    source = torchvision.models.resnet18(weights=None).state_dict()
+    target = torchvision.models.resnet18(weights=None, norm_layer=UBN)
+    with caplog.at_level(logging.INFO, logger='mmubn'):
+        target.load_state_dict(source)
+        target.load_state_dict(source)
+        target.load_state_dict(target.state_dict())
+    assert len(caplog.records) == 2
+    assert "into UBN layers (first: 'bn1')" in caplog.text
+
+
+def test_layer_round_trips(make_layer):
+    layer = make_layer(5)
+    randomize(layer)
+    for offset in (0, 3):
+        layer(torch.randn(4, 5, 6, 6) + offset)
+    copied = make_layer(5)
+    assert not any(copied.load_state_dict(copy.deepcopy(layer.state_dict())))
+    for name, value in layer.state_dict().items():
+        assert torch.equal(copied.state_dict()[name], value), name
+    x = torch.randn(4, 5, 6, 6)
+    assert torch.equal(copied(x), layer(x))  # the next training step, too
+
+
+def test_ubn_checkpoint_is_never_taken_for_batch_norm(caplog):
+    off = dict(fct=None, kernel_size=1, center=False, scale=False)
+    for settings in ({}, off, dict(kernel_size=1), dict(center=False)):
+        layer = UBN(4, **settings)
+        randomize(layer)
+        copied = UBN(4, **settings)
+        copied.load_state_dict(layer.state_dict())
+        assert torch.equal(copied.weight, layer.weight)
+    assert not caplog.records
+
+
+def test_missing_and_misfit_keys_stay_loud():
+    full, bare = UBN(4), UBN(4, kernel_size=1, scale=False)
+    with pytest.raises(RuntimeError, match=r'Missing key.*"kernel", "scale_weight", "scale_bias"'):
+        full.load_state_dict(bare.state_dict())
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"kernel"'):
+        bare.load_state_dict(full.state_dict())
+    with pytest.raises(RuntimeError, match=r'Missing key.*"weight", "bias", "kernel"'):
+        full.load_state_dict({})
+    with pytest.raises(RuntimeError, match='size mismatch for running_mean'):
+        full.load_state_dict(nn.BatchNorm2d(5).state_dict())
+    with pytest.raises(RuntimeError, match='size mismatch for kernel'):
+        full.load_state_dict(UBN(4, kernel_size=5).state_dict())
+    incomplete = nn.BatchNorm2d(4).state_dict()
+    del incomplete['running_var']
+    with pytest.raises(RuntimeError, match=r'Missing key.*"running_var"'):
+        full.load_state_dict(incomplete)
