@@ -7,10 +7,11 @@ need torch alone.
 
 import importlib.util
 
+from .condensation import record_condensation
 from .layers import BNET, IEBN, RBN, UBN
 from .version import __version__
 
 if importlib.util.find_spec('mmengine') is not None:
     from . import registration  # noqa: F401
 
-__all__ = ['BNET', 'IEBN', 'RBN', 'UBN', '__version__']
+__all__ = ['BNET', 'IEBN', 'RBN', 'UBN', '__version__', 'record_condensation']

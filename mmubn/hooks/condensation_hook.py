@@ -1,0 +1,336 @@
+"""Records feature condensation while a Runner trains."""
+
+import copy
+import csv
+import os
+import random
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import numpy as np
+import torch
+from mmengine.dist import all_reduce, is_main_process
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import IterBasedTrainLoop
+from torch import Tensor, nn
+
+from ..condensation import CondensationRecorder, record_condensation
+
+COLUMNS = (
+    'epoch',
+    'iter',
+    'layer',
+    'type',
+    'where',
+    'similarity',
+    'running_similarity',
+    'batch_statistics_used',
+)
+_SHOWN_NAMES = 8
+
+
+class CondensationHook(Hook):
+    """Records the condensation of every batch norm: mean cosine similarity between samples.
+
+    Two measurements, of the input and of the output of each layer:
+
+    - ``train``: training batches, every ``interval`` iterations from the first of an
+      epoch on, averaged over the epoch;
+    - ``fixed``: one random batch that stays the same, in evaluation mode, before the
+      first and at the end of every epoch, as in the paper's Appendix A. Its samples
+      come from the validation set, where there is one, and from a copy of the training
+      set otherwise; their images are padded alike. Where every layer sits in the
+      backbone or the neck, only those run.
+
+    An iteration-based loop has no epochs; what is said of their ends then holds for
+    every ``val_interval`` iterations and for the last.
+
+    Both go to the visualizer as means over groups of layers (``condensation/<first two
+    parts of the layer's parent>/<where>``, over iterations) and to ``condensation.csv``
+    in the work dir, layer by layer, with the columns
+
+    - ``epoch``, ``iter``: finished ones, 0 before the first;
+    - ``layer``, ``type``: its name in the model and its class;
+    - ``where``: ``train/input``, ``train/output``, ``fixed/input`` or ``fixed/output``;
+    - ``similarity``: empty where undefined (layer not called, single samples);
+    - ``running_similarity``: of a layer with a gate (UBN), empty for others;
+    - ``batch_statistics_used``: the share of the measured training steps that
+      normalised with batch statistics (gate open); empty without a gate and for
+      ``fixed``, since evaluation always uses the running ones.
+
+    The log gets one line an epoch: how many layers are condensed and which gates
+    changed; a gate counts as open where batch statistics were used in at least half of
+    the measured steps.
+
+    With several processes everything is averaged over them. A resumed run drops the
+    rows after its checkpoint and goes on. Weights, buffers and the state of the random
+    generators are those of a training without the hook; the trained weights are
+    measured, not their EMA. Under ``torch.compile`` the training batches go unseen.
+
+    Args:
+        layers (str): Regular expression that the names of the layers to measure match
+            somewhere. Default: every batch norm.
+        interval (int): Measured training batches lie this many iterations apart.
+            Default: 20.
+        fixed_samples (int): Size of the fixed batch; 0 for none. Default: 32.
+        threshold (float): Similarity of ``fixed/input`` (``train/input`` without fixed
+            batch) above which the log calls a layer condensed. Default: 0.3.
+        seed (int): Of the choice of the fixed batch. Default: 0.
+
+    Raises:
+        ValueError: A setting out of range, or no layer to measure.
+
+    Source: UBN (arXiv 2311.15993), Definition 1, section 3.2 and Appendix A.
+
+    Example:
+        >>> custom_hooks = [dict(type='CondensationHook')]
+    """
+
+    # After the hooks that move weights and buffers, before the checkpoint is written.
+    priority = 'LOW'
+
+    def __init__(
+        self,
+        layers: str = '',
+        interval: int = 20,
+        fixed_samples: int = 32,
+        threshold: float = 0.3,
+        seed: int = 0,
+    ) -> None:
+        if interval < 1:
+            raise ValueError(f'interval counts iterations and must be positive, got {interval}')
+        if fixed_samples < 0:
+            raise ValueError(f'fixed_samples cannot be negative, got {fixed_samples}')
+        self.layers = layers
+        self.interval = interval
+        self.fixed_samples = fixed_samples
+        self.threshold = threshold
+        self.seed = seed
+        self._recorder: Optional[CondensationRecorder] = None
+        self._resumed: Optional[dict] = None
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Keeps the averages that a resumed checkpoint had begun."""
+        self._resumed = checkpoint.get('condensation') if runner._resume else None
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Saves the averages begun, for a checkpoint between two records."""
+        if self._recorder is not None:
+            checkpoint['condensation'] = dict(
+                layers=list(self._recorder.layers), state=self._recorder.state()
+            )
+
+    def before_train(self, runner) -> None:
+        """Opens the table and measures the fixed batch."""
+        self._recorder = CondensationRecorder(_unwrapped(runner.model), self.layers)
+        if self._resumed and self._resumed['layers'] == list(self._recorder.layers):
+            self._recorder.load_state(self._resumed['state'])
+        self._by_epoch = not isinstance(runner.train_loop, IterBasedTrainLoop)
+        self._batch = self._draw_batch(runner) if self.fixed_samples else None
+        self._path = Path(runner.work_dir) / 'condensation.csv'
+        # Gates start open: of running statistics there are none yet.
+        self._gates: Dict[str, bool] = {}
+        begun = False
+        if is_main_process():
+            kept = _rows_until(self._path, runner.iter) if runner.iter else []
+            begun = any(row['iter'] == str(runner.iter) for row in kept)
+            self._gates = _gates(kept)
+            _write_table(self._path, kept)
+        fixed = self._measure_batch(runner)
+        if fixed is not None and not begun:
+            self._record(runner, runner.epoch, runner.iter, {'fixed': fixed})
+        self._last_iter = runner.iter
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        """Watches every ``interval``-th batch."""
+        if batch_idx % self.interval == 0:
+            self._recorder.attach()
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """Records at the interval of an iteration-based loop."""
+        self._recorder.detach()
+        done = runner.iter + 1
+        if not self._by_epoch and (
+            done % runner.train_loop.val_interval == 0 or done == runner.max_iters
+        ):
+            self._end_period(runner, runner.epoch, done)
+
+    def after_train_epoch(self, runner) -> None:
+        """Records the epoch."""
+        if runner.iter != self._last_iter:
+            self._end_period(runner, runner.epoch + self._by_epoch, runner.iter)
+
+    def _end_period(self, runner, epoch: int, done: int) -> None:
+        states = {'train': self._recorder.state()}
+        all_reduce(states['train'], 'sum')
+        self._recorder.reset()
+        fixed = self._measure_batch(runner)
+        if fixed is not None:
+            states['fixed'] = fixed
+        self._record(runner, epoch, done, states)
+        self._last_iter = done
+
+    def _draw_batch(self, runner) -> Any:
+        """The fixed batch, collated and not yet preprocessed."""
+        loader = runner.train_dataloader if runner.val_loop is None else runner.val_loop.dataloader
+        dataset = loader.dataset
+        if runner.val_loop is None:
+            # Transforms may keep a state, such as Mosaic's cache, that training must not lose.
+            dataset = copy.deepcopy(dataset)
+        generator = torch.Generator().manual_seed(self.seed)
+        indices = torch.randperm(len(dataset), generator=generator)[: self.fixed_samples]
+        with _isolated_random(self.seed):
+            return loader.collate_fn([dataset[i] for i in indices.tolist()])
+
+    def _measure_batch(self, runner) -> Optional[Tensor]:
+        """State of a recorder over the fixed batch, summed over processes."""
+        if self._batch is None:
+            return None
+        model = _unwrapped(runner.model)
+        with _isolated_random(self.seed), _evaluation(model), torch.no_grad():
+            with record_condensation(model, self.layers) as recorder:
+                _run(model, self._batch, recorder)
+        state = recorder.state()
+        all_reduce(state, 'sum')
+        return state
+
+    def _record(self, runner, epoch: int, done: int, states: Dict[str, Tensor]) -> None:
+        rows = [
+            {'epoch': epoch, 'iter': done, **row, 'where': f'{source}/{row["where"]}'}
+            for source, state in states.items()
+            for row in self._recorder.to_list(state)
+        ]
+        if is_main_process():
+            _append_rows(self._path, rows)
+        runner.visualizer.add_scalars(_group_means(rows), step=done)
+        runner.logger.info(self._summary(epoch, done, rows))
+
+    def _summary(self, epoch: int, done: int, rows: List[dict]) -> str:
+        """The line of the log; moves on to the new gates."""
+        where = 'fixed/input' if self.fixed_samples else 'train/input'
+        similarities = [row['similarity'] for row in rows if row['where'] == where]
+        condensed = sum(s is not None and s > self.threshold for s in similarities)
+        when = f'epoch {epoch}' if self._by_epoch else f'iteration {done}'
+        line = (
+            f'Condensation at {when}: {condensed} of {len(similarities)} layers condensed '
+            f'({where} similarity > {self.threshold:g})'
+        )
+        gates = _gates(rows)
+        if gates:
+            opened = [n for n, is_open in gates.items() if is_open > self._gates.get(n, True)]
+            shut = [n for n, is_open in gates.items() if is_open < self._gates.get(n, True)]
+            self._gates.update(gates)
+            line += (
+                f'; {sum(gates.values())} of {len(gates)} gates open; '
+                f'opened: {_names(opened)}; shut: {_names(shut)}'
+            )
+        return line
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if is_model_wrapper(model) else model
+
+
+@contextmanager
+def _isolated_random(seed: int):
+    """Seeds the global random generators and puts them back as they were."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextmanager
+def _evaluation(model: nn.Module):
+    """Evaluation mode, then for each module the mode it was in (norm_eval, frozen stages)."""
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _run(model: nn.Module, batch: Any, recorder: CondensationRecorder) -> None:
+    """Runs what holds the layers: heads cost much on 32 images and seldom hold one."""
+    if hasattr(model, 'extract_feat') and all(
+        name.startswith(('backbone.', 'neck.')) for name in recorder.layers
+    ):
+        model.extract_feat(model.data_preprocessor(batch, False)['inputs'])
+    else:
+        model.val_step(batch)
+
+
+def _group_means(rows: List[dict]) -> Dict[str, float]:
+    """Scalars for the visualizer: means over the layers of a group, and over all layers."""
+    values: Dict[str, List[float]] = {}
+    for row in rows:
+        named = {row['where']: row['similarity']}
+        if row['where'] == 'train/input':
+            named['running_similarity'] = row['running_similarity']
+            named['batch_statistics_used'] = row['batch_statistics_used']
+        for name, value in named.items():
+            if value is not None:
+                for group in ('all', _group(row['layer'])):
+                    values.setdefault(f'condensation/{group}/{name}', []).append(value)
+    return {name: sum(group) / len(group) for name, group in values.items()}
+
+
+def _group(layer: str) -> str:
+    """``backbone.layer1`` for ``backbone.layer1.0.bn2``."""
+    return '.'.join(layer.split('.')[:-1][:2]) or layer
+
+
+def _gates(rows: List[dict]) -> Dict[str, bool]:
+    """Whether each layer's gate is open, as the last row that says so has it."""
+    return {
+        row['layer']: float(row['batch_statistics_used']) >= 0.5
+        for row in rows
+        if row['batch_statistics_used'] not in (None, '')
+    }
+
+
+def _names(layers: List[str]) -> str:
+    shown = ', '.join(layers[:_SHOWN_NAMES]) or 'none'
+    return f'{shown} and {len(layers) - _SHOWN_NAMES} more' if layers[_SHOWN_NAMES:] else shown
+
+
+def _rows_until(path: Path, iteration: int) -> List[Dict[str, str]]:
+    """The rows of a table up to an iteration, less one that was cut short."""
+    if not path.exists():
+        return []
+    with path.open(newline='') as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(
+                f'{path} is no condensation table (columns {reader.fieldnames}): '
+                'move it away and resume again'
+            )
+        return [r for r in reader if None not in r.values() and int(r['iter']) <= iteration]
+
+
+def _write_table(path: Path, rows: List[dict]) -> None:
+    # Replaced as a whole, so that a crash leaves the old table or the new one.
+    partial = path.with_suffix('.csv.partial')
+    with partial.open('w', newline='') as file:
+        csv.DictWriter(file, COLUMNS).writeheader()
+    _append_rows(partial, rows)
+    os.replace(partial, path)
+
+
+def _append_rows(path: Path, rows: List[dict]) -> None:
+    with path.open('a', newline='') as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        for row in rows:
+            writer.writerow({k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()})

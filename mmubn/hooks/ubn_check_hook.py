@@ -1,0 +1,89 @@
+"""Checks before training that the UBN layers a config asks for exist and train."""
+
+import inspect
+from typing import Any, Iterator, Tuple
+
+from mmengine.hooks import Hook
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .. import layers
+
+
+class UBNCheckHook(Hook):
+    """Says before training how many of the project's norm layers are built and train.
+
+    A layer trains if it is in training mode (``norm_eval`` and frozen stages prevent
+    it) and has parameters that require a gradient. None that trains is a warning; a
+    config that asks for one of the types of :mod:`mmubn.layers` and a model without
+    any is an error, since something (``sync_bn``, ``convert_sync_batchnorm``) replaced
+    them.
+
+    Raises:
+        RuntimeError: The layers that the config asks for are not in the model.
+
+    Example:
+        >>> custom_hooks = [dict(type='UBNCheckHook')]
+    """
+
+    def before_train(self, runner) -> None:
+        """Counts, and logs, warns or raises."""
+        # The loop does the same before its first iteration; only then is it known
+        # which layers norm_eval and frozen stages hold back.
+        runner.model.train()
+        built = [m for m in runner.model.modules() if _is_ours(type(m))]
+        if not built:
+            _raise_if_asked_for(runner)
+            return
+        evaluating = sum(not layer.training for layer in built)
+        frozen = sum(layer.training and not _requires_grad(layer) for layer in built)
+        trained = len(built) - evaluating - frozen
+        kinds = ', '.join(sorted({type(layer).__name__ for layer in built}))
+        line = f'{kinds}: {len(built)} layers built, {trained} train'
+        if evaluating:
+            line += f', {evaluating} held in evaluation mode (norm_eval=True, frozen_stages)'
+        if frozen:
+            line += f', {frozen} with frozen parameters'
+        if trained:
+            runner.logger.info(line)
+        else:
+            runner.logger.warning(
+                f'{line}: none can train. Set norm_eval=False and frozen_stages=-1 in the backbone.'
+            )
+
+
+def _is_ours(layer: type) -> bool:
+    return issubclass(layer, tuple(getattr(layers, name) for name in layers.__all__))
+
+
+def _requires_grad(layer: nn.Module) -> bool:
+    parameters = list(layer.parameters())
+    return not parameters or any(p.requires_grad for p in parameters)
+
+
+def _raise_if_asked_for(runner) -> None:
+    for key, kind in _requested(runner.cfg.get('model'), 'model'):
+        norms = [type(m).__name__ for m in runner.model.modules() if isinstance(m, _BatchNorm)]
+        found = ', '.join(f'{norms.count(name)} {name}' for name in sorted(set(norms)))
+        raise RuntimeError(
+            f"{key} asks for '{kind}', but the model has no such layer; it has "
+            f'{found or "no batch norm"}. Something replaced them after the model was built: '
+            "remove sync_bn= or convert_sync_batchnorm, and use type='SyncUBN' for "
+            'statistics over all processes.'
+        )
+
+
+def _requested(config: Any, key: str) -> Iterator[Tuple[str, str]]:
+    """Where under ``config`` a type of ours is named, and which."""
+    if isinstance(config, dict):
+        kind = config.get('type')
+        name = kind.__name__ if inspect.isclass(kind) else str(kind).split('.')[-1]
+        if name in layers.__all__:
+            yield key, name
+        items = config.items()
+    elif isinstance(config, (list, tuple)):
+        items = enumerate(config)
+    else:
+        return
+    for name, value in items:
+        yield from _requested(value, f'{key}.{name}')
