@@ -1,0 +1,6 @@
+_base_ = 'mmdet::mask_rcnn/mask-rcnn_r101_fpn_1x_coco.py'
+
+custom_imports = dict(imports=['mmubn'], allow_failed_imports=False)
+
+# The baseline of mask_rcnn_r101_ubn_1x_coco.py: its BN trains, as UBN does there.
+model = dict(backbone=dict(norm_cfg=dict(type='BN', requires_grad=True), norm_eval=False))

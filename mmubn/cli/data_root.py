@@ -1,0 +1,91 @@
+"""Points a config at other data."""
+
+import copy
+import os.path as osp
+import sys
+from typing import Any, Sequence
+
+from mmengine.config import Config
+from mmengine.dist import is_main_process
+
+from .errors import CommandError
+from .walk import walk
+
+_DATA_KEYS = ('_dataloader', '_evaluator')
+
+
+def set_data_root(cfg: Config, folder: str) -> None:
+    """Replaces the data root of every dataset and evaluator.
+
+    Every ``data_root`` becomes ``folder``, and every path that starts with an old one
+    moves along, such as the ``ann_file`` of ``CocoMetric``. Paths relative to a
+    ``data_root`` stay, so the folder needs the layout the config expects.
+
+    Args:
+        cfg (Config): Changed in place, in its ``*_dataloader`` and ``*_evaluator``.
+        folder (str): The new root.
+
+    Raises:
+        CommandError: ``folder`` is none, or no dataset has a ``data_root``.
+    """
+    if not osp.isdir(folder):
+        raise CommandError(f'--data-root: {folder} is not a folder')
+    keys = [key for key in cfg if key.endswith(_DATA_KEYS)]
+    found = [node.get('data_root') for key in keys for _, node in walk(cfg[key], key)]
+    found = {osp.normpath(root) for root in found if root}
+    if not found:
+        raise CommandError('--data-root: no dataset of the config has a data_root to replace')
+    roots = sorted(found, key=len, reverse=True)
+    for key in keys:  # new values, since test_dataloader may be the same object as val_dataloader
+        cfg[key] = _moved(cfg[key], roots, folder)
+
+
+def _moved(node: Any, roots: Sequence[str], folder: str) -> Any:
+    if isinstance(node, dict):
+        moved = {key: _moved(value, roots, folder) for key, value in node.items()}
+        if 'data_root' in moved:
+            moved['data_root'] = folder
+        return type(node)(moved)
+    if isinstance(node, (list, tuple)):
+        return type(node)(_moved(value, roots, folder) for value in node)
+    if isinstance(node, str):
+        for root in roots:
+            if osp.normpath(node).startswith(root + '/'):
+                return osp.join(folder, osp.relpath(node, root))
+    return node
+
+
+def evaluate_on_train(cfg: Config) -> None:
+    """Makes validation and test read the images that training reads, and says so.
+
+    For a folder without a validation split, or to see whether a model fits its data.
+    Pipelines, samplers and metrics stay those of the evaluation.
+
+    Args:
+        cfg (Config): Changed in place.
+
+    Raises:
+        CommandError: Training reads several datasets.
+    """
+    train = _innermost(cfg.train_dataloader.dataset)
+    for split in ('val', 'test'):
+        if cfg.get(f'{split}_dataloader') is None:
+            continue
+        dataset = _innermost(cfg[f'{split}_dataloader'].dataset)
+        for key in ('data_root', 'ann_file', 'data_prefix', 'split'):
+            dataset.pop(key, None)
+            if key in train:
+                dataset[key] = copy.deepcopy(train[key])
+        for _, node in walk(cfg[f'{split}_evaluator'], f'{split}_evaluator'):
+            if 'ann_file' in node:
+                node['ann_file'] = osp.join(train.get('data_root') or '', train['ann_file'])
+    if is_main_process():
+        print('warning: evaluating on the training images (--eval-on-train)', file=sys.stderr)
+
+
+def _innermost(dataset: dict) -> dict:
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    if 'datasets' in dataset:
+        raise CommandError('--eval-on-train: a dataset of the config joins several')
+    return dataset

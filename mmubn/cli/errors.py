@@ -1,0 +1,41 @@
+"""Errors of the user's making, told in one line."""
+
+import functools
+import os
+import sys
+from typing import Callable, Optional, Sequence
+
+import torch.distributed as dist
+
+
+class CommandError(Exception):
+    """Bad input: the message names the key or file and says what to do."""
+
+
+def command(main: Callable[[Optional[Sequence[str]]], None]) -> Callable[..., None]:
+    """Ends ``main`` with ``error: ...`` on stderr and exit code 1 on a :class:`CommandError`.
+
+    Any other exception keeps its traceback. Of several processes the first one speaks.
+
+    Args:
+        main: The command; takes the arguments after the program's name, None for
+            those of the process.
+    """
+
+    @functools.wraps(main)
+    def wrapper(argv: Optional[Sequence[str]] = None) -> None:
+        try:
+            main(argv)
+        except CommandError as error:
+            if os.environ.get('RANK', '0') == '0':
+                print(f'error: {error}', file=sys.stderr)
+            _leave_group()
+            sys.exit(1)
+        _leave_group()
+
+    return wrapper
+
+
+def _leave_group() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,63 @@
+"""Checks that every norm layer a config asks for can be built."""
+
+import difflib
+from typing import Iterator, Tuple, Union
+
+from mmcv.cnn import build_norm_layer
+from mmengine.config import Config
+from mmengine.registry import HOOKS, MODELS
+
+from ..layers import UBN
+from .errors import CommandError
+from .walk import walk
+
+
+def check_norms(cfg: Config) -> None:
+    """Builds one layer of every ``norm_cfg`` in the model.
+
+    Args:
+        cfg (Config): The resolved config; its default scope must be in force.
+
+    Raises:
+        CommandError: The type is unknown, or refuses a setting.
+    """
+    for path, norm in _norm_cfgs(cfg):
+        if _layer_class(norm) is None:
+            raise CommandError(_unknown_type_message(path, norm['type']))
+        try:
+            build_norm_layer(norm, norm.get('num_groups', 1))
+        except (TypeError, ValueError) as error:
+            raise CommandError(f'{path}: {error}') from error
+
+
+def add_ubn_check(cfg: Config) -> None:
+    """Adds ``UBNCheckHook`` to a config that asks for UBN, if it is not there already."""
+    hooks = cfg.get('custom_hooks') or []
+    if any(hook.get('type') == 'UBNCheckHook' for hook in hooks):
+        return
+    layers = [_layer_class(norm) for _, norm in _norm_cfgs(cfg)]
+    asks = any(isinstance(layer, type) and issubclass(layer, UBN) for layer in layers)
+    if asks and HOOKS.get('UBNCheckHook') is not None:
+        cfg.custom_hooks = [*hooks, dict(type='UBNCheckHook')]
+
+
+def _norm_cfgs(cfg: Config) -> Iterator[Tuple[str, dict]]:
+    for path, node in walk(cfg.model, 'model'):
+        if path.endswith('norm_cfg') and 'type' in node:
+            yield path, node
+
+
+def _layer_class(norm: dict) -> Union[type, None]:
+    kind = norm['type']
+    if not isinstance(kind, str):
+        return kind
+    with MODELS.switch_scope_and_registry(None) as registry:  # as build_norm_layer looks
+        return registry.get(kind)
+
+
+def _unknown_type_message(path: str, kind: str) -> str:
+    with MODELS.switch_scope_and_registry(None) as registry:
+        known = {*registry.module_dict, *MODELS.module_dict}
+    nearest = difflib.get_close_matches(kind, known, n=1)
+    hint = f"did you mean '{nearest[0]}'?" if nearest else 'is its module in custom_imports?'
+    return f"{path}: no norm layer is registered as '{kind}'; {hint}"

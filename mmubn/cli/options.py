@@ -1,0 +1,97 @@
+"""The options that both tools have, and the config they make."""
+
+import argparse
+import os
+import os.path as osp
+
+from mmengine.config import Config, DictAction
+from mmengine.registry import RUNNERS, init_default_scope
+from mmengine.runner import Runner
+
+from .data_root import evaluate_on_train, set_data_root
+from .errors import CommandError
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the options that mmdet's and mmpretrain's tools share, and the data's.
+
+    Args:
+        description (str): What the tool does.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('config', help='config file, of mmdet or of mmpretrain')
+    parser.add_argument(
+        '--work-dir', help='folder of logs and checkpoints (default: work_dirs/<config name>)'
+    )
+    parser.add_argument(
+        '--data-root',
+        metavar='DIR',
+        help='folder of the data, in the layout the config expects; for COCO that is '
+        'annotations/instances_{train,val}2017.json, train2017/ and val2017/',
+    )
+    parser.add_argument(
+        '--eval-on-train',
+        action='store_true',
+        help='evaluate on the training images, where there is no validation split',
+    )
+    parser.add_argument(
+        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='of jobs'
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='settings that replace those of the config, by their dotted keys',
+    )
+    # Some launchers pass it in place of the environment variable.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    return parser
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Reads the config and lays the shared options over it.
+
+    Args:
+        args (Namespace): Of a parser by :func:`make_parser`.
+
+    Raises:
+        CommandError: The file cannot be read, or its data cannot be replaced.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if not osp.isfile(args.config):
+        raise CommandError(f'config: no file {args.config}; the project has its own in configs/')
+    try:
+        cfg = Config.fromfile(args.config)
+    except OSError as error:
+        raise CommandError(f'config {args.config}: {error}') from error
+    cfg.launcher = args.launcher
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = osp.join('work_dirs', osp.splitext(osp.basename(args.config))[0])
+    if args.data_root is not None:
+        set_data_root(cfg, args.data_root)
+    if args.eval_on_train:
+        evaluate_on_train(cfg)
+    if cfg.get('default_scope') == 'mmpretrain':
+        _complete_dataloaders(cfg)
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    return cfg
+
+
+def _complete_dataloaders(cfg: Config) -> None:
+    """Sets what mmpretrain's own tools add to its configs, which rely on it."""
+    for key in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        loader = cfg.get(key)
+        if loader is not None:
+            loader.setdefault('pin_memory', True)
+            loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
+            loader.setdefault('collate_fn', dict(type='default_collate'))
+
+
+def build_runner(cfg: Config) -> Runner:
+    """The config's runner, ``Runner`` unless it names a type."""
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)

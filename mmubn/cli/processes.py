@@ -1,0 +1,58 @@
+"""Several processes, with GPUs or without."""
+
+import os
+from typing import Callable, List, Optional
+
+import torch
+import torch.distributed as dist
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.dist import broadcast_object_list, init_dist, is_main_process
+
+from .errors import CommandError
+
+
+def start_processes(cfg: Config) -> None:
+    """Joins the process group that ``cfg.launcher`` asks for; mmengine then keeps it.
+
+    Without a GPU the group is gloo's. mmengine would set a CUDA device and give one to
+    DistributedDataParallel all the same, so both are done here.
+
+    Args:
+        cfg (Config): On a CPU it gets a ``model_wrapper_cfg`` without device.
+
+    Raises:
+        CommandError: A launcher other than 'pytorch' without a GPU, or 'pytorch'
+            outside of torchrun.
+    """
+    if cfg.launcher == 'none':
+        return
+    if cfg.launcher == 'pytorch' and 'RANK' not in os.environ:
+        raise CommandError('--launcher pytorch: start by torchrun or tools/dist_train.sh')
+    if get_device() != 'cpu':
+        init_dist(cfg.launcher, **cfg.get('env_cfg', {}).get('dist_cfg', {}))
+        return
+    if cfg.launcher != 'pytorch':
+        raise CommandError(f'--launcher {cfg.launcher} needs a GPU; on a CPU use pytorch')
+    dist.init_process_group('gloo')
+    # The dataloaders' workers would take all cores once more for each process.
+    torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', '1')))
+    wrapper = dict(
+        type='MMDistributedDataParallel',
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    )
+    cfg.model_wrapper_cfg = {**(cfg.get('model_wrapper_cfg') or wrapper), 'device_ids': None}
+
+
+def on_main_process(check: Callable[[], None]) -> None:
+    """Runs ``check`` once; its :class:`CommandError` is raised in every process."""
+    failure: List[Optional[str]] = [None]
+    if is_main_process():
+        try:
+            check()
+        except CommandError as error:
+            failure = [str(error)]
+    broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise CommandError(failure[0])

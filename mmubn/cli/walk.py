@@ -1,0 +1,27 @@
+"""Goes through a config."""
+
+from typing import Any, Iterator, Tuple
+
+
+def walk(node: Any, path: str) -> Iterator[Tuple[str, dict]]:
+    """Yields every dict in ``node``, itself included, with its dotted path.
+
+    The paths are those ``--cfg-options`` understands, list positions included.
+
+    Args:
+        node: A value of a config: dict, list, tuple or anything else.
+        path (str): The path of ``node``.
+
+    Example:
+        >>> list(walk(dict(a=[dict(b=1)]), 'x'))
+        [('x', {'a': [{'b': 1}]}), ('x.a.0', {'b': 1})]
+    """
+    if isinstance(node, dict):
+        yield path, node
+        children = node.items()
+    elif isinstance(node, (list, tuple)):
+        children = enumerate(node)
+    else:
+        return
+    for key, value in children:
+        yield from walk(value, f'{path}.{key}')

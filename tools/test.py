@@ -1,0 +1,82 @@
+"""Tests a checkpoint of a model of mmdet or mmpretrain."""
+
+import argparse
+from typing import Optional, Sequence
+
+import mmengine
+from mmengine.config import Config
+from mmengine.registry import METRICS
+
+import mmubn  # noqa: F401  registers UBN for configs without custom_imports
+from mmubn.cli.checkpoint_check import check_weights
+from mmubn.cli.data_check import check_data
+from mmubn.cli.errors import CommandError, command
+from mmubn.cli.norm_check import check_norms
+from mmubn.cli.options import build_runner, load_config, make_parser
+from mmubn.cli.processes import on_main_process, start_processes
+
+
+def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    """The command line."""
+    parser = make_parser(__doc__)
+    parser.add_argument('checkpoint', help='.pth file, or URL')
+    parser.add_argument('--out', metavar='FILE.pkl', help='file for the predictions')
+    parser.add_argument(
+        '--out-item',
+        choices=['metrics', 'pred'],
+        default='pred',
+        help='what --out holds; metrics may go into a .json',
+    )
+    parser.add_argument('--show', action='store_true', help='draw predictions in a window')
+    parser.add_argument(
+        '--show-dir', help='draw predictions into this folder; mmdet puts it in the run folder'
+    )
+    parser.add_argument('--wait-time', type=float, default=2, help='of a window, in seconds')
+    return parser.parse_args(argv)
+
+
+def merge_args(cfg: Config, args: argparse.Namespace) -> None:
+    """Lays the options of testing over the config."""
+    cfg.load_from = args.checkpoint
+    if args.out and args.out_item == 'pred' and not args.out.endswith(('.pkl', '.pickle')):
+        raise CommandError(f'--out {args.out}: predictions go into a .pkl file')
+    if not (args.show or args.show_dir):
+        return
+    hook = cfg.get('default_hooks', {}).get('visualization')
+    if hook is None:
+        raise CommandError('--show: the config has no default_hooks.visualization')
+    mmdet = cfg.get('default_scope') == 'mmdet'  # the two name the hook's settings differently
+    hook['draw' if mmdet else 'enable'] = True
+    hook.show = args.show
+    hook.wait_time = args.wait_time
+    hook['test_out_dir' if mmdet else 'out_dir'] = args.show_dir
+
+
+def check(cfg: Config) -> None:
+    """All that can be known to fail before the runner makes the work directory."""
+    check_norms(cfg)
+    check_data(cfg, ('test',))
+    check_weights(cfg)
+
+
+@command
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Tests."""
+    args = parse_args(argv)
+    cfg = load_config(args)
+    merge_args(cfg, args)
+    start_processes(cfg)
+    on_main_process(lambda: check(cfg))
+    runner = build_runner(cfg)
+    if args.out and args.out_item == 'pred':
+        mmdet = cfg.get('default_scope') == 'mmdet'  # its own compresses the masks
+        dump = 'mmdet.DumpDetResults' if mmdet else 'mmengine.DumpResults'
+        metric = METRICS.build(dict(type=dump, out_file_path=args.out))
+        runner.test_evaluator.metrics.append(metric)
+    metrics = runner.test()
+    if args.out and args.out_item == 'metrics':
+        mmengine.dump(metrics, args.out)
+
+
+if __name__ == '__main__':
+    main()

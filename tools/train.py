@@ -1,0 +1,74 @@
+"""Trains a model of mmdet or mmpretrain."""
+
+import argparse
+from typing import Optional, Sequence
+
+from mmengine.config import Config
+from mmengine.device import get_device
+
+import mmubn  # noqa: F401  registers UBN for configs without custom_imports
+from mmubn.cli.checkpoint_check import check_pretrained, check_start
+from mmubn.cli.data_check import check_data
+from mmubn.cli.errors import CommandError, command
+from mmubn.cli.norm_check import add_ubn_check, check_norms
+from mmubn.cli.options import build_runner, load_config, make_parser
+from mmubn.cli.processes import on_main_process, start_processes
+
+
+def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    """The command line."""
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='continue from this checkpoint, by default the last of the work directory',
+    )
+    parser.add_argument('--amp', action='store_true', help='train in mixed precision')
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rate by the batch size over that of the config',
+    )
+    return parser.parse_args(argv)
+
+
+def merge_args(cfg: Config, args: argparse.Namespace) -> None:
+    """Lays the options of training over the config."""
+    if args.amp:
+        if get_device() == 'cpu':
+            raise CommandError('--amp needs a GPU')
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise CommandError('--auto-scale-lr: the config has no auto_scale_lr.base_batch_size')
+        cfg.auto_scale_lr.enable = True
+    if args.resume is not None:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    add_ubn_check(cfg)
+
+
+def check(cfg: Config) -> None:
+    """All that can be known to fail before the runner makes the work directory."""
+    check_norms(cfg)
+    check_data(cfg, ('train', 'val'))
+    check_start(cfg)
+    check_pretrained(cfg)
+
+
+@command
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Trains."""
+    args = parse_args(argv)
+    cfg = load_config(args)
+    merge_args(cfg, args)
+    start_processes(cfg)
+    on_main_process(lambda: check(cfg))
+    build_runner(cfg).train()
+
+
+if __name__ == '__main__':
+    main()
