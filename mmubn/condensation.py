@@ -1,4 +1,4 @@
-"""Records feature condensation, layer by layer, in any model with batch norms. Needs torch alone."""
+"""Records feature condensation, layer by layer, in any model with batch norms."""
 
 import re
 from contextlib import contextmanager

@@ -132,14 +132,13 @@ class CondensationHook(Hook):
         self._path = Path(runner.work_dir) / 'condensation.csv'
         # Gates start open: of running statistics there are none yet.
         self._gates: Dict[str, bool] = {}
-        begun = False
+        kept = []
         if is_main_process():
             kept = _rows_until(self._path, runner.iter) if runner.iter else []
-            begun = any(row['iter'] == str(runner.iter) for row in kept)
             self._gates = _gates(kept)
             _write_table(self._path, kept)
         fixed = self._measure_batch(runner)
-        if fixed is not None and not begun:
+        if fixed is not None and not kept:
             self._record(runner, runner.epoch, runner.iter, {'fixed': fixed})
         self._last_iter = runner.iter
 
@@ -189,9 +188,13 @@ class CondensationHook(Hook):
         if self._batch is None:
             return None
         model = _unwrapped(runner.model)
-        with _isolated_random(self.seed), _evaluation(model), torch.no_grad():
-            with record_condensation(model, self.layers) as recorder:
-                _run(model, self._batch, recorder)
+        with (
+            record_condensation(model, self.layers) as recorder,
+            _isolated_random(self.seed),
+            _evaluation(model),
+            torch.no_grad(),
+        ):
+            _run(model, self._batch, recorder)
         state = recorder.state()
         all_reduce(state, 'sum')
         return state

@@ -1,0 +1,309 @@
+"""Each promise of the hook, in a Runner that really trains."""
+
+import json
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.model import MMDistributedDataParallel
+from mmengine.optim import OptimWrapper
+from torch import multiprocessing
+from toy_runner import HOOK, ToyImages, ToyNet, column, loader, log_of, make_runner, pairwise, table
+
+from mmubn.hooks import CondensationHook
+
+
+def spy(model, layer='stem.1'):
+    """Every similarity of a layer's input in training, from the N x N matrix."""
+    seen = []
+    model.get_submodule(layer).register_forward_hook(
+        lambda module, args, y: seen.append(pairwise(args[0])) if module.training else None
+    )
+    return seen
+
+
+def everything(runner):
+    """Weights, buffers and momenta."""
+    momenta = runner.optim_wrapper.optimizer.state_dict()['state'].values()
+    return [*runner.model.state_dict().values(), *(m['momentum_buffer'] for m in momenta)]
+
+
+def assert_same_training(work_dir, **options):
+    """Trains with and without the hook and returns the Runner with."""
+    runners = []
+    for name, hooks in (('without', []), ('with', [HOOK])):
+        torch.manual_seed(0)
+        chosen = {key: make() if callable(make) else make for key, make in options.items()}
+        hooks = [*chosen.pop('hooks', []), *hooks]
+        runner = make_runner(work_dir / name, hooks=hooks, **chosen)
+        runner.train()
+        runners.append(runner)
+    without, with_hook = map(everything, runners)
+    assert len(without) == len(with_hook)
+    assert all(torch.equal(a, b) for a, b in zip(without, with_hook))
+    return runners[1]
+
+
+@pytest.mark.parametrize('val', [True, False])
+def test_weights_are_bit_equal_with_and_without(tmp_path, val):
+    # Augmentation and dropout draw from every global generator, the training
+    # transform has a memory, and without a validation set the hook reads the
+    # training set itself.
+    assert_same_training(
+        tmp_path,
+        model=lambda: ToyNet(dropout=0.3, fct=0.3, fct_warmup=2),
+        train_dataloader=lambda: loader(ToyImages(augment=True), shuffle=True),
+        val=lambda: val and ToyImages(size=48, augment=True, seed=1),
+    )
+
+
+def test_training_rows_are_the_epoch_means(tmp_path):
+    runner = make_runner(tmp_path, hooks=[HOOK])
+    seen = spy(runner.model)
+    runner.train()
+    rows = table(tmp_path)
+    expected = [sum(seen[:4]) / 4, sum(seen[4:]) / 4]
+    recorded = column(rows, layer='stem.1', where='train/input')
+    assert recorded == pytest.approx(expected, abs=1e-6)
+    assert abs(expected[0] - expected[1]) > 1e-4
+    assert column(rows, 'iter', layer='stem.1', where='train/input') == [4, 8]
+    assert column(rows, 'epoch', layer='stem.1', where='train/input') == [1, 2]
+
+
+def test_interval_counts_from_the_start_of_an_epoch(tmp_path):
+    runner = make_runner(tmp_path, hooks=[dict(HOOK, interval=3)])
+    seen = spy(runner.model)
+    runner.train()
+    expected = [(seen[0] + seen[3]) / 2, (seen[4] + seen[7]) / 2]
+    recorded = column(table(tmp_path), layer='stem.1', where='train/input')
+    assert recorded == pytest.approx(expected, abs=1e-6)
+
+
+def test_layer_called_twice_is_averaged(tmp_path):
+    runner = make_runner(tmp_path, hooks=[HOOK], epochs=1)
+    seen = spy(runner.model, 'norm')
+    runner.train()
+    assert len(seen) == 8
+    recorded = column(table(tmp_path), layer='norm', where='train/input')
+    assert recorded == pytest.approx([sum(seen) / 8], abs=1e-6)
+
+
+def test_fixed_batch_is_evaluated_before_the_first_and_after_every_epoch(tmp_path):
+    runner = make_runner(tmp_path, hooks=[dict(HOOK, fixed_samples=16, seed=3)])
+    expected = []
+
+    def measure():
+        chosen = torch.randperm(48, generator=torch.Generator().manual_seed(3))[:16]
+        model = runner.model.eval()
+        features = model.stem[0](ToyImages(size=48, seed=1).images[chosen])
+        expected.append((pairwise(features), pairwise(model.stem[1](features))))
+
+    measure()
+    runner.train()
+    measure()
+    rows = table(tmp_path)
+    assert column(rows, 'epoch', layer='stem.1', where='fixed/input') == [0, 1, 2]
+    for position, where in enumerate(('fixed/input', 'fixed/output')):
+        recorded = column(rows, layer='stem.1', where=where)
+        before, after = (pair[position] for pair in expected)
+        assert [recorded[0], recorded[-1]] == pytest.approx([before, after], abs=1e-6)
+        assert len(set(recorded)) == 3
+
+
+def test_module_modes_are_put_back(tmp_path):
+    class HalfFrozen(ToyNet):
+        def train(self, mode=True):
+            super().train(mode)
+            self.stem.eval()
+            return self
+
+    runner = make_runner(tmp_path, HalfFrozen(), hooks=[HOOK], epochs=1, val=False)
+    runner.train()
+    assert not runner.model.stem[1].training
+    assert runner.model.stem[1].num_batches_tracked == 0
+    assert runner.model.norm.training
+
+
+def test_pattern_and_no_fixed_batch(tmp_path):
+    make_runner(tmp_path, hooks=[dict(HOOK, layers='^norm$', fixed_samples=0)]).train()
+    rows = table(tmp_path)
+    assert {r['layer'] for r in rows} == {'norm'}
+    assert {r['where'] for r in rows} == {'train/input', 'train/output'}
+
+
+class CPUAutocast(OptimWrapper):
+    """AmpOptimWrapper's forward; that class itself refuses to work without a GPU."""
+
+    @contextmanager
+    def optim_context(self, model):
+        with super().optim_context(model), torch.autocast('cpu', torch.bfloat16):
+            yield
+
+
+def test_amp(tmp_path):
+    optim_wrapper = dict(type=CPUAutocast, optimizer=dict(type='SGD', lr=0.1, momentum=0.9))
+    runner = make_runner(tmp_path / 'spied', hooks=[HOOK], optim_wrapper=optim_wrapper)
+    seen, dtypes = spy(runner.model), set()
+    runner.model.norm.register_forward_pre_hook(lambda _, args: dtypes.add(args[0].dtype))
+    runner.train()
+    assert torch.bfloat16 in dtypes
+    recorded = column(table(tmp_path / 'spied'), layer='stem.1', where='train/input')
+    assert recorded == pytest.approx([sum(seen[:4]) / 4, sum(seen[4:]) / 4], abs=1e-6)
+    assert_same_training(tmp_path, optim_wrapper=lambda: dict(optim_wrapper))
+
+
+def test_gradient_accumulation(tmp_path):
+    optimizer = dict(type='SGD', lr=0.1, momentum=0.9)
+    runner = assert_same_training(
+        tmp_path, optim_wrapper=lambda: dict(accumulative_counts=2, optimizer=dict(optimizer))
+    )
+    rows = table(runner.work_dir)
+    assert column(rows, 'iter', layer='norm', where='train/input') == [4, 8]
+
+
+def test_ema_leaves_both_models_alone_and_the_trained_one_is_measured(tmp_path):
+    def ema():
+        return [dict(type='EMAHook', momentum=0.5, update_buffers=True)]
+
+    runner = assert_same_training(tmp_path, hooks=ema)
+    plain = make_runner(tmp_path / 'plain', hooks=[HOOK])
+    plain.train()
+    # EMA changes no training, so the trained weights give the same table.
+    assert table(runner.work_dir) == table(tmp_path / 'plain')
+    averaged = [
+        torch.load(tmp_path / name / 'epoch_2.pth', weights_only=False)['state_dict']
+        for name in ('without', 'with')
+    ]
+    assert all(torch.equal(averaged[0][key], averaged[1][key]) for key in averaged[0])
+
+
+def test_resume_appends_without_gap_or_double_row(tmp_path):
+    make_runner(tmp_path / 'whole', hooks=[HOOK], epochs=4).train()
+    make_runner(tmp_path / 'parts', hooks=[HOOK], epochs=3).train()
+    # As if the run had died in epoch 3, with the table ahead of the checkpoint.
+    (tmp_path / 'parts' / 'epoch_3.pth').unlink()
+    (tmp_path / 'parts' / 'last_checkpoint').write_text(str(tmp_path / 'parts' / 'epoch_2.pth'))
+    with (tmp_path / 'parts' / 'condensation.csv').open('a') as file:
+        file.write('4,1')
+    make_runner(tmp_path / 'parts', hooks=[HOOK], epochs=4, resume=True).train()
+
+    rows = table(tmp_path / 'parts')
+    keys = [(r['epoch'], r['iter'], r['layer'], r['where']) for r in rows]
+    assert len(set(keys)) == len(keys)
+    assert rows == table(tmp_path / 'whole')
+
+
+def test_new_training_in_an_old_work_dir_starts_a_new_table(tmp_path):
+    make_runner(tmp_path, hooks=[HOOK], epochs=2).train()
+    make_runner(tmp_path, hooks=[HOOK], epochs=1).train()
+    assert column(table(tmp_path), 'epoch', layer='norm', where='fixed/input') == [0, 1]
+
+
+def test_iteration_based_loop_records_every_val_interval(tmp_path):
+    make_runner(tmp_path, hooks=[HOOK], iters=10).train()
+    rows = table(tmp_path)
+    assert column(rows, 'iter', layer='norm', where='fixed/input') == [0, 4, 8, 10]
+    assert column(rows, 'iter', layer='norm', where='train/input') == [4, 8, 10]
+
+
+def test_resume_between_two_records_keeps_the_averages_begun(tmp_path):
+    hooks = [dict(HOOK, interval=1)]
+    checkpoint = dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=6))
+    make_runner(tmp_path / 'whole', hooks=hooks, iters=10, default_hooks=checkpoint).train()
+    make_runner(tmp_path / 'parts', hooks=hooks, iters=6, default_hooks=checkpoint).train()
+    # The shorter run ended with a record that the longer one has not.
+    path = tmp_path / 'parts' / 'iter_6.pth'
+    saved = torch.load(path, weights_only=False)
+    assert saved['condensation']['state'][:, 0, 1].sum() == 0
+    whole = torch.load(tmp_path / 'whole' / 'iter_6.pth', weights_only=False)
+    assert whole['condensation']['state'][0, 0, 1] == 2
+    torch.save(whole, path)
+    lines = (tmp_path / 'parts' / 'condensation.csv').read_text().splitlines()
+    kept = [line for line in lines if ',6,' not in line[:4]]
+    (tmp_path / 'parts' / 'condensation.csv').write_text('\n'.join(kept) + '\n')
+
+    make_runner(
+        tmp_path / 'parts', hooks=hooks, iters=10, default_hooks=checkpoint, resume=True
+    ).train()
+    assert table(tmp_path / 'parts') == table(tmp_path / 'whole')
+
+
+def test_gates_in_the_table_and_in_the_log(tmp_path):
+    model = ToyNet(fct=0.99, fct_momentum=1.0, fct_warmup=8)
+    runner = make_runner(tmp_path, model, hooks=[HOOK], epochs=3)
+    for handler in [runner.logger, *runner.logger.handlers]:
+        handler.setLevel('INFO')
+    runner.train()
+    rows = table(tmp_path)
+    # Two calls a step: the warm-up of eight batches is over after the first epoch.
+    used = column(rows, 'batch_statistics_used', layer='norm', where='train/input')
+    assert used == [1, 0, 0]
+    assert column(rows, 'batch_statistics_used', layer='norm', where='fixed/input') == [None] * 4
+    assert column(rows, 'batch_statistics_used', layer='stem.1', where='train/input') == [None] * 3
+    last = column(rows, 'running_similarity', layer='norm', where='train/input')[-1]
+    assert last == pytest.approx(float(model.norm.running_similarity), rel=1e-5)
+
+    lines = re.findall(r'Condensation at .*', log_of(runner))
+    similarities = column(rows, epoch=3, where='fixed/input')
+    condensed = sum(s > 0.3 for s in similarities)
+    assert lines[3].startswith(f'Condensation at epoch 3: {condensed} of 2 layers condensed')
+    assert lines[1].endswith('1 of 1 gates open; opened: none; shut: none')
+    assert lines[2].endswith('0 of 1 gates open; opened: none; shut: norm')
+    assert lines[3].endswith('0 of 1 gates open; opened: none; shut: none')
+
+
+def test_scalars_are_means_over_groups(tmp_path):
+    runner = make_runner(tmp_path, hooks=[HOOK], epochs=1)
+    runner.train()
+    lines = (Path(runner.log_dir) / 'vis_data' / 'scalars.json').read_text().splitlines()
+    scalars = [json.loads(line) for line in lines if 'condensation/' in line]
+    assert [s['step'] for s in scalars] == [0, 4]
+    rows = table(tmp_path)
+    stem, norm = column(rows, epoch=1, where='fixed/input')
+    assert scalars[1]['condensation/stem/fixed/input'] == pytest.approx(stem, abs=1e-5)
+    assert scalars[1]['condensation/norm/fixed/input'] == pytest.approx(norm, abs=1e-5)
+    assert scalars[1]['condensation/all/fixed/input'] == pytest.approx((stem + norm) / 2, abs=1e-5)
+    assert scalars[1]['condensation/norm/batch_statistics_used'] == 1
+
+
+def test_bad_settings():
+    with pytest.raises(ValueError, match='interval counts iterations and must be positive, got 0'):
+        CondensationHook(interval=0)
+    with pytest.raises(ValueError, match='fixed_samples cannot be negative, got -1'):
+        CondensationHook(fixed_samples=-1)
+
+
+def test_resume_refuses_a_foreign_table(tmp_path):
+    make_runner(tmp_path, hooks=[HOOK], epochs=1).train()
+    (tmp_path / 'condensation.csv').write_text('a,b\n1,2\n')
+    with pytest.raises(ValueError, match=r'condensation.csv is no condensation table'):
+        make_runner(tmp_path, hooks=[HOOK], epochs=2, resume=True).train()
+
+
+def train_on_rank(rank, folder, port):
+    torch.set_num_threads(1)
+    # Started here because mmengine's launcher wants a GPU a process.
+    torch.distributed.init_process_group('gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
+    torch.manual_seed(0)
+    net = ToyNet()
+    seen = spy(net)
+    model = MMDistributedDataParallel(net, device_ids=None, broadcast_buffers=False)
+    runner = make_runner(Path(folder) / 'run', model, hooks=[HOOK])
+    runner.train()
+    torch.save(dict(seen=seen, mean=net.stem[1].running_mean), Path(folder) / f'rank{rank}.pt')
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_are_averaged(tmp_path, free_port):
+    multiprocessing.spawn(train_on_rank, (str(tmp_path), free_port), nprocs=2)
+    first, second = (torch.load(tmp_path / f'rank{rank}.pt') for rank in range(2))
+    assert not torch.equal(first['mean'], second['mean'])
+    rows = table(tmp_path / 'run')
+    assert len(rows) == 4 + 2 * 8
+    both = [(a + b) / 2 for a, b in zip(first['seen'], second['seen'])]
+    expected = [sum(both[:2]) / 2, sum(both[2:]) / 2]
+    recorded = column(rows, layer='stem.1', where='train/input')
+    assert recorded == pytest.approx(expected, abs=1e-6)
+    assert first['seen'] != second['seen']

@@ -1,0 +1,116 @@
+"""What the start-up check says of models that can and that cannot train their UBNs."""
+
+import re
+
+import pytest
+from mmengine.config import Config
+from mmengine.model import convert_sync_batchnorm
+from mmengine.registry import DATASETS, MODELS
+from mmengine.runner import Runner
+from torch import nn
+from toy_runner import ToyImages, ToyNet, loader, log_of, make_runner
+
+import mmubn
+
+HOOK = dict(type='UBNCheckHook')
+
+
+class Held(ToyNet):
+    """Keeps a part in evaluation mode or frozen whenever training mode is set."""
+
+    def __init__(self, evaluate=(), freeze=()):
+        super().__init__()
+        self.more = nn.ModuleList([mmubn.RBN(8), mmubn.UBN(8)])
+        self.evaluate, self.freeze = evaluate, freeze
+
+    def train(self, mode=True):
+        super().train(mode)
+        for name in self.evaluate:
+            self.get_submodule(name).eval()
+        for name in self.freeze:
+            self.get_submodule(name).requires_grad_(False)
+        return self
+
+
+def checked(tmp_path, model):
+    runner = make_runner(tmp_path, model, hooks=[HOOK], epochs=1, val=False)
+    for handler in [runner.logger, *runner.logger.handlers]:
+        handler.setLevel('INFO')
+    runner.train()
+    return re.search(r'- (\w+) - ((?:RBN, )?UBN: .*)', log_of(runner)).groups()
+
+
+def test_all_train(tmp_path):
+    assert checked(tmp_path, ToyNet()) == ('INFO', 'UBN: 1 layers built, 1 train')
+
+
+def test_some_are_held(tmp_path):
+    model = Held(evaluate=['norm'], freeze=['more.0'])
+    # Only what the model's own train() does holds them, not the mode it came in.
+    model.requires_grad_(True).eval()
+    assert checked(tmp_path, model) == (
+        'INFO',
+        'RBN, UBN: 3 layers built, 1 train, 1 held in evaluation mode '
+        '(norm_eval=True, frozen_stages), 1 with frozen parameters',
+    )
+
+
+def test_none_can_train(tmp_path):
+    level, line = checked(tmp_path, Held(evaluate=['norm', 'more.0', 'more.1']))
+    assert level == 'WARNING'
+    assert line.startswith('RBN, UBN: 3 layers built, 0 train, 3 held in evaluation mode')
+    assert line.endswith(
+        'none can train. Set norm_eval=False and frozen_stages=-1 in the backbone.'
+    )
+
+
+class Configured(ToyNet):
+    """Takes a config whose norm it does not build."""
+
+    def __init__(self, neck):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+
+
+def run_config(tmp_path, model, **options):
+    MODELS.register_module(module=Configured, force=True)
+    DATASETS.register_module(module=ToyImages, force=True)
+    cfg = Config(
+        dict(
+            model=model,
+            work_dir=str(tmp_path),
+            train_dataloader=loader(dict(type='ToyImages')),
+            train_cfg=dict(by_epoch=True, max_epochs=1),
+            optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+            custom_hooks=[HOOK],
+            log_level='ERROR',
+            experiment_name=tmp_path.name,
+            **options,
+        )
+    )
+    Runner.from_cfg(cfg).train()
+
+
+@pytest.mark.parametrize('kind', ['UBN', 'mmubn.UBN', 'RBN'])
+def test_replaced_layers_are_an_error_that_names_key_and_type(tmp_path, kind):
+    neck = [dict(norm_cfg=dict(type='BN')), dict(norm_cfg=dict(type=kind, fct=0.15))]
+    expected = (
+        rf"model.neck.1.norm_cfg asks for '{kind.split('.')[-1]}', but the model has no such "
+        'layer; it has 2 BatchNorm2d'
+    )
+    with pytest.raises(RuntimeError, match=expected):
+        run_config(tmp_path, dict(type='Configured', neck=neck))
+
+
+def test_config_without_ubn_passes(tmp_path):
+    # An unused variable of the config asks for nothing.
+    neck = dict(norm_cfg=dict(type='BN'))
+    run_config(tmp_path, dict(type='Configured', neck=neck), norm_cfg=dict(type='UBN'))
+
+
+def test_minimal_config_passes(tmp_path):
+    model = ToyNet()
+    model.norm = nn.BatchNorm2d(8)
+    model = convert_sync_batchnorm(model).eval()
+    runner = make_runner(tmp_path, model, hooks=[HOOK], epochs=1, val=False)
+    next(h for h in runner.hooks if type(h).__name__ == 'UBNCheckHook').before_train(runner)
