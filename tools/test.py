@@ -45,11 +45,11 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:
         raise CommandError('--show: the config has no default_hooks.visualization')
-    mmdet = cfg.get('default_scope') == 'mmdet'  # the two name the hook's settings differently
-    hook['draw' if mmdet else 'enable'] = True
-    hook.show = args.show
-    hook.wait_time = args.wait_time
-    hook['test_out_dir' if mmdet else 'out_dir'] = args.show_dir
+    if cfg.get('default_scope') == 'mmdet':
+        settings = dict(draw=True, test_out_dir=args.show_dir)
+    else:
+        settings = dict(enable=True, interval=1, out_dir=args.show_dir)
+    hook.update(settings, show=args.show, wait_time=args.wait_time)
 
 
 def check(cfg: Config) -> None:

@@ -83,7 +83,7 @@ def _read(key: str, source: str, remedy: str) -> dict:
     except OSError as error:
         raise CommandError(f'{key}: cannot fetch {source} ({error}); {remedy}') from error
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CommandError(f'{key}: {source} is not a whole checkpoint ({reason})') from error
     if not isinstance(checkpoint, dict):
         raise CommandError(f'{key}: {source} holds a {type(checkpoint).__name__}, not weights')

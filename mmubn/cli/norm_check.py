@@ -7,7 +7,7 @@ from mmcv.cnn import build_norm_layer
 from mmengine.config import Config
 from mmengine.registry import HOOKS, MODELS
 
-from ..layers import UBN
+from ..layers.base import RectifiedBatchNorm
 from .errors import CommandError
 from .walk import walk
 
@@ -31,12 +31,14 @@ def check_norms(cfg: Config) -> None:
 
 
 def add_ubn_check(cfg: Config) -> None:
-    """Adds ``UBNCheckHook`` to a config that asks for UBN, if it is not there already."""
+    """Adds ``UBNCheckHook`` to a config that asks for a layer of ours, if it is not there."""
     hooks = cfg.get('custom_hooks') or []
     if any(hook.get('type') == 'UBNCheckHook' for hook in hooks):
         return
     layers = [_layer_class(norm) for _, norm in _norm_cfgs(cfg)]
-    asks = any(isinstance(layer, type) and issubclass(layer, UBN) for layer in layers)
+    asks = any(
+        isinstance(layer, type) and issubclass(layer, RectifiedBatchNorm) for layer in layers
+    )
     if asks and HOOKS.get('UBNCheckHook') is not None:
         cfg.custom_hooks = [*hooks, dict(type='UBNCheckHook')]
 

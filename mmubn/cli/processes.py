@@ -3,7 +3,6 @@
 import os
 from typing import Callable, List, Optional
 
-import torch
 import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -35,8 +34,6 @@ def start_processes(cfg: Config) -> None:
     if cfg.launcher != 'pytorch':
         raise CommandError(f'--launcher {cfg.launcher} needs a GPU; on a CPU use pytorch')
     dist.init_process_group('gloo')
-    # The dataloaders' workers would take all cores once more for each process.
-    torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', '1')))
     wrapper = dict(
         type='MMDistributedDataParallel',
         broadcast_buffers=False,

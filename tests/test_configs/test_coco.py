@@ -1,0 +1,78 @@
+"""The COCO configs: what they resolve to and what they build."""
+
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmubn import UBN
+
+pytest.importorskip('mmdet')
+CONFIGS = Path(__file__).parents[2] / 'configs'
+MODELS_OF_PAPER = [
+    f'{model}_rcnn_{depth}' for model in ('faster', 'mask') for depth in ('r50', 'r101')
+]
+# Layers in the stem and the first stage, 1 + 3 * 3 + 1, which mmdet freezes.
+FROZEN = 11
+LAYERS = {'r50': 53, 'r101': 104}
+
+
+def load(name: str) -> Config:
+    return Config.fromfile(CONFIGS / f'{name}_1x_coco.py')
+
+
+def plain(cfg: Config) -> dict:
+    return cfg.to_dict()
+
+
+@pytest.mark.parametrize('name', MODELS_OF_PAPER)
+def test_bn_config_differs_in_nothing_but_the_norm(name):
+    ubn, bn = plain(load(f'{name}_ubn')), plain(load(f'{name}_bn'))
+    assert ubn['model']['backbone'].pop('norm_cfg') == dict(
+        type='UBN', fct=0.15, requires_grad=True
+    )
+    assert bn['model']['backbone'].pop('norm_cfg') == dict(type='BN', requires_grad=True)
+    assert ubn == bn
+
+
+@pytest.mark.parametrize('name', MODELS_OF_PAPER)
+def test_config_is_mmdets_but_for_the_norm(name):
+    model, _, depth = name.split('_')
+    ours = plain(load(f'{name}_bn'))
+    base = f'mmdet::{model}_rcnn/{model}-rcnn_{depth}_fpn_1x_coco.py'
+    theirs = plain(Config.fromstring(f"_base_ = '{base}'", '.py'))
+    ours.pop('custom_imports')
+    assert theirs['model']['backbone'].pop('norm_eval') is True
+    assert ours['model']['backbone'].pop('norm_eval') is False
+    assert ours == theirs
+
+
+@pytest.mark.parametrize('name', MODELS_OF_PAPER)
+def test_schedule_is_the_papers(name):
+    cfg = load(f'{name}_ubn')
+    assert cfg.optim_wrapper.optimizer == dict(
+        type='SGD', lr=0.02, momentum=0.9, weight_decay=0.0001
+    )
+    assert cfg.train_cfg.max_epochs == 12
+    assert cfg.param_scheduler[1].milestones == [8, 11]
+    assert cfg.train_dataloader.batch_size == 2
+    assert cfg.auto_scale_lr.base_batch_size == 16
+
+
+@pytest.mark.parametrize('norm', ['ubn', 'bn'])
+@pytest.mark.parametrize('name', MODELS_OF_PAPER)
+def test_norm_layers_train_beyond_the_frozen_stages(name, norm):
+    cfg = load(f'{name}_{norm}')
+    init_default_scope('mmdet')
+    model = MODELS.build(cfg.model)
+    model.train()
+    layers = {key: m for key, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    assert {isinstance(layer, UBN) for layer in layers.values()} == {norm == 'ubn'}
+    frozen = {key for key, layer in layers.items() if not layer.training}
+    assert frozen == {key for key in layers if key.startswith(('backbone.bn1', 'backbone.layer1.'))}
+    assert len(frozen) == FROZEN
+    assert len(layers) == LAYERS[name.split('_')[2]]
+    for key, layer in layers.items():
+        assert all(p.requires_grad == (key not in frozen) for p in layer.parameters())

@@ -1,0 +1,32 @@
+"""Fixtures of the tools' tests."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip('mmpretrain')
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """A folder with ``tiny.py`` and ``images/``, which is the working directory."""
+    from tiny_project import make_project
+
+    make_project(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs a tool that must fail; returns the last line it writes to stderr."""
+    from tiny_project import load_tool
+
+    def run(tool: str, *argv: str) -> str:
+        with pytest.raises(SystemExit) as caught:
+            load_tool(tool).main(argv)
+        assert caught.value.code == 1
+        assert not Path('work_dirs').exists()
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return run

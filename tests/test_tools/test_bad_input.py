@@ -1,0 +1,175 @@
+"""Bad input costs one line, a nonzero exit code and no work directory."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from tiny_project import ROOT
+
+COCO = str(ROOT / 'configs' / 'mask_rcnn_r50_ubn_1x_coco.py')
+DATA = ('tiny.py', '--data-root', 'images')
+NORM = 'model.backbone.norm_cfg'
+MOVE = '--data-root DIR points every dataset and evaluator at another folder'
+FILE = 'give the path of a .pth file'
+
+
+@pytest.mark.parametrize(
+    ('option', 'line'),
+    [
+        (
+            f'{NORM}.fctt=0.2',
+            f"error: {NORM}: UBN got an unknown key 'fctt', did you mean 'fct'?",
+        ),
+        (
+            f'{NORM}.kernel_size=2',
+            f'error: {NORM}: kernel_size must be a positive odd integer, got 2',
+        ),
+        (
+            f'{NORM}.type=UBNN',
+            f"error: {NORM}: no norm layer is registered as 'UBNN'; did you mean 'UBN'?",
+        ),
+        (
+            'model.backbone.init_cfg.checkpoint=none.pth',
+            'error: model.backbone.init_cfg.checkpoint: no file none.pth; train without by '
+            '--cfg-options model.backbone.init_cfg=None, or from a local file by '
+            '--cfg-options model.backbone.init_cfg.checkpoint=FILE',
+        ),
+        (
+            'model.backbone.init_cfg.checkpoint=torchvision://resnet51',
+            'error: model.backbone.init_cfg.checkpoint: torchvision://resnet51 names no known '
+            'model; train without by --cfg-options model.backbone.init_cfg=None, or from a local '
+            'file by --cfg-options model.backbone.init_cfg.checkpoint=FILE',
+        ),
+        ('load_from=none.pth', f'error: load_from: no file none.pth; {FILE}'),
+    ],
+)
+def test_bad_setting(project, fails, option, line):
+    options = [option]
+    if 'init_cfg' in option:
+        options.append('model.backbone.init_cfg.type=Pretrained')
+    assert fails('train', *DATA, '--cfg-options', *options) == line
+
+
+def test_unreachable_pretrained_weights(project, fails):
+    # Nothing listens on the port of the discard service.
+    source = 'http://127.0.0.1:9/resnet.pth'
+    key = 'model.backbone.init_cfg'
+    options = (f'{key}.type=Pretrained', f'{key}.checkpoint={source}')
+    line = fails('train', *DATA, '--cfg-options', *options)
+    assert line.startswith(f'error: {key}.checkpoint: cannot fetch {source} (<urlopen error ')
+    assert f'--cfg-options {key}=None' in line
+
+
+def test_missing_config(project, fails):
+    line = 'error: config: no file none.py; the project has its own in configs/'
+    assert fails('train', 'none.py') == line
+
+
+def test_missing_data(project, fails):
+    key = 'train_dataloader.dataset.data_root'
+    assert fails('train', 'tiny.py') == f'error: {key}: no folder no/such/place; {MOVE}'
+    line = 'error: --data-root: nowhere is not a folder'
+    assert fails('train', 'tiny.py', '--data-root', 'nowhere') == line
+
+
+def test_missing_split(project, fails):
+    (project / 'images' / 'val').rename(project / 'images' / 'other')
+    line = (
+        f'error: val_dataloader.dataset.data_prefix: no folder images/val; {MOVE}, '
+        '--eval-on-train evaluates on the training images'
+    )
+    assert fails('train', *DATA) == line
+
+
+def test_missing_coco_annotations(project, fails):
+    pytest.importorskip('mmdet')
+    (project / 'coco').mkdir()
+    line = (
+        'error: train_dataloader.dataset.ann_file: no file '
+        f'coco/annotations/instances_train2017.json; {MOVE}'
+    )
+    assert fails('train', COCO, '--data-root', 'coco') == line
+
+
+def test_missing_checkpoint(project, fails):
+    assert fails('train', *DATA, '--resume', 'x.pth') == f'error: --resume: no file x.pth; {FILE}'
+    line = f'error: checkpoint: no file x.pth; {FILE}'
+    assert fails('test', 'tiny.py', 'x.pth', '--data-root', 'images') == line
+
+
+@pytest.mark.parametrize('content', [b'', b'no checkpoint', 'half'])
+def test_broken_checkpoint(project, fails, content):
+    if content == 'half':
+        torch.save(dict(state_dict=dict(weight=torch.zeros(1000))), 'x.pth')
+        content = (project / 'x.pth').read_bytes()[:2000]
+    (project / 'x.pth').write_bytes(content)
+    line = fails('test', 'tiny.py', 'x.pth', '--data-root', 'images')
+    assert line.startswith('error: checkpoint: x.pth is not a whole checkpoint (')
+
+
+def save_weights(depth: int, **meta) -> None:
+    cfg = Config.fromfile('tiny.py')
+    init_default_scope('mmpretrain')
+    cfg.model.backbone.depth = depth
+    torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict(), **meta), 'x.pth')
+
+
+# Depth 34 has 8 blocks more, each of two convolutions and two UBN of 10 entries; mmengine
+# does not count a missing num_batches_tracked.
+@pytest.mark.parametrize(
+    ('saved', 'built', 'difference'),
+    [
+        (34, 18, '176 keys unknown to the model (backbone.layer1.2.conv1.weight)'),
+        (18, 34, '160 keys missing (backbone.layer1.2.conv1.weight)'),
+    ],
+)
+def test_checkpoint_of_another_depth(project, fails, saved, built, difference):
+    save_weights(saved)
+    argv = ('x.pth', '--data-root', 'images', '--cfg-options', f'model.backbone.depth={built}')
+    line = fails('test', 'tiny.py', *argv)
+    assert line == (
+        f'error: checkpoint: x.pth does not fit the model of tiny.py: {difference}; '
+        'give the config it was trained with'
+    )
+
+
+def test_checkpoint_of_another_width(project, fails):
+    save_weights(18, meta=dict(iter=1, epoch=1))
+    width = 'model.head.in_channels=32'
+    line = fails('train', *DATA, '--resume', 'x.pth', '--cfg-options', width)
+    assert 'does not fit the model' in line
+    assert '1 keys of another shape (head.fc.weight)' in line
+
+
+def test_weights_cannot_be_resumed(project, fails):
+    save_weights(18)
+    line = (
+        'error: --resume: x.pth holds weights alone; start from it by --cfg-options load_from=x.pth'
+    )
+    assert fails('train', *DATA, '--resume', 'x.pth') == line
+
+
+def test_other_options(project, fails):
+    line = 'error: --auto-scale-lr: the config has no auto_scale_lr.base_batch_size'
+    assert fails('train', *DATA, '--auto-scale-lr') == line
+    line = 'error: --out x.json: predictions go into a .pkl file'
+    assert fails('test', 'tiny.py', 'x.pth', '--out', 'x.json') == line
+    line = 'error: --launcher pytorch: start by torchrun or tools/dist_train.sh'
+    assert fails('train', *DATA, '--launcher', 'pytorch') == line
+
+
+def test_as_a_process(project):
+    argv = [sys.executable, str(ROOT / 'tools' / 'train.py'), 'none.py']
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == 'error: config: no file none.py; the project has its own in configs/\n'
+
+
+def test_other_errors_keep_their_traceback(project):
+    from tiny_project import load_tool
+
+    with pytest.raises(KeyError, match='NoBackbone'):
+        load_tool('train').main([*DATA, '--cfg-options', 'model.backbone.type=NoBackbone'])

@@ -1,0 +1,39 @@
+"""The main config on real COCO images, at reduced size."""
+
+import tarfile
+from pathlib import Path
+
+import pytest
+from tiny_project import ROOT, load_tool
+
+pytest.importorskip('mmdet')
+pytest.importorskip('pycocotools')
+
+
+@pytest.mark.slow
+def test_main_config_trains_and_evaluates(real_data, tmp_path, monkeypatch):
+    archive = real_data / 'coco128.tar'
+    if not archive.is_file():
+        pytest.skip(f'no {archive}')
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path, filter='data')
+    monkeypatch.chdir(tmp_path)
+    config = str(ROOT / 'configs' / 'mask_rcnn_r50_ubn_1x_coco.py')
+    options = [
+        'model.backbone.init_cfg=None',
+        'train_cfg.max_epochs=1',
+        'train_dataloader.dataset.indices=4',
+        'val_dataloader.dataset.indices=2',
+        'train_dataloader.dataset.pipeline.2.scale=(160,96)',
+        'val_dataloader.dataset.pipeline.1.scale=(160,96)',
+        # A net after two steps is sure of nothing; without detections there is no AP.
+        'model.test_cfg.rcnn.score_thr=0.0',
+        'model.test_cfg.rpn.max_per_img=50',
+    ]
+    argv = [config, '--data-root', 'coco128', '--eval-on-train', '--cfg-options', *options]
+    load_tool('train').main(argv)
+    run = Path('work_dirs/mask_rcnn_r50_ubn_1x_coco')
+    assert (run / 'epoch_1.pth').is_file()
+    log = next(run.glob('*/*.log')).read_text()
+    assert 'UBN: 53 layers built, 42 train' in log
+    assert 'coco/segm_mAP' in next(run.glob('*/vis_data/scalars.json')).read_text()

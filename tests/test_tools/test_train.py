@@ -1,0 +1,82 @@
+"""tools/train.py and what follows from it: resuming, testing, several processes."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_project import ROOT, load_tool
+
+DATA = ('tiny.py', '--data-root', 'images')
+
+
+def weights(path: Path) -> dict:
+    return torch.load(path, map_location='cpu', weights_only=False)['state_dict']
+
+
+def test_trains_tests_and_resumes(project, capsys):
+    train, test = load_tool('train').main, load_tool('test').main
+    train([*DATA])
+    first = weights(project / 'work_dirs' / 'tiny' / 'epoch_1.pth')
+    assert first['backbone.layer4.1.bn2.num_batches_tracked'] == 2
+    log = next(Path('work_dirs/tiny').glob('*/*.log')).read_text()
+    assert 'UBN: 20 layers built, 20 train' in log
+
+    train([*DATA, '--resume', '--cfg-options', 'train_cfg.max_epochs=2'])
+    second = weights(project / 'work_dirs' / 'tiny' / 'epoch_2.pth')
+    assert second['backbone.layer4.1.bn2.num_batches_tracked'] == 4
+    assert not torch.equal(first['head.fc.weight'], second['head.fc.weight'])
+
+    checkpoint = 'work_dirs/tiny/epoch_2.pth'
+    argv = ['tiny.py', checkpoint, '--data-root', 'images', '--work-dir', 'tested']
+    test([*argv, '--out', 'predictions.pkl', '--show-dir', 'drawn'])
+    predictions = pickle.loads((project / 'predictions.pkl').read_bytes())
+    assert [sample['gt_label'].item() for sample in predictions] == [0] * 4 + [1] * 4
+    assert len(list((project / 'drawn').glob('*.png'))) == 8
+    test([*argv, '--out', 'metrics.json', '--out-item', 'metrics'])
+    right = sum(bool(s['pred_label'] == s['gt_label']) for s in predictions)
+    metrics = json.loads((project / 'metrics.json').read_text())
+    assert metrics['accuracy/top1'] == pytest.approx(100 * right / 8)
+
+
+def test_evaluates_on_train(project, capsys):
+    (project / 'images' / 'val').rename(project / 'images' / 'other')
+    load_tool('train').main([*DATA, '--eval-on-train', '--work-dir', 'run'])
+    line = 'warning: evaluating on the training images (--eval-on-train)'
+    assert line in capsys.readouterr().err.splitlines()
+    assert 'accuracy/top1' in next(Path('run').glob('*/vis_data/scalars.json')).read_text()
+
+
+def shell(script: str, *argv: str) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
+    env = {**os.environ, 'PATH': path, 'CUDA_VISIBLE_DEVICES': ''}
+    for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'PORT', 'NNODES'):
+        env.pop(name, None)
+    command = [str(ROOT / 'tools' / script), *argv]
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+@pytest.mark.slow
+def test_two_processes_without_gpu(project):
+    done = shell('dist_train.sh', 'tiny.py', '2', *DATA[1:], '--work-dir', 'two')
+    assert done.returncode == 0, done.stderr[-3000:]
+    # 8 images, 4 for each process at once.
+    assert weights(project / 'two' / 'epoch_1.pth')['backbone.bn1.num_batches_tracked'] == 1
+
+    done = shell('dist_test.sh', 'tiny.py', 'two/epoch_1.pth', '2', *DATA[1:], '--out', 'two.pkl')
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(pickle.loads((project / 'two.pkl').read_bytes())) == 8
+
+
+@pytest.mark.slow
+def test_two_processes_tell_bad_input_once(project):
+    done = shell('dist_train.sh', 'tiny.py', '2')
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+    assert len(lines) == 1
+    assert lines[0].startswith('error: train_dataloader.dataset.data_root: no folder no/such/place')
+    assert not Path('work_dirs').exists()

@@ -1,0 +1,76 @@
+"""Sums up a run of `make demo`: held-out AP, training time, condensation of each norm layer."""
+
+import argparse
+import csv
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Dict, List
+
+import torch
+
+_TIME = '%Y%m%d_%H%M%S'
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('work_dir', type=Path, help='--work-dir of the training')
+    return parser.parse_args()
+
+
+def main() -> None:
+    work_dir = parse_args().work_dir
+    tests = sorted((work_dir / 'test').glob('*/*.json'))
+    if not tests:
+        raise SystemExit(f'demo.py: no evaluation in {work_dir / "test"}: run `make demo` first')
+    print(f'\nDemo in {work_dir}: {training_time(work_dir)}')
+    print(held_out_ap(json.loads(tests[-1].read_text())))
+    with (work_dir / 'condensation.csv').open(newline='') as file:
+        print(condensation(list(csv.DictReader(file))))
+    print(f'Drawn on held-out images (left truth, right prediction): {work_dir / "predictions"}')
+
+
+def training_time(work_dir: Path) -> str:
+    """From the start of the training to its last checkpoint, validation included."""
+    checkpoint = Path((work_dir / 'last_checkpoint').read_text())
+    meta = torch.load(checkpoint, map_location='cpu', weights_only=False)['meta']
+    start = datetime.strptime(meta['experiment_name'][-15:], _TIME)
+    end = datetime.strptime(meta['time'], _TIME)
+    minutes = (end - start).total_seconds() / 60
+    return f'{meta["iter"]} iterations in {minutes:.1f} minutes, seed {meta["seed"]}'
+
+
+def held_out_ap(metrics: Dict[str, float]) -> str:
+    lines = ['Held-out images     AP    AP50    AP75']
+    for title, name in (('boxes', 'bbox'), ('masks', 'segm')):
+        values = [metrics[f'coco/{name}_mAP{suffix}'] for suffix in ('', '_50', '_75')]
+        lines.append(f'{title:14}' + ''.join(f'{value:8.3f}' for value in values))
+    return '\n'.join(lines)
+
+
+def condensation(rows: List[Dict[str, str]]) -> str:
+    """One line a layer, as they are after the last epoch."""
+    last = [row for row in rows if row['iter'] == rows[-1]['iter']]
+    layers: Dict[str, Dict[str, Dict[str, str]]] = {}
+    for row in last:
+        layers.setdefault(row['layer'], {})[row['where']] = row
+    lines = [
+        'Condensation (mean cosine similarity of features) of held-out images after training;',
+        'tau and gate: running similarity and share of steps with batch statistics in training',
+        f'{"layer":36}{"type":6}{"input":>8}{"output":>8}{"tau":>8}{"gate":>8}',
+    ]
+    for name, by_place in layers.items():
+        train = by_place['train/input']
+        values = (
+            by_place['fixed/input']['similarity'],
+            by_place['fixed/output']['similarity'],
+            train['running_similarity'],
+            train['batch_statistics_used'],
+        )
+        shown = ''.join(f'{float(v):8.2f}' if v else f'{"-":>8}' for v in values)
+        lines.append(f'{name:36}{train["type"]:6}{shown}')
+    return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+    main()
