@@ -20,14 +20,14 @@ literal composition keeps three tensors of X's size. X + h is formed before it i
 scaled, as a large mean would cancel badly in a X + b.
 """
 
-from typing import Iterator, Optional, Tuple, Union
+from typing import Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .utils import batch_slices, statistics_dtype
+from .utils import batch_slices, over_batch, statistics_dtype
 
 
 @torch.no_grad()
@@ -127,8 +127,6 @@ def ubn(
         RuntimeError: On double backward, which is not implemented.
     """
     dtype = statistics_dtype(x.dtype)
-    if not isinstance(from_batch, Tensor):
-        from_batch = torch.full((), from_batch, device=x.device)
     if taps is None:
         taps = torch.ones(x.shape[1], 1, 1, dtype=dtype, device=x.device)
     small = (mean, var, taps, bias, center_weight, scale_weight, scale_bias)
@@ -138,47 +136,51 @@ def ubn(
     )
 
 
+def _forward(
+    x: Tensor,
+    image_mean: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    from_batch: Union[bool, Tensor],
+    taps: Tensor,
+    bias: Optional[Tensor],
+    center_weight: Optional[Tensor],
+    scale_weight: Optional[Tensor],
+    scale_bias: Optional[Tensor],
+    eps: float,
+    scale_from_input: bool,
+) -> Tuple[Tensor, Tensor]:
+    """Y and ``1 / sqrt(var + eps)``."""
+    rstd = torch.rsqrt(var + eps)
+    shift = _shift(image_mean, mean, center_weight)
+    pooled = image_mean if scale_from_input else (image_mean + shift) * rstd
+    scale = (_factor(pooled, scale_weight, scale_bias) * rstd).expand_as(shift)
+
+    def slice_of_y(part: slice) -> Tensor:
+        return _convolve(_rectify(x[part], shift[part], scale[part]), taps, bias)
+
+    # Autocast would send the convolution's float32 operands back to half.
+    with torch.autocast(x.device.type, enabled=False):
+        return over_batch(x, slice_of_y), rstd
+
+
 class _UBNFunction(torch.autograd.Function):
     """Forward and hand-written backward of :func:`ubn`."""
 
     @staticmethod
-    def forward(
-        ctx,
-        x,
-        image_mean,
-        mean,
-        var,
-        from_batch,
-        taps,
-        bias,
-        center_weight,
-        scale_weight,
-        scale_bias,
-        eps,
-        scale_from_input,
-    ):
-        rstd = torch.rsqrt(var + eps)
-        shift = _shift(image_mean, mean, center_weight)
-        pooled = image_mean if scale_from_input else (image_mean + shift) * rstd
-        factor = _factor(pooled, scale_weight, scale_bias)
-        scale = (factor * rstd).expand_as(shift)
-        y = torch.empty_like(x)
-        # Autocast would send the convolution's float32 operands back to half.
-        with torch.autocast(x.device.type, enabled=False):
-            for part in batch_slices(x):
-                x_r = _rectify(x[part], shift[part], scale[part])
-                y[part] = _convolve(x_r, taps, bias)
+    def forward(ctx, *arguments):
+        x, image_mean, mean, _, from_batch, taps, bias, *rectifiers, _, scale_from_input = arguments
+        y, rstd = _forward(*arguments)
         ctx.has_bias = bias is not None
+        ctx.from_batch = from_batch  # a bool, or a scalar that nothing changes in place
         ctx.scale_from_input = scale_from_input
-        ctx.save_for_backward(
-            x, image_mean, mean, rstd, from_batch, taps, center_weight, scale_weight, scale_bias
-        )
+        ctx.save_for_backward(x, image_mean, mean, rstd, taps, *rectifiers)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, image_mean, mean, rstd, from_batch, taps, *rectifiers = ctx.saved_tensors
+        x, image_mean, mean, rstd, taps, *rectifiers = ctx.saved_tensors
         center_weight, scale_weight, scale_bias = rectifiers
         batch, _, height, width = x.shape
         shift = _shift(image_mean, mean, center_weight)
@@ -193,12 +195,16 @@ class _UBNFunction(torch.autograd.Function):
         d_shift = torch.empty_like(shift)
         d_taps = torch.zeros_like(taps)
         d_bias = torch.zeros_like(mean)
-        for part, grad, d_x_r in _rectified_gradients(x, dy, taps):
-            values = x[part] + _plane(shift[part])
-            d_scale[part] = (d_x_r * values).sum((2, 3))
-            d_shift[part] = d_x_r.sum((2, 3)) * scale[part]
-            d_taps += _taps_gradient(values.mul_(_plane(scale[part])), grad, taps)
-            d_bias += grad.sum((0, 2, 3))
+        flipped = taps.flip(-1, -2)
+        with torch.autocast(x.device.type, enabled=False):
+            for part in batch_slices(x):
+                grad = dy[part].to(taps.dtype)
+                d_x_r = _convolve(grad, flipped)
+                values = x[part] + _plane(shift[part])
+                d_scale[part] = (d_x_r * values).sum((2, 3))
+                d_shift[part] = d_x_r.sum((2, 3)) * scale[part]
+                d_taps += _taps_gradient(values.mul_(_plane(scale[part])), grad, taps)
+                d_bias += grad.sum((0, 2, 3))
 
         # From the shift h and the scale a to the parameters, mu, sigma^2 and m.
         d_rstd = (d_scale * factor).sum(0)
@@ -213,8 +219,8 @@ class _UBNFunction(torch.autograd.Function):
                 d_gap = d_gap * rstd
                 d_shift = d_shift + d_gap
         # Statistics of the batch depend on X, running ones do not.
-        d_mean = torch.where(from_batch, -d_shift.sum(0), 0.0)
-        d_var = torch.where(from_batch, -0.5 * rstd**3 * d_rstd, 0.0)
+        d_mean = _where(ctx.from_batch, -d_shift.sum(0))
+        d_var = _where(ctx.from_batch, -0.5 * rstd**3 * d_rstd)
         d_image_mean = d_mean / batch + d_var * (2 / batch) * centred
         if center_weight is not None:
             d_center_weight = ((d_shift + d_image_mean) * image_mean).sum(0)
@@ -226,11 +232,14 @@ class _UBNFunction(torch.autograd.Function):
         # (centred on m) and through m.
         slope = (d_var * (2 / (batch * height * width))).expand_as(shift)
         level = d_image_mean / (height * width)
-        dx = torch.empty_like(x)
-        for part, _, d_x_r in _rectified_gradients(x, dy, taps):
+
+        def slice_of_dx(part: slice) -> Tensor:
+            d_x_r = _convolve(dy[part].to(taps.dtype), flipped)
             gradient = _rectify(x[part], -image_mean[part], slope[part])
-            gradient.addcmul_(d_x_r, _plane(scale[part])).add_(_plane(level[part]))
-            dx[part] = gradient
+            return gradient.addcmul_(d_x_r, _plane(scale[part])).add_(_plane(level[part]))
+
+        with torch.autocast(x.device.type, enabled=False):
+            dx = over_batch(x, slice_of_dx)
         d_parameters = d_center_weight, d_scale_weight, d_scale_bias
         d_affine = d_taps, d_bias if ctx.has_bias else None
         return dx, *[None] * 4, *d_affine, *d_parameters, None, None
@@ -250,6 +259,13 @@ def _factor(
     return 1.0 if scale_weight is None else torch.sigmoid(scale_weight * pooled + scale_bias)
 
 
+def _where(condition: Union[bool, Tensor], value: Tensor) -> Tensor:
+    """``value`` or zeros, chosen on the device."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition, value, 0.0)
+    return value if condition else torch.zeros_like(value)
+
+
 def _rectify(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """``scale * (x + shift)`` with (N, C) coefficients, in their dtype."""
     return (x + _plane(shift)).mul_(_plane(scale))
@@ -257,20 +273,10 @@ def _rectify(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def _convolve(x: Tensor, taps: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     if taps.shape[-1] == 1:
-        y = x * taps.view(1, -1, 1, 1)
-        return y if bias is None else y.add_(bias.view(1, -1, 1, 1))
+        # Not in place, see over_batch.
+        weight = taps.view(1, -1, 1, 1)
+        return x * weight if bias is None else torch.addcmul(bias.view(1, -1, 1, 1), x, weight)
     return F.conv2d(x, taps[:, None], bias, padding=taps.shape[-1] // 2, groups=len(taps))
-
-
-def _rectified_gradients(
-    x: Tensor, dy: Tensor, taps: Tensor
-) -> Iterator[Tuple[slice, Tensor, Tensor]]:
-    """Slice by slice of the batch: the slice, dY in the dtype of the taps, and dX_r."""
-    flipped = taps.flip(-1, -2)
-    with torch.autocast(x.device.type, enabled=False):
-        for part in batch_slices(x):
-            grad = dy[part].to(taps.dtype)
-            yield part, grad, _convolve(grad, flipped)
 
 
 def _taps_gradient(x: Tensor, grad: Tensor, taps: Tensor) -> Tensor:

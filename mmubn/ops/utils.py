@@ -1,6 +1,6 @@
 """Small things that the ops share."""
 
-from typing import Iterator
+from typing import Callable, List
 
 import torch
 from torch import Tensor
@@ -15,11 +15,30 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def batch_slices(x: Tensor) -> Iterator[slice]:
-    """Slices of the first dimension: cache-sized on the CPU, a single one elsewhere."""
-    batch = x.shape[0]
-    step = max(batch, 1)
-    if x.device.type == 'cpu' and x.numel():
-        item_bytes = x[0].numel() * statistics_dtype(x.dtype).itemsize
-        step = max(1, _CHUNK_BYTES // item_bytes)
-    return (slice(start, min(start + step, batch)) for start in range(0, batch, step))
+def batch_slices(x: Tensor) -> List[slice]:
+    """Slices of the first dimension: cache-sized in eager mode on the CPU, else a single one."""
+    if x.device.type != 'cpu' or tracing() or not x.numel():
+        return [slice(None)]
+    item_bytes = x[0].numel() * statistics_dtype(x.dtype).itemsize
+    step = max(1, _CHUNK_BYTES // item_bytes)
+    return [slice(start, start + step) for start in range(0, x.shape[0], step)]
+
+
+def over_batch(x: Tensor, function: Callable[[slice], Tensor]) -> Tensor:
+    """What ``function`` makes of each slice of the batch, as one tensor like ``x``."""
+    parts = batch_slices(x)
+    if len(parts) == 1:
+        result = function(parts[0])
+        # torch.compile loses the gradient of a Function's output that another tensor
+        # of its forward aliases, which a cast to the same dtype or an in-place last
+        # operation would make.
+        return result if result.dtype == x.dtype else result.to(x.dtype)
+    result = torch.empty_like(x)
+    for part in parts:
+        result[part] = function(part)
+    return result
+
+
+def tracing() -> bool:
+    """Whether torch.compile, torch.export or an ONNX export is reading the code."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()

@@ -1,0 +1,77 @@
+"""torch.compile in training and evaluation, torch.export and ONNX in evaluation."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import randomize
+from torch import nn
+
+from mmubn.layers import UBN
+
+
+@pytest.fixture
+def network(make_layer):
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), make_layer(4), nn.ReLU(), nn.Conv2d(4, 4, 3), make_layer(4)
+    )
+    randomize(net)
+    return net
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_compiled_training_equals_eager(network):
+    """Outputs, gradients and buffers over steps in which gates open and shut, one graph."""
+    torch._dynamo.reset()
+    copied = copy.deepcopy(network)
+    compiled = torch.compile(copied, fullgraph=True, backend='aot_eager')
+    for step in range(4):
+        x = torch.randn(4, 3, 10, 12) + step
+        expected, actual = network(x), compiled(x)
+        upstream = torch.randn_like(expected)
+        expected.backward(upstream)
+        actual.backward(upstream)
+        torch.testing.assert_close(actual, expected)
+    for (name, parameter), other in zip(network.named_parameters(), copied.parameters()):
+        torch.testing.assert_close(other.grad, parameter.grad, msg=name)
+    for (name, buffer), other in zip(network.named_buffers(), copied.buffers()):
+        torch.testing.assert_close(other, buffer, msg=name)
+    network.eval()
+    compiled.eval()
+    torch.testing.assert_close(compiled(x), network(x))
+
+
+@pytest.fixture(scope='module')
+def resnet():
+    """A UBN ResNet-18 in evaluation, with nothing at its initial value, and an input."""
+    torch.manual_seed(0)
+    net = torchvision.models.resnet18(weights=None, norm_layer=UBN)
+    for module in net.modules():
+        if isinstance(module, UBN):
+            with torch.no_grad():
+                for name, parameter in module.named_parameters():
+                    parameter.add_(0.02 * torch.randn_like(parameter) * (name != 'weight'))
+    net(torch.randn(8, 3, 64, 64))
+    return net.eval(), torch.randn(2, 3, 64, 64)
+
+
+def test_torch_export_with_dynamic_batch(resnet):
+    net, x = resnet
+    batch = torch.export.Dim('batch', min=2)
+    program = torch.export.export(net, (x,), dynamic_shapes={'x': {0: batch}})
+    other = torch.randn(5, 3, 64, 64)
+    torch.testing.assert_close(program.module()(other), net(other))
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('dynamo', [True, False], ids=['dynamo', 'torchscript'])
+def test_onnx(resnet, dynamo, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    net, x = resnet
+    path = tmp_path / 'net.onnx'
+    torch.onnx.export(net, (x,), path, dynamo=dynamo)
+    session = onnxruntime.InferenceSession(path)
+    (actual,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(actual, net(x).detach().numpy(), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,183 @@
+"""Half precision, extreme scales, and inputs that must not poison a layer."""
+
+import copy
+
+import pytest
+import torch
+from conftest import LAYERS, Reference, assert_equals_reference, randomize
+from torch import nn
+
+from mmubn.layers import RBN, UBN
+from mmubn.ops import mean_cosine_similarity, reference
+
+
+def literal(layer, x, dtype):
+    """The reference in ``dtype`` throughout: output and input gradient for a fixed upstream."""
+    oracle = Reference(layer)
+    oracle.params = {n: p.detach().to(dtype).requires_grad_() for n, p in oracle.params.items()}
+    oracle.buffers = {
+        n: b if b.dtype == torch.long else b.to(dtype) for n, b in oracle.buffers.items()
+    }
+    return oracle
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_half_precision_is_no_worse_than_eager(make_layer, dtype, layout):
+    """At most twice the error that the literal equations make in the same dtype."""
+    layer = make_layer(6)
+    randomize(layer)
+    x = (3 * torch.randn(8, 6, 9, 10) + 1).to(dtype).contiguous(memory_format=layout)
+    upstream = torch.randn(x.shape).to(dtype)
+
+    def run(function, value):
+        value = value.detach().clone().requires_grad_()
+        y = function(value)
+        y.backward(upstream.to(y.dtype))
+        return y.detach().double(), value.grad.double()
+
+    exact = run(literal(layer, x, torch.float64), x.double())
+    eager = run(literal(layer, x, dtype), x)
+    with torch.autocast('cpu', dtype=dtype):
+        actual = run(layer, x)
+        y = layer(x)
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=layout)
+    for ours, theirs, truth in zip(actual, eager, exact):
+        assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max()
+    assert all(value.dtype != dtype for value in layer.state_dict().values())
+
+
+def test_large_mean_small_deviation(make_layer):
+    """Mean 1e4, deviation 1e-1 (input resolution 1e-3), where E[x^2] - E[x]^2 would be noise."""
+    layer = make_layer(3)
+    layer.eps = 1e-10
+    layer.running_mean.fill_(1e4)
+    x = 1e4 + 0.1 * torch.randn(8, 3, 16, 16)
+    exact = Reference(layer)(x.double())
+    assert (layer(x).double() - exact).abs().max() <= 0.02 * exact.abs().max()
+
+
+def test_tiny_activations(make_layer):
+    layer = make_layer(3)
+    layer.eps = 1e-20
+    randomize(layer)
+    oracle = Reference(layer)
+    x = 1e-3 * torch.randn(8, 3, 16, 16)
+    assert_equals_reference(layer, oracle, x, rtol=1e-3, atol=1e-4)
+
+
+def test_zero_vectors_have_no_similarity():
+    x = torch.randn(6, 3, 4, 4, dtype=torch.double)
+    x[[1, 4]] = 0
+    torch.testing.assert_close(mean_cosine_similarity(x), reference.mean_cosine_similarity(x))
+    assert mean_cosine_similarity(torch.zeros(4, 3, 2, 2)) == 0
+    layer = UBN(3)
+    oracle = Reference(layer)
+    assert_equals_reference(layer, oracle, x.float(), rtol=1e-4, atol=1e-5)
+    assert torch.isfinite(layer(torch.zeros(4, 3, 2, 2))).all()
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+def test_one_bad_image_poisons_nothing(make_layer, bad):
+    layer = make_layer(3)
+    good = torch.randn(4, 3, 5, 5) + 1
+    layer(good)
+    before = copy.deepcopy(layer.state_dict())
+    broken = good.clone()
+    broken[2] = bad
+    assert not torch.isfinite(layer(broken)).all()  # shown, as BatchNorm would, and not hidden
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    layer.zero_grad()
+    layer(good).square().mean().backward()
+    for name, parameter in layer.named_parameters():
+        assert torch.isfinite(parameter.grad).all(), name
+
+
+def test_one_image_leaves_the_similarity():
+    layer = UBN(3, fct_warmup=0)
+    layer(torch.randn(4, 3, 5, 5))
+    before = layer.running_similarity.clone()
+    layer(torch.randn(1, 3, 5, 5))
+    assert torch.equal(layer.running_similarity, before)
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_empty_batch(make_layer, training):
+    layer = make_layer(3).train(training)
+    before = copy.deepcopy(layer.state_dict())
+    x = torch.empty(0, 3, 7, 7, requires_grad=True)
+    y = layer(x)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    for name, parameter in layer.named_parameters():
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_half_precision_model():
+    """``.half()`` of a whole network, as for inference."""
+    norm = RBN(4)
+    norm(torch.randn(8, 4, 6, 6))
+    norm.eval()
+    x = torch.randn(2, 4, 6, 6)
+    expected = norm(x)
+    actual = norm.half()(x.half())
+    assert actual.dtype == torch.float16
+    torch.testing.assert_close(actual.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize('checkpoint', ['reentrant', 'non-reentrant'])
+@pytest.mark.parametrize('name', ['ubn', 'rbn'])
+def test_activation_checkpointing(name, checkpoint):
+    """The segment runs twice: statistics move once, the gate stays, even as its warm-up ends."""
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), LAYERS[name](4), nn.ReLU())
+    if name == 'ubn':
+        plain[1].fct_warmup = 3
+        plain[1].fct = 0.99
+    wrapped = copy.deepcopy(plain)
+    for _ in range(5):
+        x = torch.randn(4, 3, 8, 8, requires_grad=True)
+        y = plain(x)
+        upstream = torch.randn_like(y)
+        y.backward(upstream)
+        again = x.detach().clone().requires_grad_()
+        torch.utils.checkpoint.checkpoint(
+            wrapped, again, use_reentrant=checkpoint == 'reentrant'
+        ).backward(upstream)
+        torch.testing.assert_close(again.grad, x.grad)
+    for (key, value), other in zip(plain.state_dict().items(), wrapped.state_dict().values()):
+        assert torch.equal(value, other), key
+    for parameter, other in zip(plain.parameters(), wrapped.parameters()):
+        torch.testing.assert_close(other.grad, parameter.grad)
+
+
+def test_shared_layer_and_double_forward(make_layer):
+    """Two calls before one backward: the gradients of each call are those of its own statistics."""
+    layer = make_layer(3).double()
+    randomize(layer)
+    oracle = Reference(layer)
+    inputs = [torch.randn(4, 3, 5, 5, dtype=torch.double) + offset for offset in (0, 2)]
+    ours = [x.clone().requires_grad_() for x in inputs]
+    theirs = [x.clone().requires_grad_() for x in inputs]
+    upstream = torch.randn(2, 4, 3, 5, 5, dtype=torch.double)
+    torch.stack([layer(x) for x in ours]).backward(upstream)
+    torch.stack([oracle(x) for x in theirs]).backward(upstream)
+    for x, y in zip(ours, theirs):
+        torch.testing.assert_close(x.grad, y.grad)
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(parameter.grad, oracle.params[name].grad, msg=name)
+
+
+@pytest.mark.parametrize('shape', [(2, 8), (64, 300), (9, 3, 7, 5)])
+def test_similarity_equals_the_matrix(shape):
+    for offset in (0.0, 0.5):
+        x = torch.randn(shape, dtype=torch.double) + offset
+        torch.testing.assert_close(mean_cosine_similarity(x), reference.mean_cosine_similarity(x))
+    strided = torch.randn(*shape[:-1], 2 * shape[-1], dtype=torch.double)[..., ::2]
+    torch.testing.assert_close(
+        mean_cosine_similarity(strided), reference.mean_cosine_similarity(strided)
+    )
