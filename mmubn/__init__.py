@@ -8,10 +8,11 @@ need torch alone.
 import importlib.util
 
 from .condensation import record_condensation
+from .convert import convert_norm
 from .layers import BNET, IEBN, RBN, UBN
 from .version import __version__
 
 if importlib.util.find_spec('mmengine') is not None:
     from . import registration  # noqa: F401
 
-__all__ = ['BNET', 'IEBN', 'RBN', 'UBN', '__version__', 'record_condensation']
+__all__ = ['BNET', 'IEBN', 'RBN', 'UBN', '__version__', 'convert_norm', 'record_condensation']

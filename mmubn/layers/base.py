@@ -6,10 +6,12 @@ import logging
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import ops
+from .guards import BatchNormGuard
 
 logger = logging.getLogger('mmubn')
 
@@ -17,7 +19,7 @@ logger = logging.getLogger('mmubn')
 _OWN_NAMES = ('kernel', 'center_weight', 'scale_weight', 'scale_bias', 'running_similarity')
 
 
-class RectifiedBatchNorm(_BatchNorm):
+class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
     r"""BatchNorm with calibrated centering, calibrated scaling and a convolution as affine.
 
     .. math::
@@ -109,7 +111,7 @@ class RectifiedBatchNorm(_BatchNorm):
             center_weight=self.center_weight,
             scale_weight=self.scale_weight,
             scale_bias=self.scale_bias,
-            eps=self.eps,
+            eps=self._eps,
             scale_from_input=self._scale_from_input,
         )
 
@@ -152,6 +154,12 @@ class RectifiedBatchNorm(_BatchNorm):
         return x * connected.view(1, -1, 1, 1)
 
     def _check_input(self, x: Tensor) -> None:
+        if isinstance(x, torch.fx.Proxy):
+            raise TypeError(
+                f'{type(self).__name__} cannot be traced symbolically, as efficient_conv_bn_eval '
+                "does: turn that off, or make the layer a leaf of the tracer (torchvision's "
+                'tracer_kwargs=dict(leaf_modules=[...]))'
+            )
         if x.dim() != 4:
             raise ValueError(f'expected 4D input (got {x.dim()}D input)')
         if x.shape[1] != self.num_features:
@@ -191,10 +199,10 @@ class RectifiedBatchNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         """The settings, BatchNorm's first."""
-        return (
-            f'{super().extra_repr()}, kernel_size={self.kernel_size}, '
-            f'center={self.center}, scale={self.scale}'
-        )
+        shown = ('eps', 'momentum', 'affine', 'track_running_stats')
+        shown += ('kernel_size', 'center', 'scale')
+        settings = ', '.join(f'{name}={getattr(self, name)}' for name in shown)
+        return f'{self.num_features}, {settings}'
 
 
 def recomputing() -> bool:

@@ -1,0 +1,138 @@
+"""convert_norm on torchvision, timm and plain models, there and back."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import mmubn
+from mmubn.layers import BNET, IEBN, RBN, UBN
+
+TYPES = dict(UBN=UBN, RBN=RBN, BNET=BNET, IEBN=IEBN)
+
+
+@torch.no_grad()
+def trained(model: nn.Module) -> nn.Module:
+    """The model with nothing of its norm layers at the initial value, in evaluation."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.weight.uniform_(0.5, 1)
+            module.bias.normal_(0, 0.1)
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def same_output(a: nn.Module, b: nn.Module, size: int = 64) -> None:
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected = a(x)
+        assert (b(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize('kind', TYPES)
+def test_torchvision_there_and_back(kind, caplog):
+    model = trained(torchvision.models.resnet18(weights=None))
+    converted = mmubn.convert_norm(copy.deepcopy(model), dict(type=kind))
+    assert sum(isinstance(m, TYPES[kind]) for m in converted.modules()) == 20
+    assert not any(type(m) is nn.BatchNorm2d for m in converted.modules())
+    assert f'20 of 20 norm layers became {kind}' in caplog.text
+    assert not any(m.training for m in converted.modules())
+    same_output(model, converted)
+    back = mmubn.convert_norm(converted, dict(type='BN'))
+    assert sum(type(m) is nn.BatchNorm2d for m in back.modules()) == 20
+    same_output(model, back)
+    names = set(model.state_dict())
+    assert set(back.state_dict()) == names
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'efficientnet_b0', 'mobilenetv3_small_100'])
+def test_timm_keeps_drop_and_activation(name):
+    model = trained(timm.create_model(name))
+    names = set(model.state_dict())
+    converted = mmubn.convert_norm(copy.deepcopy(model), dict(type='UBN'))
+    same_output(model, converted)
+    assert names < set(converted.state_dict())
+    converted.train()(torch.randn(2, 3, 64, 64)).square().mean().backward()
+    for key, parameter in converted.named_parameters():
+        assert parameter.grad is not None, key
+    copy.deepcopy(converted)
+
+
+def test_settings_device_mode_and_gradient_are_kept():
+    bn = nn.BatchNorm2d(4, eps=1e-3, momentum=0.03, dtype=torch.float64).requires_grad_(False)
+    ubn = mmubn.convert_norm(bn, dict(type='UBN', fct=0.2, kernel_size=5))
+    assert isinstance(ubn, UBN)
+    assert (ubn.eps, ubn.momentum, ubn.fct, ubn.kernel_size) == (1e-3, 0.03, 0.2, 5)
+    assert ubn.training
+    assert ubn.kernel.dtype == torch.float64
+    assert not any(p.requires_grad for p in ubn.parameters())
+
+
+def test_sync_batch_norm_is_replaced_and_other_norms_are_not():
+    model = nn.Sequential(nn.SyncBatchNorm(3), nn.BatchNorm1d(3), nn.GroupNorm(1, 3))
+    mmubn.convert_norm(model, dict(type='RBN'))
+    assert [type(m) for m in model] == [RBN, nn.BatchNorm1d, nn.GroupNorm]
+
+
+def test_include_and_exclude(caplog):
+    model = trained(torchvision.models.resnet18(weights=None))
+    mmubn.convert_norm(model, dict(type='UBN'), include='layer[34].*', exclude=['*.downsample.*'])
+    converted = {name for name, m in model.named_modules() if isinstance(m, UBN)}
+    assert converted == {f'layer{s}.{b}.bn{i}' for s in (3, 4) for b in (0, 1) for i in (1, 2)}
+    assert 'left alone: bn1, ' in caplog.text
+
+
+def test_shared_layer_stays_shared():
+    norm = nn.BatchNorm2d(3)
+    model = nn.ModuleDict(dict(a=norm, b=nn.Sequential(norm)))
+    mmubn.convert_norm(model, dict(type='UBN'))
+    assert isinstance(model['a'], UBN)
+    assert model['a'] is model['b'][0]
+
+
+@pytest.mark.parametrize(
+    ('change', 'reason'),
+    [
+        ('center_weight', 'center_weight is not zero'),
+        ('scale_weight', 'scale_weight is not zero'),
+        ('kernel', 'kernel has taps beside its middle'),
+    ],
+)
+def test_back_is_refused_where_it_is_not_exact(change, reason):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), UBN(4))
+    with torch.no_grad():
+        getattr(model[1], change)[2] += 0.1
+    with pytest.raises(ValueError, match=f'1 cannot become BatchNorm: {reason}'):
+        mmubn.convert_norm(model, dict(type='BN'))
+    assert isinstance(model[1], UBN)
+
+
+def test_back_with_trained_exact_parameters():
+    ubn = UBN(4)
+    with torch.no_grad():
+        ubn.kernel[:, 0, 1, 1] = torch.tensor([1.0, -2, 0.5, 3])
+        ubn.scale_bias.normal_()
+        ubn.bias.normal_()
+    x = torch.randn(2, 4, 5, 5)
+    expected = ubn.eval()(x)
+    torch.testing.assert_close(mmubn.convert_norm(ubn, dict(type='BN'))(x), expected)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ((dict(type='UBNN'),), "type must be one of UBN, RBN, BNET, IEBN, BN, got 'UBNN'"),
+        ((dict(type='UBN'), 'layer9*'), "pattern 'layer9\\*' matches none"),
+        ((dict(type='BN'),), 'no layer to replace by BN'),
+        ((dict(type='UBN', fctt=1),), "unknown key 'fctt'"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    with pytest.raises((ValueError, TypeError), match=message):
+        mmubn.convert_norm(model, *arguments)
+    assert type(model[0]) is nn.BatchNorm2d
