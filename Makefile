@@ -18,6 +18,20 @@ $(VENV)/installed: requirements.txt setup.py
 	$(BIN)/pip install --no-build-isolation --no-deps --editable .
 	touch $@
 
+# Trains a small Mask R-CNN with UBN, or with another norm: make demo NORM=bn.
+DEMO := work_dirs/demo_$(NORM)
+DEMO_CONFIG := configs/demo/mask_rcnn_r18_$(NORM)_scenes.py
+
+# Threads that wait must not spin: other programs may want the two cores.
+demo: export OMP_WAIT_POLICY = passive
+demo: env
+	$(BIN)/python tools/make_scenes.py data/scenes
+	rm -rf $(DEMO)
+	$(BIN)/python tools/train.py $(DEMO_CONFIG) --work-dir $(DEMO)
+	$(BIN)/python tools/test.py $(DEMO_CONFIG) $$(cat $(DEMO)/last_checkpoint) \
+		--work-dir $(DEMO)/test --show-dir $(CURDIR)/$(DEMO)/predictions
+	$(BIN)/python tools/demo.py $(DEMO)
+
 test: env
 	$(BIN)/python -m pytest -m 'not slow'
 

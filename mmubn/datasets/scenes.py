@@ -1,8 +1,8 @@
 """Synthetic detection scenes in COCO layout, with polygon masks that are exact to the pixel.
 
 Ellipses, rectangles, triangles and stars of varied size, proportion, rotation and
-texture lie over each other, on an uneven background and among unlabelled bars,
-crosses and rings. Each is painted over what is there already, so the mask of an
+texture lie over each other, on a muted, uneven background and among unlabelled
+bars, crosses and rings. Each is painted over what is there already, so the mask of an
 instance is the pixels that nothing was painted over, and its polygons run along the
 edges of pixels: rasterising them gives these pixels back.
 """
@@ -107,8 +107,8 @@ def draw_scene(rng: Generator, size: int = 128) -> Tuple[np.ndarray, List[Instan
         tuple[np.ndarray, list[Instance]]: The image, uint8 (size, size, 3), and its
         instances, the lowest first.
     """
-    image = _texture(rng, size, rng.uniform(0, 255, 3))
-    classes = rng.choice(CLASSES, rng.integers(2, 9))
+    image = _texture(rng, size, _colour(rng, saturation=(0, 0.35), value=(0.15, 0.7)))
+    classes = rng.choice(CLASSES, rng.integers(2, 8))
     distractors = rng.choice(_DISTRACTORS, rng.integers(0, 4))
     drawn: List[str] = []
     needed: List[float] = []  # pixels that have to stay visible, of each that is drawn
@@ -128,7 +128,7 @@ def draw_scene(rng: Generator, size: int = 128) -> Tuple[np.ndarray, List[Instan
         owner = attempt
         drawn.append(name)
         needed.append(least)
-    image += rng.normal(0, rng.uniform(1, 10), image.shape)
+    image += rng.normal(0, rng.uniform(1, 8), image.shape)
     instances = [
         Instance(CLASSES.index(name), owner == index)
         for index, name in enumerate(drawn)
@@ -197,7 +197,7 @@ def _annotate(instance: Instance) -> dict:
 
 def _silhouette(rng: Generator, name: str, size: int) -> Tuple[np.ndarray, float]:
     """A shape somewhere in the image: coverage of every pixel in [0, 1], and its whole area."""
-    radius = np.exp(rng.uniform(np.log(7), np.log(30))) * size / 128
+    radius = np.exp(rng.uniform(np.log(9), np.log(32))) * size / 128
     angle = rng.uniform(0, 2 * np.pi)
     cos, sin = np.cos(angle), np.sin(angle)
     placed = radius * np.array([[cos, sin], [-sin, cos]])
@@ -255,14 +255,22 @@ def _texture(rng: Generator, size: int, colour: np.ndarray) -> np.ndarray:
         field = np.cos(angle) * x + np.sin(angle) * y
         if kind == 'stripes':
             field = np.sin(field * rng.uniform(8, 40))
-    return (colour + field[..., None] * rng.uniform(-50, 50, 3)).astype(np.float32)
+    return (colour + field[..., None] * rng.uniform(-35, 35, 3)).astype(np.float32)
 
 
 def _contrasting_colour(rng: Generator, other: np.ndarray) -> np.ndarray:
     while True:
-        colour = rng.uniform(0, 255, 3)
-        if np.abs(colour - other).max() > 40:
+        colour = _colour(rng, saturation=(0.5, 1), value=(0.6, 1))
+        if np.abs(colour - other).max() > 60:
             return colour
+
+
+def _colour(
+    rng: Generator, saturation: Tuple[float, float], value: Tuple[float, float]
+) -> np.ndarray:
+    """Any hue, with the other two from ranges in [0, 1]; as numbers up to 255."""
+    hsv = np.float32([[[rng.uniform(0, 360), rng.uniform(*saturation), rng.uniform(*value)]]])
+    return 255 * cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0, 0]
 
 
 def _write_json(path: Path, content: dict) -> None:

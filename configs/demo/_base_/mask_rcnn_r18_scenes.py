@@ -1,0 +1,121 @@
+# Mask R-CNN for the scenes of tools/make_scenes.py, to be trained on two CPU cores in minutes:
+# ResNet-18 from random weights, 128x128 images, a narrow neck, narrow heads, few proposals.
+_base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
+custom_imports = dict(imports=['mmubn'])
+
+classes = ('ellipse', 'rectangle', 'triangle', 'star')
+data_root = 'data/scenes/'
+image_scale = (128, 128)
+channels = 64
+
+model = dict(
+    backbone=dict(
+        depth=18,
+        num_stages=3,  # a fourth would see 4x4 positions and take a third of the time
+        strides=(1, 2, 2),
+        dilations=(1, 1, 1),
+        out_indices=(0, 1, 2),
+        frozen_stages=-1,
+        norm_eval=False,
+        init_cfg=None,
+    ),
+    # Objects are 14 to 60 pixels wide: four levels, with anchors of 12, 24, 48 and 96 pixels.
+    neck=dict(in_channels=[64, 128, 256], out_channels=channels, num_outs=4),
+    rpn_head=dict(
+        in_channels=channels,
+        feat_channels=channels,
+        anchor_generator=dict(scales=[3], strides=[4, 8, 16, 32]),
+    ),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=channels, roi_layer=dict(sampling_ratio=2)),
+        bbox_head=dict(in_channels=channels, fc_out_channels=256, num_classes=len(classes)),
+        mask_roi_extractor=dict(out_channels=channels, roi_layer=dict(sampling_ratio=2)),
+        mask_head=dict(
+            num_convs=2,
+            in_channels=channels,
+            conv_out_channels=channels,
+            num_classes=len(classes),
+        ),
+    ),
+    train_cfg=dict(
+        rpn=dict(sampler=dict(num=128)),
+        rpn_proposal=dict(nms_pre=200, max_per_img=100),
+        rcnn=dict(sampler=dict(num=32, pos_fraction=0.5)),
+    ),
+    test_cfg=dict(
+        rpn=dict(nms_pre=200, max_per_img=100),
+        rcnn=dict(max_per_img=50),
+    ),
+)
+
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='Resize', scale=image_scale, keep_ratio=True),
+    dict(
+        type='RandomFlip',
+        prob=[0.25, 0.25, 0.25],
+        direction=['horizontal', 'vertical', 'diagonal'],
+    ),
+    dict(type='PackDetInputs'),
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=image_scale, keep_ratio=True),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(
+        type='PackDetInputs',
+        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
+    ),
+]
+# One worker that loads: the cores are for the training.
+train_dataloader = dict(
+    batch_size=8,
+    num_workers=1,
+    dataset=dict(
+        data_root=data_root,
+        ann_file='annotations/instances_train.json',
+        data_prefix=dict(img='train/'),
+        metainfo=dict(classes=classes),
+        pipeline=train_pipeline,
+    ),
+)
+val_dataloader = dict(
+    batch_size=10,
+    num_workers=1,
+    dataset=dict(
+        data_root=data_root,
+        ann_file='annotations/instances_val.json',
+        data_prefix=dict(img='val/'),
+        metainfo=dict(classes=classes),
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')
+test_evaluator = val_evaluator
+
+train_cfg = dict(max_epochs=6, val_interval=2)  # 450 iterations
+optim_wrapper = dict(
+    optimizer=dict(_delete_=True, type='AdamW', lr=1e-3, weight_decay=0.01),
+    # Adam moves every weight by up to lr in a step, so an output of a layer with 3136 inputs
+    # by far more than its scale: at the full rate half of the first layer's units soon die.
+    paramwise_cfg=dict(custom_keys={'shared_fcs': dict(lr_mult=0.1)}),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
+    dict(
+        type='CosineAnnealingLR',
+        by_epoch=True,
+        begin=0,
+        end=6,
+        convert_to_iter_based=True,
+        eta_min_ratio=0.02,
+    ),
+]
+default_hooks = dict(
+    logger=dict(interval=15),
+    checkpoint=dict(max_keep_ckpts=1),
+)
+custom_hooks = [dict(type='CondensationHook')]
+randomness = dict(seed=0)

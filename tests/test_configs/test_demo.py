@@ -1,0 +1,118 @@
+"""The demo configs: what differs, what trains, and a Runner's way through training and test."""
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from torch import nn
+
+from mmubn import UBN
+from mmubn.datasets import CLASSES, make_scenes
+
+CONFIGS = Path(__file__).parents[2] / 'configs' / 'demo'
+
+
+def load(norm):
+    return Config.fromfile(CONFIGS / f'mask_rcnn_r18_{norm}_scenes.py')
+
+
+def build(config):
+    register_all_modules()
+    return MODELS.build(config.model)
+
+
+def test_ubn_and_bn_differ_in_the_norm_alone():
+    ubn, bn = load('ubn').to_dict(), load('bn').to_dict()
+    assert ubn['model']['backbone'].pop('norm_cfg') == dict(type='UBN', requires_grad=True)
+    assert bn['model']['backbone'].pop('norm_cfg') == dict(type='BN', requires_grad=True)
+    assert ubn == bn
+
+
+def test_classes_are_the_generators():
+    config = load('ubn')
+    assert config.model.roi_head.bbox_head.num_classes == len(CLASSES)
+    assert config.model.roi_head.mask_head.num_classes == len(CLASSES)
+    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
+        assert tuple(loader.dataset.metainfo.classes) == CLASSES
+
+
+def test_validation_and_test_see_held_out_scenes():
+    config = load('ubn')
+    assert config.train_dataloader.dataset.ann_file == 'annotations/instances_train.json'
+    assert config.train_dataloader.dataset.data_prefix.img == 'train/'
+    for loader, evaluator in (
+        (config.val_dataloader, config.val_evaluator),
+        (config.test_dataloader, config.test_evaluator),
+    ):
+        assert loader.dataset.data_prefix.img == 'val/'
+        assert loader.dataset.ann_file == 'annotations/instances_val.json'
+        assert evaluator.ann_file == 'data/scenes/annotations/instances_val.json'
+        assert evaluator.metric == ['bbox', 'segm']
+
+
+def test_needs_no_download():
+    config = load('ubn')
+    assert config.load_from is None
+    assert config.model.backbone.init_cfg is None
+
+
+@pytest.mark.parametrize(('norm', 'kind'), [('ubn', UBN), ('bn', nn.BatchNorm2d)])
+def test_every_norm_trains(norm, kind):
+    model = build(load(norm)).train()
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) == 15
+    assert {type(layer) for layer in norms} == {kind}
+    assert all(layer.training for layer in norms)
+    assert all(p.requires_grad for layer in norms for p in layer.parameters())
+
+
+class _Losses(Hook):
+    def __init__(self):
+        self.seen = []
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.seen.append({name: value.item() for name, value in outputs.items()})
+
+
+@pytest.fixture(scope='module')
+def scenes(tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp('scenes')
+    make_scenes(out_dir, num_train=8, num_val=3)
+    return out_dir
+
+
+@pytest.mark.parametrize('norm', ['ubn', 'bn'])
+def test_trains_and_evaluates(norm, scenes, tmp_path):
+    config = copy.deepcopy(load(norm))
+    config.work_dir = str(tmp_path)
+    config.experiment_name = tmp_path.name
+    config.train_cfg.max_epochs = config.train_cfg.val_interval = 1
+    config.train_dataloader.batch_size = 4
+    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
+        loader.update(num_workers=0, persistent_workers=False)
+        loader.dataset.data_root = str(scenes)
+    for evaluator in (config.val_evaluator, config.test_evaluator):
+        evaluator.ann_file = str(scenes / 'annotations' / 'instances_val.json')
+    runner = Runner.from_cfg(config)
+    losses = _Losses()
+    runner.register_hook(losses)
+    before = {name: value.clone() for name, value in runner.model.named_parameters()}
+
+    runner.train()
+
+    assert len(losses.seen) == 2
+    assert {'loss_rpn_cls', 'loss_cls', 'loss_bbox', 'loss_mask'} < set(losses.seen[0])
+    assert all(math.isfinite(value) for step in losses.seen for value in step.values())
+    stuck = [n for n, p in runner.model.named_parameters() if p.equal(before[n])]
+    assert not [name for name in stuck if 'bn' in name]
+    assert (tmp_path / 'epoch_1.pth').is_file()
+    metrics = runner.test()
+    for name in ('bbox', 'segm'):
+        assert 0 <= metrics[f'coco/{name}_mAP'] <= 1
+    assert (tmp_path / 'condensation.csv').is_file()
