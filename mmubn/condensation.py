@@ -56,6 +56,7 @@ class CondensationRecorder:
     that :meth:`attach` puts a forward hook on. A layer that is called several times
     averages over its calls, a checkpointed segment counts once, and a call whose
     similarity is undefined (one sample, features that are not finite) does not count.
+    Passes through a compiled model are not seen.
     The hooks read the features outside the graph, write nothing to the model and
     draw no random numbers; sums stay on the device until they are asked for.
 
@@ -103,7 +104,7 @@ class CondensationRecorder:
     def _hook(self, name: str):
         @torch.no_grad()
         def observe(module: nn.Module, args: tuple, output: Tensor) -> None:
-            if recomputing():
+            if torch.compiler.is_compiling() or recomputing():
                 return
             x = args[0]
             nan = torch.full((), float('nan'), device=x.device)

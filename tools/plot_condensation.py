@@ -31,6 +31,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 PLACES = ('fixed/input', 'fixed/output', 'train/input', 'train/output')
 METRICS = ('accuracy/top1', 'coco/segm_mAP', 'coco/bbox_mAP')
+OTHER_SCALARS = ('condensation/', 'time', 'data_time')
 # Told apart without colour: by dashes, marker and shade, in this order.
 STYLES = [
     dict(linestyle='-', marker='o', color='black'),
@@ -107,7 +108,7 @@ def _read_metrics(folder: Path) -> Dict[str, Dict[int, float]]:
             if 'lr' in scalars:  # a line of training
                 continue
             for name, value in scalars.items():
-                if not name.startswith('condensation/') and isinstance(value, float):
+                if not name.startswith(OTHER_SCALARS) and isinstance(value, float):
                     part.setdefault(name, {})[scalars['step']] = value
         for name, curve in part.items():
             # What a resumed run repeats, it replaces.

@@ -74,7 +74,8 @@ class CondensationHook(Hook):
             somewhere. Default: every batch norm.
         interval (int): Measured training batches lie this many iterations apart.
             Default: 20.
-        fixed_samples (int): Size of the fixed batch; 0 for none. Default: 32.
+        fixed_samples (int): Size of the fixed batch, which goes through the model at
+            once: fewer where memory is short; 0 for none. Default: 32.
         threshold (float): Similarity of ``fixed/input`` (``train/input`` without fixed
             batch) above which the log calls a layer condensed. Default: 0.3.
         seed (int): Of the choice of the fixed batch. Default: 0.

@@ -254,6 +254,27 @@ def test_gates_in_the_table_and_in_the_log(tmp_path):
     assert lines[3].endswith('0 of 1 gates open; opened: none; shut: none')
 
 
+def test_gates_are_remembered_over_a_resume(tmp_path):
+    for epochs, resume in ((2, False), (3, True)):
+        model = ToyNet(fct=0.99, fct_momentum=1.0, fct_warmup=8)
+        runner = make_runner(tmp_path, model, hooks=[HOOK], epochs=epochs, resume=resume)
+        for handler in [runner.logger, *runner.logger.handlers]:
+            handler.setLevel('INFO')
+        runner.train()
+    assert re.findall(r'Condensation at (.*?):.*shut: (.*)', log_of(runner)) == [
+        ('epoch 3', 'none')
+    ]
+
+
+def test_compiled_training_is_left_alone_and_unseen(tmp_path):
+    runner = assert_same_training(
+        tmp_path, epochs=1, cfg=lambda: dict(compile=dict(backend='eager'))
+    )
+    rows = table(runner.work_dir)
+    assert column(rows, layer='stem.1', where='train/input') == [None]
+    assert None not in column(rows, layer='stem.1', where='fixed/input')
+
+
 def test_scalars_are_means_over_groups(tmp_path):
     runner = make_runner(tmp_path, hooks=[HOOK], epochs=1)
     runner.train()

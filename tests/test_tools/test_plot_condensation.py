@@ -1,0 +1,139 @@
+"""The pictures hold the numbers of the tables and need no colour."""
+
+import csv
+import json
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
+from tiny_project import load_tool
+
+from mmubn.hooks.condensation_hook import COLUMNS
+
+SIMILARITY = {'stem': [0.1, 0.2, 0.4], 'layer1': [0.5, 0.6, '']}
+GATE = {'stem': [0.5, 0.0], 'layer1': [1.0, 1.0]}
+
+
+def write_run(folder, kind, by_epoch=True):
+    folder.mkdir()
+    with (folder / 'condensation.csv').open('w', newline='') as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for time in range(3):
+            start = time * by_epoch, 10 * time
+            for layer, similarities in SIMILARITY.items():
+                if time:
+                    gate = GATE[layer][time - 1] if kind == 'UBN' else ''
+                    writer.writerow([*start, layer, kind, 'train/input', 0.9, '', gate])
+                row = [layer, kind, 'fixed/input', similarities[time], '', '']
+                writer.writerow([*start, *row])
+    return folder
+
+
+def write_scalars(folder, stamp, lines):
+    logs = folder / stamp / 'vis_data'
+    logs.mkdir(parents=True)
+    (logs / 'scalars.json').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A BN and a UBN run; the second was resumed after its first epoch."""
+    bn, ubn = write_run(tmp_path / 'bn', 'BatchNorm2d'), write_run(tmp_path / 'ubn', 'UBN')
+    train = {'lr': 0.1, 'loss': 1.0, 'epoch': 1, 'step': 10}
+    condensation = {'condensation/all/fixed/input': 0.4, 'step': 10}
+    for folder, gain in ((bn, 0.0), (ubn, 5.0)):
+        first = [train, condensation]
+        first += [{'accuracy/top1': epoch * 10.0, 'time': 0.1, 'step': epoch} for epoch in (1, 2)]
+        write_scalars(folder, '20260101_000000', first)
+        if gain:
+            resumed = [{'accuracy/top1': 20.0 + gain, 'time': 0.1, 'step': 2}]
+            write_scalars(folder, '20260101_000001', resumed)
+    return [bn, ubn]
+
+
+@pytest.fixture(scope='module')
+def tool():
+    return load_tool('plot_condensation')
+
+
+def test_pictures_of_two_runs(tool, runs, tmp_path):
+    out = tmp_path / 'pictures'
+    tool.main([*map(str, runs), '--out', str(out)])
+    stems = ['condensation_curves', 'condensation_gates', 'condensation_layers']
+    assert sorted(p.name for p in out.iterdir()) == [
+        f'{stem}.{suffix}' for stem in stems for suffix in ('png', 'svg')
+    ]
+    for stem in stems:
+        picture = imread(out / f'{stem}.png')
+        assert picture[..., :3].min() < 0.2  # something black on it
+        assert ElementTree.parse(out / f'{stem}.svg').getroot().tag.endswith('svg')
+
+
+def test_curves_are_means_over_layers_under_the_accuracy(tool, runs):
+    bn, ubn = map(tool.Run, runs)
+    figure = tool.draw_curves([bn, ubn], 'fixed/input', 0.3, tool.choose_metric([bn, ubn]))
+    above, below = figure.axes
+    assert [line.get_xydata().tolist() for line in above.lines] == [
+        [[1, 10], [2, 20]],
+        [[1, 10], [2, 25]],  # what was repeated after the resume counts
+    ]
+    assert above.get_ylabel() == 'accuracy/top1'
+    # The second layer has no value at the last time.
+    expected = [[0, 0.3], [1, 0.4], [2, 0.4]]
+    assert below.lines[0].get_xydata() == pytest.approx(np.array(expected))
+    assert [text.get_text() for text in above.get_legend().get_texts()] == ['bn', 'ubn']
+
+
+def test_runs_differ_without_colour(tool, runs):
+    figure = tool.draw_curves([tool.Run(folder) for folder in runs * 2], 'fixed/input', 0.3, None)
+    lines = figure.axes[0].lines[:4]
+    assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == 4
+    for line in lines:
+        assert len(set(to_rgb(line.get_color()))) == 1
+
+
+def test_heat_map_holds_the_table_and_marks_the_condensed(tool, runs):
+    figure = tool.draw_layers([tool.Run(folder) for folder in runs], 'fixed/input', 0.3)
+    panel = figure.axes[0]
+    image = panel.images[0]
+    assert image.get_array().filled(-1).tolist() == [[0.1, 0.2, 0.4], [0.5, 0.6, -1]]
+    assert image.get_cmap().name == 'gray_r'
+    assert [label.get_text() for label in panel.get_yticklabels()] == ['stem', 'layer1']
+    dots = {(x, y) for x, y in panel.collections[0].get_offsets().tolist()}
+    assert dots == {(2, 0), (0, 1), (1, 1)}
+
+
+def test_gates(tool, runs):
+    figure = tool.draw_gates([tool.Run(runs[1])])
+    above, panel = figure.axes[:2]
+    assert above.lines[0].get_xydata().tolist() == [[1, 0.75], [2, 0.5]]
+    assert panel.images[0].get_array().tolist() == [[0.5, 0.0], [1.0, 1.0]]
+
+
+def test_no_gates_no_picture_and_default_folder(tool, runs, capsys):
+    tool.main([str(runs[0])])
+    assert 'No gates to draw' in capsys.readouterr().out
+    assert (runs[0] / 'condensation_layers.svg').is_file()
+    assert not (runs[0] / 'condensation_gates.svg').exists()
+
+
+def test_iteration_based_run_is_drawn_over_iterations(tool, tmp_path):
+    run = tool.Run(write_run(tmp_path / 'run', 'BatchNorm2d', by_epoch=False))
+    figure = tool.draw_curves([run], 'fixed/input', 0.3, None)
+    assert figure.axes[0].get_xlabel() == 'iteration'
+    assert figure.axes[0].lines[0].get_xdata().tolist() == [0, 10, 20]
+
+
+def test_errors_name_the_file_and_the_option(tool, runs, tmp_path):
+    with pytest.raises(SystemExit, match=r'nowhere/condensation.csv: no such file'):
+        tool.main([str(tmp_path / 'nowhere')])
+    with pytest.raises(SystemExit, match=r'--metric mAP is in no log; there is accuracy/top1$'):
+        tool.main([str(runs[0]), '--metric', 'mAP'])
+    with pytest.raises(SystemExit, match=r'condensation.csv: no rows of --where train/output'):
+        tool.main([str(runs[0]), '--where', 'train/output'])
+    (runs[0] / 'condensation.csv').write_text(','.join(COLUMNS) + '\n')
+    with pytest.raises(SystemExit, match=r'condensation.csv: holds no record yet'):
+        tool.main([str(runs[0])])
