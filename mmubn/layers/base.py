@@ -31,7 +31,8 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
     The base of :class:`UBN`, :class:`RBN`, :class:`BNET` and :class:`IEBN`, which
     document their settings. It subclasses ``_BatchNorm``, which OpenMMLab tests for,
     and not ``nn.BatchNorm2d``, for which fusing passes look. All parameters are
-    direct: a ``nn.Conv2d`` child would be taken by initialisers.
+    direct: a ``nn.Conv2d`` child would be taken by initialisers. Subclasses name
+    ``_BatchNorm`` as a base once more, as mmengine's initialisers look no deeper.
     """
 
     # Initial w_b, and whether the sigmoid sees GAP(X) in place of GAP(X_s).

@@ -5,11 +5,12 @@ from typing import Optional
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .base import RectifiedBatchNorm
 
 
-class BNET(RectifiedBatchNorm):
+class BNET(RectifiedBatchNorm, _BatchNorm):
     r"""BatchNorm whose affine is a depthwise convolution.
 
     .. math::

@@ -2,10 +2,12 @@
 
 from typing import Optional
 
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from .base import RectifiedBatchNorm
 
 
-class IEBN(RectifiedBatchNorm):
+class IEBN(RectifiedBatchNorm, _BatchNorm):
     r"""Instance Enhancement Batch Normalization: BatchNorm whose scale attends to the image.
 
     .. math::

@@ -2,10 +2,12 @@
 
 from typing import Optional
 
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from .base import RectifiedBatchNorm
 
 
-class RBN(RectifiedBatchNorm):
+class RBN(RectifiedBatchNorm, _BatchNorm):
     r"""Representative Batch Normalization: BatchNorm with calibrated centering and scaling.
 
     .. math::

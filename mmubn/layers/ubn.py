@@ -5,12 +5,13 @@ from typing import Optional, Tuple, Union
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import ops
 from .base import RectifiedBatchNorm, recomputing
 
 
-class UBN(RectifiedBatchNorm):
+class UBN(RectifiedBatchNorm, _BatchNorm):
     r"""Unified Batch Normalization over a batch of images.
 
     Stage 1, the feature condensation threshold (Eq. 3), in training:
