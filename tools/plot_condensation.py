@@ -270,6 +270,9 @@ def main(arguments: Optional[List[str]] = None) -> None:
     args = parser.parse_args(arguments)
 
     runs = [Run(folder) for folder in args.work_dirs]
+    if len({run.name for run in runs}) < len(runs):
+        for run in runs:
+            run.name = str(run.folder)
     for run in runs:
         if not run.table(args.where).layers:
             raise SystemExit(f'{run.folder}/condensation.csv: no rows of --where {args.where}')

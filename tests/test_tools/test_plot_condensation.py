@@ -113,6 +113,16 @@ def test_gates(tool, runs):
     assert panel.images[0].get_array().tolist() == [[0.5, 0.0], [1.0, 1.0]]
 
 
+def test_runs_of_one_name_are_told_apart_by_their_path(tool, tmp_path):
+    folders = []
+    for parent in ('first', 'second'):
+        (tmp_path / parent).mkdir()
+        folders.append(write_run(tmp_path / parent / 'run', 'UBN'))
+    tool.main([*map(str, folders), '--out', str(tmp_path)])
+    text = (tmp_path / 'condensation_gates.svg').read_text()
+    assert all(str(folder) in text for folder in folders)
+
+
 def test_no_gates_no_picture_and_default_folder(tool, runs, capsys):
     tool.main([str(runs[0])])
     assert 'No gates to draw' in capsys.readouterr().out
