@@ -107,9 +107,9 @@ def draw_scene(rng: Generator, size: int = 128) -> Tuple[np.ndarray, List[Instan
         tuple[np.ndarray, list[Instance]]: The image, uint8 (size, size, 3), and its
         instances, the lowest first.
     """
-    image = _texture(rng, size, _colour(rng, saturation=(0, 0.35), value=(0.15, 0.7)))
-    classes = rng.choice(CLASSES, rng.integers(2, 8))
-    distractors = rng.choice(_DISTRACTORS, rng.integers(0, 4))
+    image = _texture(rng, size, _colour(rng, saturation=(0, 0.3), value=(0.1, 0.6)))
+    classes = rng.choice(CLASSES, rng.integers(2, 7))
+    distractors = rng.choice(_DISTRACTORS, rng.integers(0, 3))
     drawn: List[str] = []
     needed: List[float] = []  # pixels that have to stay visible, of each that is drawn
     owner = np.full((size, size), -1)  # index into `drawn` of what is seen
@@ -128,7 +128,7 @@ def draw_scene(rng: Generator, size: int = 128) -> Tuple[np.ndarray, List[Instan
         owner = attempt
         drawn.append(name)
         needed.append(least)
-    image += rng.normal(0, rng.uniform(1, 8), image.shape)
+    image += rng.normal(0, rng.uniform(1, 6), image.shape)
     instances = [
         Instance(CLASSES.index(name), owner == index)
         for index, name in enumerate(drawn)
@@ -197,7 +197,7 @@ def _annotate(instance: Instance) -> dict:
 
 def _silhouette(rng: Generator, name: str, size: int) -> Tuple[np.ndarray, float]:
     """A shape somewhere in the image: coverage of every pixel in [0, 1], and its whole area."""
-    radius = np.exp(rng.uniform(np.log(9), np.log(32))) * size / 128
+    radius = np.exp(rng.uniform(np.log(10), np.log(32))) * size / 128
     angle = rng.uniform(0, 2 * np.pi)
     cos, sin = np.cos(angle), np.sin(angle)
     placed = radius * np.array([[cos, sin], [-sin, cos]])
@@ -255,7 +255,7 @@ def _texture(rng: Generator, size: int, colour: np.ndarray) -> np.ndarray:
         field = np.cos(angle) * x + np.sin(angle) * y
         if kind == 'stripes':
             field = np.sin(field * rng.uniform(8, 40))
-    return (colour + field[..., None] * rng.uniform(-35, 35, 3)).astype(np.float32)
+    return (colour + field[..., None] * rng.uniform(-25, 25, 3)).astype(np.float32)
 
 
 def _contrasting_colour(rng: Generator, other: np.ndarray) -> np.ndarray:

@@ -93,7 +93,6 @@ def test_trains_and_evaluates(norm, scenes, tmp_path):
     config.work_dir = str(tmp_path)
     config.experiment_name = tmp_path.name
     config.train_cfg.max_epochs = config.train_cfg.val_interval = 1
-    config.train_dataloader.batch_size = 4
     for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
         loader.update(num_workers=0, persistent_workers=False)
         loader.dataset.data_root = str(scenes)

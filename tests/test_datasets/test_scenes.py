@@ -112,7 +112,7 @@ def test_size(tmp_path, size):
     for entry in coco.imgs.values():
         assert cv2.imread(str(tmp_path / 'train' / entry['file_name'])).shape == (size, size, 3)
     widest = max(annotation['bbox'][2] for annotation in coco.anns.values())
-    assert widest <= 60 / 128 * size + 2
+    assert widest <= 64 / 128 * size + 2
 
 
 @pytest.mark.parametrize('density', [0.1, 0.5, 0.9])

@@ -19,7 +19,7 @@ model = dict(
         norm_eval=False,
         init_cfg=None,
     ),
-    # Objects are 14 to 60 pixels wide: four levels, with anchors of 12, 24, 48 and 96 pixels.
+    # Objects are 20 to 64 pixels wide: four levels, with anchors of 12, 24, 48 and 96 pixels.
     neck=dict(in_channels=[64, 128, 256], out_channels=channels, num_outs=4),
     rpn_head=dict(
         in_channels=channels,
@@ -70,7 +70,7 @@ test_pipeline = [
 ]
 # One worker that loads: the cores are for the training.
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     num_workers=1,
     dataset=dict(
         data_root=data_root,
@@ -95,7 +95,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')
 test_evaluator = val_evaluator
 
-train_cfg = dict(max_epochs=6, val_interval=2)  # 450 iterations
+train_cfg = dict(max_epochs=6, val_interval=2)  # 900 iterations
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=1e-3, weight_decay=0.01),
     # Adam moves every weight by up to lr in a step, so an output of a layer with 3136 inputs
@@ -103,7 +103,7 @@ optim_wrapper = dict(
     paramwise_cfg=dict(custom_keys={'shared_fcs': dict(lr_mult=0.1)}),
 )
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(
         type='CosineAnnealingLR',
         by_epoch=True,
@@ -114,7 +114,7 @@ param_scheduler = [
     ),
 ]
 default_hooks = dict(
-    logger=dict(interval=15),
+    logger=dict(interval=25),
     checkpoint=dict(max_keep_ckpts=1),
 )
 custom_hooks = [dict(type='CondensationHook')]
