@@ -3,6 +3,10 @@
 import os
 from pathlib import Path
 
+# One thread: the tensors are small, and threads that wait for one another spin. Read when
+# torch is imported, here and in the subprocesses of the tests.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
 import pytest
 import torch
 

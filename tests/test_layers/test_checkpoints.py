@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 import torchvision
-from conftest import randomize
+from against_reference import randomize
 from torch import nn
 
 from mmubn.layers import BNET, IEBN, RBN, UBN

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import LAYERS, Reference, assert_equals_reference, randomize
+from against_reference import LAYERS, Reference, assert_equals_reference, randomize
 from torch import nn
 
 from mmubn.layers import RBN, UBN
