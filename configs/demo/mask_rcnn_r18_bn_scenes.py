@@ -1,2 +1,3 @@
 _base_ = '_base_/mask_rcnn_r18_scenes.py'
-model = dict(backbone=dict(norm_cfg=dict(type='BN')))
+norm_cfg = dict(type='BN')
+model = dict(backbone=dict(norm_cfg=norm_cfg), neck=dict(norm_cfg=norm_cfg))

@@ -1,2 +1,3 @@
 _base_ = '_base_/mask_rcnn_r18_scenes.py'
-model = dict(backbone=dict(norm_cfg=dict(type='UBN')))
+norm_cfg = dict(type='UBN')
+model = dict(backbone=dict(norm_cfg=norm_cfg), neck=dict(norm_cfg=norm_cfg))

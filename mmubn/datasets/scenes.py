@@ -27,6 +27,7 @@ _VERSION = 1  # of the drawing: another version is another data set
 _MIN_VISIBLE = 0.4  # of what an instance would show alone, in an endless image
 _MIN_PIXELS = 24
 _SUBPIXELS = 4
+_MAX_TILT = np.deg2rad(30)
 
 
 class Instance(NamedTuple):
@@ -198,7 +199,7 @@ def _annotate(instance: Instance) -> dict:
 def _silhouette(rng: Generator, name: str, size: int) -> Tuple[np.ndarray, float]:
     """A shape somewhere in the image: coverage of every pixel in [0, 1], and its whole area."""
     radius = np.exp(rng.uniform(np.log(10), np.log(32))) * size / 128
-    angle = rng.uniform(0, 2 * np.pi)
+    angle = rng.uniform(-_MAX_TILT, _MAX_TILT)
     cos, sin = np.cos(angle), np.sin(angle)
     placed = radius * np.array([[cos, sin], [-sin, cos]])
     centre = rng.uniform(0.05 * size, 0.95 * size, 2)
@@ -214,17 +215,18 @@ def _silhouette(rng: Generator, name: str, size: int) -> Tuple[np.ndarray, float
 def _outlines(rng: Generator, name: str) -> List[np.ndarray]:
     """Outline of a shape in the unit circle, (points, 2), followed by its holes."""
     if name == 'ellipse':
-        return [_on_circle(48) * [1, rng.uniform(0.5, 1)]]
+        return [_on_circle(48) * _proportions(rng)]
     if name == 'rectangle':
-        return [_box(1, rng.uniform(0.35, 1))]
+        return [_box(*_proportions(rng))]
     if name == 'triangle':
-        return [_on_circle(3, rng.uniform(-0.3, 0.3, 3)) * [1, rng.uniform(0.7, 1)]]
+        return [_on_circle(3, rng.uniform(-0.3, 0.3, 3)) * _proportions(rng)]
     if name == 'star':
         points = _on_circle(10)
         points[1::2] *= rng.uniform(0.38, 0.55)
         return [points]
     if name == 'bar':
-        return [_box(1.5, rng.uniform(0.05, 0.12))]
+        bar = _box(1.5, rng.uniform(0.05, 0.12))
+        return [bar if rng.random() < 0.5 else bar[:, ::-1]]
     if name == 'cross':
         width = rng.uniform(0.15, 0.3)
         arm = np.array([[1, -width], [1, width], [width, width]])
@@ -234,8 +236,14 @@ def _outlines(rng: Generator, name: str) -> List[np.ndarray]:
 
 
 def _on_circle(count: int, jitter: Union[float, np.ndarray] = 0.0) -> np.ndarray:
+    """Points on the unit circle, the first at the top."""
     angles = np.arange(count) * 2 * np.pi / count + jitter
-    return np.stack([np.cos(angles), np.sin(angles)], 1)
+    return np.stack([np.sin(angles), -np.cos(angles)], 1)
+
+
+def _proportions(rng: Generator) -> np.ndarray:
+    """Half width and half height, the longer of them 1."""
+    return rng.permutation([1, rng.uniform(0.5, 1)])
 
 
 def _box(half_width: float, half_height: float) -> np.ndarray:

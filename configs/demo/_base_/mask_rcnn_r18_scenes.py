@@ -19,16 +19,21 @@ model = dict(
         norm_eval=False,
         init_cfg=None,
     ),
-    # Objects are 20 to 64 pixels wide: four levels, with anchors of 12, 24, 48 and 96 pixels.
+    # Objects are 20 to 64 pixels wide: four levels, with anchors of 10 and 14 to 80 and 112 pixels.
     neck=dict(in_channels=[64, 128, 256], out_channels=channels, num_outs=4),
     rpn_head=dict(
         in_channels=channels,
         feat_channels=channels,
-        anchor_generator=dict(scales=[3], strides=[4, 8, 16, 32]),
+        anchor_generator=dict(scales=[2.5, 3.5], strides=[4, 8, 16, 32]),
     ),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=channels, roi_layer=dict(sampling_ratio=2)),
-        bbox_head=dict(in_channels=channels, fc_out_channels=256, num_classes=len(classes)),
+        bbox_head=dict(
+            in_channels=channels,
+            fc_out_channels=256,
+            num_classes=len(classes),
+            reg_class_agnostic=True,
+        ),
         mask_roi_extractor=dict(out_channels=channels, roi_layer=dict(sampling_ratio=2)),
         mask_head=dict(
             num_convs=2,
@@ -52,11 +57,7 @@ train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(type='Resize', scale=image_scale, keep_ratio=True),
-    dict(
-        type='RandomFlip',
-        prob=[0.25, 0.25, 0.25],
-        direction=['horizontal', 'vertical', 'diagonal'],
-    ),
+    dict(type='RandomFlip', prob=0.5),
     dict(type='PackDetInputs'),
 ]
 test_pipeline = [
@@ -100,7 +101,7 @@ optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=1e-3, weight_decay=0.01),
     # Adam moves every weight by up to lr in a step, so an output of a layer with 3136 inputs
     # by far more than its scale: at the full rate half of the first layer's units soon die.
-    paramwise_cfg=dict(custom_keys={'shared_fcs': dict(lr_mult=0.1)}),
+    paramwise_cfg=dict(custom_keys={'shared_fcs': dict(lr_mult=0.3)}),
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
