@@ -37,13 +37,16 @@ def mean_cosine_similarity(x: Tensor, squared_norm: Optional[Tensor] = None) -> 
     batch = x.shape[0]
     if batch < 2:
         return x.new_full((), float('nan'), dtype=dtype)
+    # Cosines do not depend on the order of the coordinates: take that of the memory.
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        x = x.permute(0, 2, 3, 1)
+    flat = x.flatten(1)
     if squared_norm is None:
-        parts = [x[part].to(dtype).flatten(1).square().sum(1) for part in batch_slices(x)]
-        squared_norm = torch.cat(parts)
+        norms = [torch.linalg.vector_norm(flat[p], dim=1, dtype=dtype) for p in batch_slices(x)]
+        squared_norm = torch.cat(norms).square()
     nonzero = squared_norm > 0
     inverse_norm = torch.where(nonzero, squared_norm, 1.0).rsqrt() * nonzero
-    total = torch.zeros_like(x[0], dtype=dtype)
+    total = torch.zeros_like(flat[0], dtype=dtype)
     for part in batch_slices(x):
-        weight = inverse_norm[part].view(-1, *[1] * (x.dim() - 1))
-        total += (x[part].to(dtype) * weight).sum(0)
+        total.addmv_(flat[part].to(dtype).t(), inverse_norm[part])
     return (total.square().sum() - nonzero.sum()) / (batch * (batch - 1))

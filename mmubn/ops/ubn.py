@@ -44,14 +44,12 @@ def image_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
         tuple[Tensor, Tensor]: Two of shape (N, C), float32 (float64 for float64
         input).
     """
-    dtype = statistics_dtype(x.dtype)
-    mean = x.new_empty(x.shape[:2], dtype=dtype)
-    var = torch.empty_like(mean)
+    mean = image_mean(x)
+    parts = []
     for part in batch_slices(x):
-        values = x[part].to(dtype)
-        mean[part] = values.mean((2, 3))
-        var[part] = (values - _plane(mean[part])).square_().mean((2, 3))
-    return mean, var
+        centred = x[part] - _plane(mean[part])
+        parts.append(torch.linalg.vector_norm(centred, dim=(2, 3)).square())
+    return mean, torch.cat(parts) / (x.shape[2] * x.shape[3])
 
 
 @torch.no_grad()
@@ -189,22 +187,23 @@ class _UBNFunction(torch.autograd.Function):
         factor = _factor(pooled, scale_weight, scale_bias)
         scale = (factor * rstd).expand_as(shift)
 
-        # First pass over the large tensors: what X_r's gradient sums to per image
-        # and channel, and the gradients of the affine.
+        # First pass over the large tensors: dX_r, what it sums to per image and channel,
+        # and the gradients of the affine.
         d_scale = torch.empty_like(shift)
         d_shift = torch.empty_like(shift)
         d_taps = torch.zeros_like(taps)
         d_bias = torch.zeros_like(mean)
-        flipped = taps.flip(-1, -2)
+        d_x_r = torch.empty_like(x, dtype=taps.dtype)
         with torch.autocast(x.device.type, enabled=False):
             for part in batch_slices(x):
-                grad = dy[part].to(taps.dtype)
-                d_x_r = _convolve(grad, flipped)
-                values = x[part] + _plane(shift[part])
-                d_scale[part] = (d_x_r * values).sum((2, 3))
-                d_shift[part] = d_x_r.sum((2, 3)) * scale[part]
-                d_taps += _taps_gradient(values.mul_(_plane(scale[part])), grad, taps)
-                d_bias += grad.sum((0, 2, 3))
+                shifted = x[part] + _plane(shift[part])
+                x_r = shifted * _plane(scale[part])
+                gradients = _convolve_backward(dy[part].to(taps.dtype), x_r, taps)
+                d_x_r[part] = gradients[0]
+                d_taps += gradients[1]
+                d_bias += gradients[2]
+                d_scale[part] = shifted.mul_(gradients[0]).sum((2, 3))
+                d_shift[part] = gradients[0].sum((2, 3)) * scale[part]
 
         # From the shift h and the scale a to the parameters, mu, sigma^2 and m.
         d_rstd = (d_scale * factor).sum(0)
@@ -228,18 +227,15 @@ class _UBNFunction(torch.autograd.Function):
         if d_gap is not None:
             d_image_mean = d_image_mean + d_gap
 
-        # Second pass: X through X_r, through the variance inside each image
-        # (centred on m) and through m.
+        # Second pass: X through X_r, through the variance inside each image (centred on
+        # m) and through m.
         slope = (d_var * (2 / (batch * height * width))).expand_as(shift)
         level = d_image_mean / (height * width)
-
-        def slice_of_dx(part: slice) -> Tensor:
-            d_x_r = _convolve(dy[part].to(taps.dtype), flipped)
-            gradient = _rectify(x[part], -image_mean[part], slope[part])
-            return gradient.addcmul_(d_x_r, _plane(scale[part])).add_(_plane(level[part]))
-
-        with torch.autocast(x.device.type, enabled=False):
-            dx = over_batch(x, slice_of_dx)
+        for part in batch_slices(x):
+            through_statistics = _rectify(x[part], -image_mean[part], slope[part])
+            d_x_r[part] *= _plane(scale[part])
+            d_x_r[part] += through_statistics.add_(_plane(level[part]))
+        dx = d_x_r.to(x.dtype)
         d_parameters = d_center_weight, d_scale_weight, d_scale_bias
         d_affine = d_taps, d_bias if ctx.has_bias else None
         return dx, *[None] * 4, *d_affine, *d_parameters, None, None
@@ -279,13 +275,26 @@ def _convolve(x: Tensor, taps: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     return F.conv2d(x, taps[:, None], bias, padding=taps.shape[-1] // 2, groups=len(taps))
 
 
-def _taps_gradient(x: Tensor, grad: Tensor, taps: Tensor) -> Tensor:
+def _convolve_backward(dy: Tensor, x: Tensor, taps: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`_convolve` for its input, taps and bias."""
     if taps.shape[-1] == 1:
-        return (x * grad).sum((0, 2, 3)).view_as(taps)
-    shape = taps[:, None].shape
-    padding = taps.shape[-1] // 2
-    gradient = torch.nn.grad.conv2d_weight(x, shape, grad, padding=padding, groups=len(taps))
-    return gradient.squeeze(1)
+        d_taps = (x * dy).sum((0, 2, 3)).view_as(taps)
+        return dy * taps.view(1, -1, 1, 1), d_taps, dy.sum((0, 2, 3))
+    channels, padding = len(taps), [taps.shape[-1] // 2] * 2
+    dx, d_taps, d_bias = torch.ops.aten.convolution_backward(
+        dy,
+        x,
+        taps[:, None],
+        [channels],
+        stride=[1, 1],
+        padding=padding,
+        dilation=[1, 1],
+        transposed=False,
+        output_padding=[0, 0],
+        groups=channels,
+        output_mask=[True, True, True],
+    )
+    return dx, d_taps.squeeze(1), d_bias
 
 
 def _plane(value: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 # What one step of a loop over the batch may hold on the CPU: about the second
 # level cache, beyond which a fresh temporary costs more than its arithmetic.
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 2 << 20
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
