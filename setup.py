@@ -12,7 +12,7 @@ exec((ROOT / 'mmubn' / 'version.py').read_text(), VERSION)
 
 
 class BuildWithConfigs(build_py):
-    """Ships configs/ and tools/ as mmubn/.mim, where `mim` and `_base_ = 'mmubn::…'` look."""
+    """Ships configs/ and tools/ as mmubn/.mim, where `mim` looks."""
 
     def run(self):
         super().run()

@@ -77,7 +77,7 @@ def convert_norm(
     # A module registered under several names is replaced under each of them.
     by_module = {id(norms[name]): new for name, new in replaced.items()}
     for parent in list(model.modules()):
-        for name, child in parent.named_children():
+        for name, child in list(parent._modules.items()):  # named_children() skips repeats
             if id(child) in by_module:
                 setattr(parent, name, by_module[id(child)])
     return model
@@ -111,17 +111,16 @@ def _replacement(
         if not is_plain or isinstance(module, RectifiedBatchNorm):
             return None
         state = {}
-    like = next(
-        value for value in (*module.parameters(), *module.buffers()) if value.is_floating_point()
-    )
+    values = (*module.parameters(), *module.buffers())
+    like = next((value for value in values if value.is_floating_point()), None)
     kept = dict(
         eps=float(module.eps),
         momentum=module.momentum,
         affine=module.affine or bool(state),
         track_running_stats=module.track_running_stats,
-        device=like.device,
-        dtype=like.dtype,
     )
+    if like is not None:
+        kept.update(device=like.device, dtype=like.dtype)
     new = target(module.num_features, **{**kept, **settings})
     state = {**module.state_dict(), **state}
     if isinstance(new, RectifiedBatchNorm):

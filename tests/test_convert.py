@@ -88,10 +88,16 @@ def test_include_and_exclude(caplog):
 
 def test_shared_layer_stays_shared():
     norm = nn.BatchNorm2d(3)
-    model = nn.ModuleDict(dict(a=norm, b=nn.Sequential(norm)))
+    model = nn.ModuleDict(dict(a=norm, again=norm, b=nn.Sequential(norm)))
     mmubn.convert_norm(model, dict(type='UBN'))
     assert isinstance(model['a'], UBN)
-    assert model['a'] is model['b'][0]
+    assert model['a'] is model['again'] is model['b'][0]
+
+
+def test_layer_without_any_tensor():
+    bn = nn.BatchNorm2d(3, affine=False, track_running_stats=False)
+    rbn = mmubn.convert_norm(bn, dict(type='RBN'))
+    assert rbn.running_mean is None
 
 
 @pytest.mark.parametrize(

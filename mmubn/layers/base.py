@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import ops
+from ..ops.utils import compiling
 from .guards import BatchNormGuard
 
 logger = logging.getLogger('mmubn')
@@ -189,6 +190,8 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
         """What a BatchNorm's state dict lacks, such that evaluation gives BatchNorm's output."""
         RectifiedBatchNorm._reset_rectifications(self)
         own = {name: getattr(self, name, None) for name in _OWN_NAMES}
+        if own['running_similarity'] is not None:
+            own['running_similarity'] = torch.ones_like(own['running_similarity'])
         if self.scale:
             weight = state_dict.get(prefix + 'weight')
             if weight is None:  # nothing can absorb sigmoid(w_b), so it becomes 1
@@ -211,7 +214,7 @@ def recomputing() -> bool:
 
     Its statistics were counted the first time and its gate has decided.
     """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not compiling() and torch._C._current_graph_task_id() != -1
 
 
 # torch and mmengine hand one list of missing keys to every layer of a load, which

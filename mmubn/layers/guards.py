@@ -20,18 +20,15 @@ class BatchNormGuard:
     def eps(self, value: float) -> None:
         self._eps = float(value)
 
-    @property
-    def qconfig(self):
-        """Read by ``convert_sync_batchnorm`` and by quantization; always raises.
-
-        Raises:
-            RuntimeError: Always.
-        """
-        raise RuntimeError(
-            f'{type(self).__name__} cannot become SyncBatchNorm or be quantized: its '
-            'rectifications would be lost. Leave sync_bn unset and do not call '
-            'convert_sync_batchnorm on a model that has this layer.'
-        )
+    def __getattr__(self, name: str):
+        # No property: torch.jit and inspect walk all that dir() names.
+        if name == 'qconfig':
+            raise RuntimeError(
+                f'{type(self).__name__} cannot become SyncBatchNorm or be quantized: its '
+                'rectifications would be lost. Leave sync_bn unset and do not call '
+                'convert_sync_batchnorm on a model that has this layer.'
+            )
+        return super().__getattr__(name)
 
 
 class _Eps(float):

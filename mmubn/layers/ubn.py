@@ -51,7 +51,8 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         num_features (int): C.
         eps (float): :math:`\epsilon`. Default: 1e-5.
         momentum (float, optional): Weight of the newest batch in the running
-            statistics; None is the cumulative average. Default: 0.1.
+            statistics; None is the cumulative average. At 1, which PreciseBN sets to
+            measure, the gate stays open. Default: 0.1.
         affine (bool): Whether there is an affine: ``weight``, ``bias`` and, for
             ``kernel_size`` above 1, ``kernel``. Default: True.
         track_running_stats (bool): As in ``nn.BatchNorm2d``; False needs
@@ -193,8 +194,8 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
 def _check_gate(
     fct: Optional[float], fct_momentum: float, fct_warmup: Optional[int], track_running_stats: bool
 ) -> None:
-    if fct is not None and not -1 <= fct <= 1:
-        raise ValueError(f'fct is a cosine similarity in [-1, 1], or None for no gate; got {fct}')
+    if fct is not None and not (isinstance(fct, (int, float)) and -1 <= fct <= 1):
+        raise ValueError(f'fct is a cosine similarity in [-1, 1], or None for no gate; got {fct!r}')
     if fct is not None and not track_running_stats:
         raise ValueError('fct needs running statistics: set fct=None or track_running_stats=True')
     if not 0 <= fct_momentum <= 1:

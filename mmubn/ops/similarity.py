@@ -29,7 +29,7 @@ def mean_cosine_similarity(x: Tensor, squared_norm: Optional[Tensor] = None) -> 
     Returns:
         Tensor: Scalar in [-1 / (N - 1), 1], float32 (float64 for float64 input).
         NaN where the similarity is undefined: fewer than two features, or
-        features that are not finite.
+        features that are not finite or whose squared norm overflows.
 
     Source: UBN (arXiv 2311.15993), section 3.3.1.
     """
@@ -49,4 +49,5 @@ def mean_cosine_similarity(x: Tensor, squared_norm: Optional[Tensor] = None) -> 
     total = torch.zeros_like(flat[0], dtype=dtype)
     for part in batch_slices(x):
         total.addmv_(flat[part].to(dtype).t(), inverse_norm[part])
-    return (total.square().sum() - nonzero.sum()) / (batch * (batch - 1))
+    similarity = (total.square().sum() - nonzero.sum()) / (batch * (batch - 1))
+    return torch.where(squared_norm.isfinite().all(), similarity, float('nan'))

@@ -17,7 +17,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def batch_slices(x: Tensor) -> List[slice]:
     """Slices of the first dimension: cache-sized in eager mode on the CPU, else a single one."""
-    if x.device.type != 'cpu' or tracing() or not x.numel():
+    if x.device.type != 'cpu' or compiling() or exporting() or not x.numel():
         return [slice(None)]
     item_bytes = x[0].numel() * statistics_dtype(x.dtype).itemsize
     step = max(1, _CHUNK_BYTES // item_bytes)
@@ -39,6 +39,16 @@ def over_batch(x: Tensor, function: Callable[[slice], Tensor]) -> Tensor:
     return result
 
 
-def tracing() -> bool:
-    """Whether torch.compile, torch.export or an ONNX export is reading the code."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+def compiling() -> bool:
+    """Whether torch.compile or torch.export is reading the code."""
+    return _is_compiling()
+
+
+def exporting() -> bool:
+    """Whether torch.export or a TorchScript tracer, ONNX's old one too, is reading the code."""
+    return _is_exporting() or torch.jit.is_tracing()
+
+
+# torch 2.1 and 2.2 have these elsewhere or not at all.
+_is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_compiling
+_is_exporting = getattr(torch.compiler, 'is_exporting', _is_compiling)

@@ -95,6 +95,12 @@ def test_one_bad_image_poisons_nothing(make_layer, bad):
         assert torch.isfinite(parameter.grad).all(), name
 
 
+def test_overflowing_norm_is_no_similarity():
+    huge = torch.full((4, 3, 8, 8), 1e20)
+    assert mean_cosine_similarity(huge).isnan()
+    assert mean_cosine_similarity(huge.double()) == pytest.approx(1)
+
+
 def test_one_image_leaves_the_similarity():
     layer = UBN(3, fct_warmup=0)
     layer(torch.randn(4, 3, 5, 5))
