@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .utils import batch_slices, exporting, over_batch, statistics_dtype
+from .utils import batch_slices, over_batch, statistics_dtype
 
 
 @torch.no_grad()

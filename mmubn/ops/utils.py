@@ -10,6 +10,10 @@ from torch import Tensor
 _CHUNK_BYTES = 2 << 20
 
 
+# Whether torch.compile or torch.export is reading the code; torch 2.1 and 2.2 have it elsewhere.
+compiling = getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_compiling
+
+
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that statistics of an input of ``dtype`` are computed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -17,7 +21,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def batch_slices(x: Tensor) -> List[slice]:
     """Slices of the first dimension: cache-sized in eager mode on the CPU, else a single one."""
-    if x.device.type != 'cpu' or compiling() or exporting() or not x.numel():
+    if x.device.type != 'cpu' or compiling() or torch.jit.is_tracing() or not x.numel():
         return [slice(None)]
     item_bytes = x[0].numel() * statistics_dtype(x.dtype).itemsize
     step = max(1, _CHUNK_BYTES // item_bytes)
@@ -37,18 +41,3 @@ def over_batch(x: Tensor, function: Callable[[slice], Tensor]) -> Tensor:
     for part in parts:
         result[part] = function(part)
     return result
-
-
-def compiling() -> bool:
-    """Whether torch.compile or torch.export is reading the code."""
-    return _is_compiling()
-
-
-def exporting() -> bool:
-    """Whether torch.export or a TorchScript tracer, ONNX's old one too, is reading the code."""
-    return _is_exporting() or torch.jit.is_tracing()
-
-
-# torch 2.1 and 2.2 have these elsewhere or not at all.
-_is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_compiling
-_is_exporting = getattr(torch.compiler, 'is_exporting', _is_compiling)
