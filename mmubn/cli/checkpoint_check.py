@@ -1,52 +1,105 @@
 """Checks that the checkpoints can be read, and fit the model."""
 
+import contextlib
 import copy
+import logging
 import pickle
 import re
+from typing import Dict, Iterator, List, Optional
 
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
-from mmengine.runner import CheckpointLoader, find_latest_checkpoint
-from mmengine.runner import load_checkpoint as load_into
+from mmengine.runner import CheckpointLoader, find_latest_checkpoint, load_state_dict
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import CommandError
 from .walk import walk
+
+# Keys of the state dict by the way in which they do not fit.
+Differences = Dict[str, List[str]]
 
 
 def check_pretrained(cfg: Config) -> None:
     """Reads the weights of every ``init_cfg``, fetching those that are not cached yet.
 
+    Where they fill a module with layers of BatchNorm's kind, these must fit. What else
+    differs passes, such as the classifier of a whole network or the stages above those
+    that the module has. A norm layer that only the module has, as a plugin of ResNet may
+    bring, is taken for one of a deeper network and refused.
+
     Args:
         cfg (Config): The resolved config.
 
     Raises:
-        CommandError: They are unreachable, missing or broken.
+        CommandError: They are unreachable, missing, broken, or of another depth or norm.
     """
+    model = None
     for path, node in walk(cfg.model, 'model'):
-        if node.get('type') in ('Pretrained', 'PretrainedInit') and 'checkpoint' in node:
-            key = f'{path}.checkpoint'
-            remedy = (
-                f'train without by --cfg-options {path}=None, '
-                f'or from a local file by --cfg-options {key}=FILE'
-            )
-            _read(key, node['checkpoint'], remedy)
+        if node.get('type') not in ('Pretrained', 'PretrainedInit') or 'checkpoint' not in node:
+            continue
+        remedy = (
+            f'train without by --cfg-options {path}=None, '
+            f'or from a local file by --cfg-options {path}.checkpoint=FILE'
+        )
+        checkpoint = _read(f'{path}.checkpoint', node['checkpoint'], remedy)
+        place = re.fullmatch(r'model\.(?:(.+)\.)?init_cfg(?:\.\d+)?', path)
+        if place is not None:
+            model = model or _build(cfg)
+            _check_filled(path, node, checkpoint, model, place[1] or '', remedy)
+
+
+def _check_filled(
+    path: str, init_cfg: dict, checkpoint: dict, model: nn.Module, name: str, remedy: str
+) -> None:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:  # a config need not be laid out as its model is
+        return
+    prefix = init_cfg.get('prefix')
+    weights = _weights(checkpoint, prefix)
+    differences = _norm_differences(module, weights)
+    if name:
+        children = dict(module.named_children())
+        unknown = differences['unknown to the model']
+        unknown[:] = [key for key in unknown if key.split('.')[0] in children]
+    else:
+        differences = _of_backbone(differences)
+    if not any(differences.values()):
+        return
+    if prefix is None and name and any(key.startswith('backbone.') for key in weights):
+        remedy = f'take the backbone of a whole model by --cfg-options {path}.prefix=backbone.'
+    else:
+        remedy = f'give weights of its depth and norm type, or {remedy}'
+    raise CommandError(
+        f'{path}.checkpoint: {init_cfg["checkpoint"]} does not fit the norm layers of '
+        f'model.{name or "backbone"}: {_summary(differences)}; {remedy}'
+    )
 
 
 def check_start(cfg: Config) -> None:
     """Reads the checkpoint training starts from; one to resume must fit the model.
 
-    One to fine-tune from need not fit: another number of classes is what it is for.
+    One to fine-tune from must fit in the norm layers of the backbone alone: another
+    number of classes is what it is for.
 
     Args:
         cfg (Config): The resolved config.
 
     Raises:
-        CommandError: It is missing, broken, or cannot be resumed.
+        CommandError: It is missing, broken, of another depth or norm, or cannot be resumed.
     """
     if not cfg.get('resume'):
         if cfg.get('load_from'):
-            _read('load_from', cfg.load_from, 'give the path of a .pth file')
+            weights = _weights(_read('load_from', cfg.load_from, 'give the path of a .pth file'))
+            differences = _of_backbone(_norm_differences(_build(cfg), weights))
+            if any(differences.values()):
+                raise CommandError(
+                    f'load_from: {cfg.load_from} does not fit the norm layers of the backbone in '
+                    f'{cfg.filename}: {_summary(differences)}; give a checkpoint of its depth and '
+                    'norm type, or one with BatchNorm'
+                )
         return
     source = cfg.get('load_from') or find_latest_checkpoint(cfg.work_dir)
     if source is None:
@@ -57,7 +110,7 @@ def check_start(cfg: Config) -> None:
             f'--resume: {source} holds weights alone; start from it by '
             f'--cfg-options load_from={source}'
         )
-    _check_fit('--resume', source, cfg)
+    _check_fit('--resume', source, checkpoint, cfg)
 
 
 def check_weights(cfg: Config) -> None:
@@ -69,8 +122,8 @@ def check_weights(cfg: Config) -> None:
     Raises:
         CommandError: It is missing, broken, or of another model.
     """
-    _read('checkpoint', cfg.load_from, 'give the path of a .pth file')
-    _check_fit('checkpoint', cfg.load_from, cfg)
+    checkpoint = _read('checkpoint', cfg.load_from, 'give the path of a .pth file')
+    _check_fit('checkpoint', cfg.load_from, checkpoint, cfg)
 
 
 def _read(key: str, source: str, remedy: str) -> dict:
@@ -90,29 +143,85 @@ def _read(key: str, source: str, remedy: str) -> dict:
     return checkpoint
 
 
-def _check_fit(key: str, source: str, cfg: Config) -> None:
-    """Loads the checkpoint into a model of its own, which mmengine would do with a long print."""
+def _weights(checkpoint: dict, prefix: Optional[str] = None) -> Dict[str, Tensor]:
+    """The state dict in it, its names as mmengine gives them to the module to fill."""
+    weights = checkpoint.get('state_dict', checkpoint)
+    start = 'module.' if prefix is None else prefix.rstrip('.') + '.'
+    inside = {name[len(start) :]: w for name, w in weights.items() if name.startswith(start)}
+    if prefix is not None:
+        return inside
+    return {**{name: w for name, w in weights.items() if not name.startswith(start)}, **inside}
+
+
+def _build(cfg: Config) -> nn.Module:
     with torch.random.fork_rng():
-        model = MODELS.build(copy.deepcopy(cfg.model))
-    try:
-        load_into(model, source, map_location='cpu', strict=True, logger='silent')
-    except RuntimeError as error:
-        if 'do not match exactly' not in str(error):
-            raise
+        return MODELS.build(copy.deepcopy(cfg.model))
+
+
+def _check_fit(key: str, source: str, checkpoint: dict, cfg: Config) -> None:
+    differences = _differences(_build(cfg), _weights(checkpoint))
+    if any(differences.values()):
         raise CommandError(
             f'{key}: {source} does not fit the model of {cfg.filename}: '
-            f'{_summary(str(error))}; give the config it was trained with'
-        ) from error
+            f'{_summary(differences)}; give the config it was trained with'
+        )
 
 
-def _summary(message: str) -> str:
-    """Shortens mmengine's list of differences to a count and a first example of each kind."""
+def _differences(module: nn.Module, weights: Dict[str, Tensor]) -> Differences:
+    """Loads the weights, which lets the layers complete them; mmengine would print at length."""
+    message = ''
+    try:
+        with _silent_layers():
+            load_state_dict(module, weights, strict=True, logger='silent')
+    except RuntimeError as error:
+        message = str(error)
+        if 'do not match exactly' not in message:
+            raise
     sizes = re.findall(r'size mismatch for (\S+):', message)
     unexpected = re.findall(r'unexpected key in source state_dict: (.+)', message)
     missing = re.findall(r'missing keys in source state_dict: (.+)', message)
-    differences = (
-        ('of another shape', sizes),
-        ('unknown to the model', [key for keys in unexpected for key in keys.split(', ')]),
-        ('missing', [key for keys in missing for key in keys.split(', ')]),
+    return {
+        'of another shape': sizes,
+        'unknown to the model': [key for keys in unexpected for key in keys.split(', ')],
+        'missing': [key for keys in missing for key in keys.split(', ')],
+    }
+
+
+@contextlib.contextmanager
+def _silent_layers() -> Iterator[None]:
+    # What they say of BatchNorm checkpoints belongs to the load that counts.
+    logger = logging.getLogger('mmubn')
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _norm_differences(module: nn.Module, weights: Dict[str, Tensor]) -> Differences:
+    """The differences in layers of BatchNorm's kind, the module's and those of ``weights``.
+
+    Every block of a network with such layers has one, so that a block or a stage too many
+    or too few shows here.
+    """
+    norms = {name for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)}
+    norms |= {name[: -len('.running_mean')] for name in weights if name.endswith('.running_mean')}
+    return {
+        what: [key for key in keys if key.rpartition('.')[0] in norms]
+        for what, keys in _differences(module, weights).items()
+    }
+
+
+def _of_backbone(differences: Differences) -> Differences:
+    return {
+        what: [key for key in keys if key.startswith('backbone.')]
+        for what, keys in differences.items()
+    }
+
+
+def _summary(differences: Differences) -> str:
+    """A count and a first example of each kind."""
+    return ', '.join(
+        f'{len(keys)} keys {what} ({keys[0]})' for what, keys in differences.items() if keys
     )
-    return ', '.join(f'{len(keys)} keys {what} ({keys[0]})' for what, keys in differences if keys)

@@ -110,10 +110,11 @@ def test_broken_checkpoint(project, fails, content):
     assert line.startswith('error: checkpoint: x.pth is not a whole checkpoint (')
 
 
-def save_weights(depth: int, **meta) -> None:
+def save_weights(depth: int, norm: str = 'UBN', **meta) -> None:
     cfg = Config.fromfile('tiny.py')
     init_default_scope('mmpretrain')
     cfg.model.backbone.depth = depth
+    cfg.model.backbone.norm_cfg = dict(type=norm)
     torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict(), **meta), 'x.pth')
 
 
@@ -144,6 +145,67 @@ def test_checkpoint_of_another_width(project, fails):
     assert '1 keys of another shape (head.fc.weight)' in line
 
 
+# Depth 34 has 16 layers more, each with 10 entries. RBN lacks the kernel and the running
+# similarity in 20 layers, IEBN the center_weight too.
+@pytest.mark.parametrize(
+    ('depth', 'norm', 'option', 'difference'),
+    [
+        (34, 'UBN', 'seed=0', '160 keys unknown to the model (backbone.layer1.2.bn1.weight)'),
+        (18, 'UBN', 'model.backbone.depth=34', '144 keys missing (backbone.layer1.2.bn1.weight)'),
+        (18, 'RBN', 'seed=0', '40 keys missing (backbone.bn1.kernel)'),
+        (
+            18,
+            'UBN',
+            'model.backbone.base_channels=4',
+            'keys of another shape (backbone.layer1.0.bn1.weight)',
+        ),
+    ],
+)
+def test_start_from_another_backbone(project, fails, depth, norm, option, difference):
+    save_weights(depth, norm)
+    line = fails('train', *DATA, '--cfg-options', 'load_from=x.pth', option)
+    start = 'error: load_from: x.pth does not fit the norm layers of the backbone in tiny.py: '
+    assert line.startswith(start)
+    assert difference in line
+    assert line.endswith('; give a checkpoint of its depth and norm type, or one with BatchNorm')
+
+
+def test_start_of_batch_norm_from_ubn(project, fails):
+    save_weights(18)
+    config = project / 'tiny.py'
+    config.write_text(config.read_text().replace("type='UBN', fct=0.15", "type='BN'"))
+    line = fails('train', *DATA, '--cfg-options', 'load_from=x.pth')
+    assert 'does not fit the norm layers of the backbone in tiny.py: 100 keys unknown' in line
+
+
+@pytest.mark.parametrize(
+    ('depth', 'norm', 'difference'),
+    [
+        (34, 'UBN', '160 keys unknown to the model (layer1.2.bn1.weight)'),
+        (18, 'IEBN', '60 keys missing (bn1.kernel)'),
+    ],
+)
+def test_pretrained_of_another_backbone(project, fails, depth, norm, difference):
+    save_weights(depth, norm)
+    key = 'model.backbone.init_cfg'
+    options = (f'{key}.type=Pretrained', f'{key}.checkpoint=x.pth', f'{key}.prefix=backbone.')
+    assert fails('train', *DATA, '--cfg-options', *options) == (
+        f'error: {key}.checkpoint: x.pth does not fit the norm layers of model.backbone: '
+        f'{difference}; give weights of its depth and norm type, or train without by '
+        f'--cfg-options {key}=None, or from a local file by --cfg-options {key}.checkpoint=FILE'
+    )
+
+
+def test_pretrained_by_a_whole_model_without_prefix(project, fails):
+    save_weights(18)
+    key = 'model.backbone.init_cfg'
+    options = (f'{key}.type=Pretrained', f'{key}.checkpoint=x.pth')
+    line = fails('train', *DATA, '--cfg-options', *options)
+    assert '180 keys missing (bn1.weight)' in line
+    remedy = f'; take the backbone of a whole model by --cfg-options {key}.prefix=backbone.'
+    assert line.endswith(remedy)
+
+
 def test_weights_cannot_be_resumed(project, fails):
     save_weights(18)
     line = (
@@ -171,5 +233,9 @@ def test_as_a_process(project):
 def test_other_errors_keep_their_traceback(project):
     from tiny_project import load_tool
 
+    # mmengine tells the runs of one second apart by the config's name.
+    (project / 'tiny.py').rename(project / 'other.py')
     with pytest.raises(KeyError, match='NoBackbone'):
-        load_tool('train').main([*DATA, '--cfg-options', 'model.backbone.type=NoBackbone'])
+        load_tool('train').main(
+            ['other.py', *DATA[1:], '--cfg-options', 'model.backbone.type=NoBackbone']
+        )
