@@ -7,9 +7,12 @@ from mmcv.cnn import build_norm_layer
 from mmengine.config import Config
 from mmengine.registry import HOOKS, MODELS
 
+from ..layers import BNET, IEBN, RBN, UBN
 from ..layers.base import RectifiedBatchNorm
 from .errors import CommandError
 from .walk import walk
+
+_OURS = [layer.__name__ for layer in (UBN, RBN, BNET, IEBN)]
 
 
 def check_norms(cfg: Config) -> None:
@@ -58,8 +61,17 @@ def _layer_class(norm: dict) -> Union[type, None]:
 
 
 def _unknown_type_message(path: str, kind: str) -> str:
+    return f"{path}: no norm layer is registered as '{kind}'; {_hint(kind)}"
+
+
+def _hint(kind: str) -> str:
+    ours = [name for name in _OURS if name in kind.upper()]
+    if ours and 'SYNC' in kind.upper():
+        return (
+            f'there is no synchronised {ours[0]} yet: '
+            f"type='{ours[0]}' has each process's own statistics"
+        )
     with MODELS.switch_scope_and_registry(None) as registry:
-        known = {*registry.module_dict, *MODELS.module_dict}
-    nearest = difflib.get_close_matches(kind, known, n=1)
-    hint = f"did you mean '{nearest[0]}'?" if nearest else 'is its module in custom_imports?'
-    return f"{path}: no norm layer is registered as '{kind}'; {hint}"
+        known = ours or {*registry.module_dict, *MODELS.module_dict}
+    nearest = difflib.get_close_matches(kind, known, n=1, cutoff=0 if ours else 0.6)
+    return f"did you mean '{nearest[0]}'?" if nearest else 'is its module in custom_imports?'

@@ -44,6 +44,12 @@ def test_sound_norms_pass(norm):
         (dict(type='UBN', fct=2), r'fct is a cosine similarity in \[-1, 1\]'),
         (dict(type='BN', fct=0.15), "unexpected keyword argument 'fct'"),
         (dict(type='Nothing12'), "no norm layer is registered as 'Nothing12'"),
+        (dict(type='SyncBNN'), "did you mean 'SyncBN'"),
+        (dict(type='UBNSync2d'), "no synchronised UBN yet: type='UBN' has each process's own"),
+        (dict(type='SyncUBN'), "no synchronised UBN yet: type='UBN' has each process's own"),
+        (dict(type='SyncRBN'), "no synchronised RBN yet: type='RBN' has each process's own"),
+        (dict(type='UnifiedUBN2d'), "did you mean 'UBN'"),
+        (dict(type='iebn'), "did you mean 'IEBN'"),
     ],
 )
 def test_error_names_the_place(norm, reason):
