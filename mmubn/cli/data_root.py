@@ -65,8 +65,10 @@ def evaluate_on_train(cfg: Config) -> None:
         cfg (Config): Changed in place.
 
     Raises:
-        CommandError: Training reads several datasets.
+        CommandError: There is no training data, or it is several datasets.
     """
+    if cfg.get('train_dataloader') is None:
+        raise CommandError('--eval-on-train: the config has no train_dataloader to take data from')
     train = _innermost(cfg.train_dataloader.dataset)
     for split in ('val', 'test'):
         if cfg.get(f'{split}_dataloader') is None:

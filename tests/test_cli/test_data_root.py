@@ -73,6 +73,13 @@ def test_nested_datasets_and_lists_of_evaluators(tmp_path):
         evaluate_on_train(cfg)
 
 
+@pytest.mark.parametrize('train', [{}, dict(train_dataloader=None)])
+def test_no_training_data_to_evaluate_on(train):
+    cfg = Config(dict(val_dataloader=dict(dataset=dict(type='A')), **train))
+    with pytest.raises(CommandError, match='--eval-on-train: the config has no train_dataloader'):
+        evaluate_on_train(cfg)
+
+
 def test_repeat_dataset_of_mmdet(tmp_path):
     cfg = from_base('mmdet::common/ms-poly_3x_coco-instance.py')
     set_data_root(cfg, str(tmp_path))
