@@ -1,6 +1,7 @@
 """Tests a checkpoint of a model of mmdet or mmpretrain."""
 
 import argparse
+import os.path as osp
 from typing import Optional, Sequence
 
 import mmengine
@@ -28,9 +29,7 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         help='what --out holds; metrics may go into a .json',
     )
     parser.add_argument('--show', action='store_true', help='draw predictions in a window')
-    parser.add_argument(
-        '--show-dir', help='draw predictions into this folder; mmdet puts it in the run folder'
-    )
+    parser.add_argument('--show-dir', help='draw predictions into this folder')
     parser.add_argument('--wait-time', type=float, default=2, help='of a window, in seconds')
     return parser.parse_args(argv)
 
@@ -45,10 +44,12 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:
         raise CommandError('--show: the config has no default_hooks.visualization')
+    # mmdet joins a relative folder to its run folder, once more at every batch.
+    folder = osp.abspath(args.show_dir) if args.show_dir else None
     if cfg.get('default_scope') == 'mmdet':
-        settings = dict(draw=True, test_out_dir=args.show_dir)
+        settings = dict(draw=True, test_out_dir=folder)
     else:
-        settings = dict(enable=True, interval=1, out_dir=args.show_dir)
+        settings = dict(enable=True, interval=1, out_dir=folder)
     hook.update(settings, show=args.show, wait_time=args.wait_time)
 
 
