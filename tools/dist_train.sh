@@ -1,24 +1,9 @@
 #!/usr/bin/env bash
-# tools/dist_train.sh CONFIG GPUS [ARGS of train.py]
-# GPUS processes on each of NNODES machines; without a GPU they run on the CPU.
-# More machines: set NNODES, NODE_RANK, MASTER_ADDR and, where 29500 is taken, PORT on each.
+# tools/dist_train.sh CONFIG GPUS [ARGS of train.py]; dist_launch.sh names the variables.
 set -euo pipefail
 if [ $# -lt 2 ]; then
     echo "usage: $0 CONFIG GPUS [ARGS of train.py]" >&2
     exit 2
 fi
-CONFIG=$1
-GPUS=$2
-shift 2
-TOOLS=$(cd "$(dirname "$0")" && pwd)
-
-if [ "${NNODES:-1}" = 1 ] && [ -z "${PORT:-}" ]; then
-    NODES=(--standalone) # takes a free port
-else
-    NODES=(--nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}"
-        --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${PORT:-29500}")
-fi
-
-PYTHONPATH="$TOOLS/..${PYTHONPATH:+:$PYTHONPATH}" \
-    torchrun "${NODES[@]}" --nproc_per_node="$GPUS" \
-    "$TOOLS/train.py" "$CONFIG" --launcher pytorch "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/dist_launch.sh"
+launch train.py "$2" "$1" --launcher pytorch "${@:3}"

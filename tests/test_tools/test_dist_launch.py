@@ -1,0 +1,55 @@
+"""tools/dist_train.sh and dist_test.sh, by a python that tells its arguments."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from tiny_project import ROOT
+
+SCRIPTS = ('dist_launch.sh', 'dist_test.sh', 'dist_train.sh')
+
+
+def launched(folder: Path, script: str, *argv: str, **variables: str) -> list:
+    tools = folder / 'the tools'
+    tools.mkdir()
+    for name in SCRIPTS:
+        shutil.copy(ROOT / 'tools' / name, tools)
+    python = folder / 'a python'
+    python.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$PYTHONPATH" "$@"\n')
+    python.chmod(0o755)
+    env = {k: v for k, v in os.environ.items() if k not in ('NNODES', 'PORT', 'PYTHONPATH')}
+    env.update(PYTHON=str(python), **variables)
+    command = [str(tools / script), *argv]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    path, *arguments = done.stdout.splitlines()
+    assert path == f'{tools}/..'
+    return arguments
+
+
+def test_train_with_spaces_in_paths(tmp_path):
+    argv = ('my config.py', '2', '--work-dir', 'my run', '--cfg-options', 'a=1')
+    assert launched(tmp_path, 'dist_train.sh', *argv) == [
+        *('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'),
+        *(f'{tmp_path}/the tools/train.py', 'my config.py', '--launcher', 'pytorch'),
+        *('--work-dir', 'my run', '--cfg-options', 'a=1'),
+    ]
+
+
+def test_test_on_two_machines(tmp_path):
+    argv = ('my config.py', 'the weights.pth', '8')
+    variables = dict(NNODES='2', NODE_RANK='1', MASTER_ADDR='10.0.0.1')
+    assert launched(tmp_path, 'dist_test.sh', *argv, **variables) == [
+        *('-m', 'torch.distributed.run', '--nnodes=2', '--node_rank=1'),
+        *('--master_addr=10.0.0.1', '--master_port=29500', '--nproc_per_node=8'),
+        *(f'{tmp_path}/the tools/test.py', 'my config.py', 'the weights.pth'),
+        *('--launcher', 'pytorch'),
+    ]
+
+
+@pytest.mark.parametrize('script', SCRIPTS[1:])
+def test_usage(script):
+    done = subprocess.run([ROOT / 'tools' / script, 'x.py'], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith('usage: ')
