@@ -16,7 +16,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop
 from torch import Tensor, nn
 
-from ..condensation import CondensationRecorder, record_condensation
+from ..condensation import QUANTITIES, CondensationRecorder, record_condensation
 
 COLUMNS = (
     'epoch',
@@ -110,6 +110,9 @@ class CondensationHook(Hook):
         self.threshold = threshold
         self.seed = seed
         self._recorder: Optional[CondensationRecorder] = None
+        # Of the training batches since the last record, the sums over all processes: only
+        # one of them writes the checkpoint, all read it.
+        self._seen: Optional[Tensor] = None
         self._resumed: Optional[dict] = None
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
@@ -119,15 +122,15 @@ class CondensationHook(Hook):
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Saves the averages begun, for a checkpoint between two records."""
         if self._recorder is not None:
-            checkpoint['condensation'] = dict(
-                layers=list(self._recorder.layers), state=self._recorder.state()
-            )
+            checkpoint['condensation'] = dict(layers=list(self._recorder.layers), state=self._seen)
 
     def before_train(self, runner) -> None:
         """Opens the table and measures the fixed batch."""
         self._recorder = CondensationRecorder(_unwrapped(runner.model), self.layers)
         if self._resumed and self._resumed['layers'] == list(self._recorder.layers):
-            self._recorder.load_state(self._resumed['state'])
+            self._seen = self._resumed['state'].cpu()
+        else:
+            self._seen = torch.zeros_like(self._recorder.state())
         self._by_epoch = not isinstance(runner.train_loop, IterBasedTrainLoop)
         self._batch = self._draw_batch(runner) if self.fixed_samples else None
         self._path = Path(runner.work_dir) / 'condensation.csv'
@@ -149,8 +152,14 @@ class CondensationHook(Hook):
             self._recorder.attach()
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Records at the interval of an iteration-based loop."""
+        """Adds what was seen, and records at the interval of an iteration-based loop."""
         self._recorder.detach()
+        if batch_idx % self.interval == 0:
+            seen = _summed(self._recorder)
+            # What layers are at the moment of the record is no sum over iterations.
+            seen[:, QUANTITIES.index('running_similarity')] = 0
+            self._seen += seen
+            self._recorder.reset()
         done = runner.iter + 1
         if not self._by_epoch and (
             done % runner.train_loop.val_interval == 0 or done == runner.max_iters
@@ -163,9 +172,8 @@ class CondensationHook(Hook):
             self._end_period(runner, runner.epoch + self._by_epoch, runner.iter)
 
     def _end_period(self, runner, epoch: int, done: int) -> None:
-        states = {'train': self._recorder.state()}
-        all_reduce(states['train'], 'sum')
-        self._recorder.reset()
+        states = {'train': self._seen + _summed(self._recorder)}
+        self._seen.zero_()
         fixed = self._measure_batch(runner)
         if fixed is not None:
             states['fixed'] = fixed
@@ -196,9 +204,7 @@ class CondensationHook(Hook):
             torch.no_grad(),
         ):
             _run(model, self._batch, recorder)
-        state = recorder.state()
-        all_reduce(state, 'sum')
-        return state
+        return _summed(recorder)
 
     def _record(self, runner, epoch: int, done: int, states: Dict[str, Tensor]) -> None:
         rows = [
@@ -231,6 +237,13 @@ class CondensationHook(Hook):
                 f'opened: {_names(opened)}; shut: {_names(shut)}'
             )
         return line
+
+
+def _summed(recorder: CondensationRecorder) -> Tensor:
+    """State of a recorder, summed over processes, all of which must come here."""
+    state = recorder.state()
+    all_reduce(state, 'sum')
+    return state
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

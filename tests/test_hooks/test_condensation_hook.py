@@ -303,18 +303,27 @@ def test_resume_refuses_a_foreign_table(tmp_path):
         make_runner(tmp_path, hooks=[HOOK], epochs=2, resume=True).train()
 
 
-def train_on_rank(rank, folder, port):
+@contextmanager
+def process_group(rank, port):
+    """Started here because mmengine's launcher wants a GPU a process."""
     torch.set_num_threads(1)
-    # Started here because mmengine's launcher wants a GPU a process.
     torch.distributed.init_process_group('gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
-    torch.manual_seed(0)
-    net = ToyNet()
-    seen = spy(net)
-    model = MMDistributedDataParallel(net, device_ids=None, broadcast_buffers=False)
-    runner = make_runner(Path(folder) / 'run', model, hooks=[HOOK])
-    runner.train()
-    torch.save(dict(seen=seen, mean=net.stem[1].running_mean), Path(folder) / f'rank{rank}.pt')
+    yield
     torch.distributed.destroy_process_group()
+
+
+def distributed_net():
+    torch.manual_seed(0)
+    return MMDistributedDataParallel(ToyNet(), device_ids=None, broadcast_buffers=False)
+
+
+def train_on_rank(rank, folder, port):
+    with process_group(rank, port):
+        model = distributed_net()
+        seen = spy(model.module)
+        make_runner(Path(folder) / 'run', model, hooks=[HOOK]).train()
+    mean = model.module.stem[1].running_mean
+    torch.save(dict(seen=seen, mean=mean), Path(folder) / f'rank{rank}.pt')
 
 
 def test_two_processes_are_averaged(tmp_path, free_port):
@@ -328,3 +337,28 @@ def test_two_processes_are_averaged(tmp_path, free_port):
     recorded = column(rows, layer='stem.1', where='train/input')
     assert recorded == pytest.approx(expected, abs=1e-6)
     assert first['seen'] != second['seen']
+
+
+def resume_on_rank(rank, folder, port):
+    options = dict(
+        hooks=[HOOK],
+        iters=8,
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=6)),
+    )
+    folder = Path(folder)
+    with process_group(rank, port):
+        make_runner(folder / 'whole', distributed_net(), **options).train()
+        options.update(load_from=str(folder / 'whole' / 'iter_6.pth'), resume=True)
+        make_runner(folder / 'resumed', distributed_net(), **options).train()
+
+
+def test_two_processes_resume_between_two_records(tmp_path, free_port):
+    multiprocessing.spawn(resume_on_rank, (str(tmp_path), free_port), nprocs=2)
+    whole, resumed = table(tmp_path / 'whole'), table(tmp_path / 'resumed')
+    assert column(resumed, 'iter', layer='stem.1', where='train/input') == [8]
+    for where in ('train/input', 'train/output'):
+        for layer in ('stem.1', 'norm'):
+            recorded = column(resumed, layer=layer, where=where, iter=8)
+            expected = column(whole, layer=layer, where=where, iter=8)
+            assert recorded == pytest.approx(expected, abs=1e-5)
+    assert column(resumed, 'batch_statistics_used', layer='norm', where='train/input') == [1]
