@@ -1,7 +1,7 @@
 """Checks before training that the UBN layers a config asks for exist and train."""
 
 import inspect
-from typing import Any, Iterator, Tuple
+from typing import Any, Iterator, List, Tuple
 
 from mmengine.hooks import Hook
 from torch import nn
@@ -14,8 +14,9 @@ class UBNCheckHook(Hook):
     """Says before training how many of the project's norm layers are built and train.
 
     A layer trains if it is in training mode (``norm_eval`` and frozen stages prevent
-    it) and has parameters that require a gradient. None that trains is a warning; a
-    config that asks for one of the types of :mod:`mmubn.layers` and a model without
+    it) and has parameters that require a gradient. Batch norms of other types are
+    counted beside them: a config may have missed them. None that trains is a warning;
+    a config that asks for one of the types of :mod:`mmubn.layers` and a model without
     any is an error, since something (``sync_bn``, ``convert_sync_batchnorm``) replaced
     them.
 
@@ -38,22 +39,34 @@ class UBNCheckHook(Hook):
         evaluating = sum(not layer.training for layer in built)
         frozen = sum(layer.training and not _requires_grad(layer) for layer in built)
         trained = len(built) - evaluating - frozen
-        kinds = ', '.join(sorted({type(layer).__name__ for layer in built}))
-        line = f'{kinds}: {len(built)} layers built, {trained} train'
+        line = f'{_kinds(built)}: {len(built)} layers built, {trained} train'
         if evaluating:
             line += f', {evaluating} held in evaluation mode (norm_eval=True, frozen_stages)'
         if frozen:
             line += f', {frozen} with frozen parameters'
+        others = _others(runner.model)
+        if others:
+            line += f'; {len(others)} other batch norms: {_kinds(others)}'
         if trained:
             runner.logger.info(line)
         else:
             runner.logger.warning(
-                f'{line}: none can train. Set norm_eval=False and frozen_stages=-1 in the backbone.'
+                f'{line}. None of {_kinds(built)} can train: set norm_eval=False and '
+                'frozen_stages=-1 in the backbone.'
             )
 
 
 def _is_ours(layer: type) -> bool:
     return issubclass(layer, tuple(getattr(layers, name) for name in layers.__all__))
+
+
+def _others(model: nn.Module) -> List[nn.Module]:
+    """The batch norms that are none of ours."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and not _is_ours(type(m))]
+
+
+def _kinds(norms: List[nn.Module]) -> str:
+    return ', '.join(sorted({type(norm).__name__ for norm in norms}))
 
 
 def _requires_grad(layer: nn.Module) -> bool:
@@ -63,13 +76,12 @@ def _requires_grad(layer: nn.Module) -> bool:
 
 def _raise_if_asked_for(runner) -> None:
     for key, kind in _requested(runner.cfg.get('model'), 'model'):
-        norms = [type(m).__name__ for m in runner.model.modules() if isinstance(m, _BatchNorm)]
+        norms = [type(m).__name__ for m in _others(runner.model)]
         found = ', '.join(f'{norms.count(name)} {name}' for name in sorted(set(norms)))
         raise RuntimeError(
             f"{key} asks for '{kind}', but the model has no such layer; it has "
             f'{found or "no batch norm"}. Something replaced them after the model was built: '
-            "remove sync_bn= or convert_sync_batchnorm, and use type='SyncUBN' for "
-            'statistics over all processes.'
+            'remove sync_bn= or convert_sync_batchnorm.'
         )
 
 

@@ -41,7 +41,14 @@ def checked(tmp_path, model):
 
 
 def test_all_train(tmp_path):
-    assert checked(tmp_path, ToyNet()) == ('INFO', 'UBN: 1 layers built, 1 train')
+    model = ToyNet()
+    model.stem[1] = mmubn.UBN(8)
+    assert checked(tmp_path, model) == ('INFO', 'UBN: 2 layers built, 2 train')
+
+
+def test_batch_norms_beside_ours_are_listed(tmp_path):
+    expected = 'UBN: 1 layers built, 1 train; 1 other batch norms: BatchNorm2d'
+    assert checked(tmp_path, ToyNet()) == ('INFO', expected)
 
 
 def test_some_are_held(tmp_path):
@@ -51,7 +58,8 @@ def test_some_are_held(tmp_path):
     assert checked(tmp_path, model) == (
         'INFO',
         'RBN, UBN: 3 layers built, 1 train, 1 held in evaluation mode '
-        '(norm_eval=True, frozen_stages), 1 with frozen parameters',
+        '(norm_eval=True, frozen_stages), 1 with frozen parameters'
+        '; 1 other batch norms: BatchNorm2d',
     )
 
 
@@ -60,7 +68,7 @@ def test_none_can_train(tmp_path):
     assert level == 'WARNING'
     assert line.startswith('RBN, UBN: 3 layers built, 0 train, 3 held in evaluation mode')
     assert line.endswith(
-        'none can train. Set norm_eval=False and frozen_stages=-1 in the backbone.'
+        'None of RBN, UBN can train: set norm_eval=False and frozen_stages=-1 in the backbone.'
     )
 
 
@@ -96,7 +104,7 @@ def test_replaced_layers_are_an_error_that_names_key_and_type(tmp_path, kind):
     neck = [dict(norm_cfg=dict(type='BN')), dict(norm_cfg=dict(type=kind, fct=0.15))]
     expected = (
         rf"model.neck.1.norm_cfg asks for '{kind.split('.')[-1]}', but the model has no such "
-        'layer; it has 2 BatchNorm2d'
+        'layer; it has 2 BatchNorm2d.*: remove sync_bn= or convert_sync_batchnorm.$'
     )
     with pytest.raises(RuntimeError, match=expected):
         run_config(tmp_path, dict(type='Configured', neck=neck))
