@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .layers.base import recomputing
 from .ops import mean_cosine_similarity
+from .ops.utils import compiling
 
 QUANTITIES = ('input', 'output', 'batch_statistics_used', 'running_similarity')
 
@@ -89,7 +90,7 @@ class CondensationRecorder:
         """Starts to watch; one that watches already goes on."""
         self.detach()
         for name, module in self.layers.items():
-            self._handles.append(module.register_forward_hook(self._hook(name)))
+            self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
 
     def detach(self) -> None:
         """Stops watching and keeps what was seen."""
@@ -103,10 +104,11 @@ class CondensationRecorder:
 
     def _hook(self, name: str):
         @torch.no_grad()
-        def observe(module: nn.Module, args: tuple, output: Tensor) -> None:
-            if torch.compiler.is_compiling() or recomputing():
+        def observe(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+            if compiling() or recomputing():
                 return
-            x = args[0]
+            # BatchNorm calls its only argument input, UBN and others x.
+            x = [*args, *kwargs.values()][0]
             nan = torch.full((), float('nan'), device=x.device)
             used = getattr(module, 'batch_statistics_used', None) if module.training else None
             values = torch.stack(
@@ -136,12 +138,6 @@ class CondensationRecorder:
             if getattr(module, 'fct', None) is not None:
                 row[3] = torch.tensor([float(module.running_similarity), 1.0])
         return state
-
-    def load_state(self, state: Tensor) -> None:
-        """Goes on from ``state``, one of :meth:`state` over the same layers."""
-        for row, (name, module) in zip(state, self.layers.items()):
-            device = next(module.buffers(), state).device
-            self._totals[name] = row[:3].to(device)
 
     def to_dict(self, state: Optional[Tensor] = None) -> Dict[str, Dict[str, Any]]:
         """The averages by layer.

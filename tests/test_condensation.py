@@ -96,6 +96,14 @@ def test_calls_are_averaged_and_undefined_ones_left_out():
     assert rec.to_dict()['']['input'] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize(('norm', 'name'), [(nn.BatchNorm2d(3), 'input'), (mmubn.UBN(3), 'x')])
+def test_input_given_by_keyword(norm, name):
+    x = images()
+    with mmubn.record_condensation(norm) as rec:
+        norm(**{name: x})
+    assert rec.to_dict()['']['input'] == pytest.approx(pairwise(x), abs=1e-6)
+
+
 def test_layer_never_called_has_no_value():
     net = small_net()
     with mmubn.record_condensation(net) as rec:
