@@ -13,16 +13,15 @@ from mmubn.layers import UBN
 
 
 @st.composite
-def inputs(draw):
+def inputs(draw, c):
     """Random shapes, 1x1 maps and single images among them, memory formats and strides."""
     n = draw(st.sampled_from([1, 2, 3, 9]))
-    c = draw(st.integers(1, 5))
     h = draw(st.sampled_from([1, 2, 3, 7, 16]))
     w = draw(st.sampled_from([1, 3, 4, 9]))
     if n * h * w == 1:
         n = 2
     layout = draw(st.sampled_from(['contiguous', 'channels_last', 'strided', 'expanded']))
-    mean = draw(st.sampled_from([0.0, 1.0, -3.0]))
+    mean = draw(st.sampled_from([0.0, 3.0]))  # the one shuts the gate, the other opens it
     seed = draw(st.integers(0, 2**31))
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, c, 2 * h, w, dtype=torch.double, generator=generator) + mean
@@ -38,19 +37,20 @@ def inputs(draw):
 
 @pytest.mark.parametrize('name', LAYERS)
 @settings(max_examples=25, deadline=None)
-@given(batches=st.lists(inputs(), min_size=1, max_size=4), seed=st.integers(0, 2**31))
+@given(
+    batches=st.integers(1, 5).flatmap(lambda c: st.lists(inputs(c), min_size=1, max_size=6)),
+    seed=st.integers(0, 2**31),
+)
 def test_steps_equal_reference(name, batches, seed):
     """Several steps in a row in float64; mixed batches open and shut the gate between them."""
     torch.manual_seed(seed)
-    channels = batches[0].shape[1]
-    layer = LAYERS[name](channels).double()
+    layer = LAYERS[name](batches[0].shape[1]).double()
     if hasattr(layer, 'fct_momentum'):
         layer.fct_momentum = 0.7  # quick enough to cross the threshold within the steps
     randomize(layer)
     oracle = Reference(layer)
     for x in batches:
-        if x.shape[1] == channels:
-            assert_equals_reference(layer, oracle, x, rtol=1e-9, atol=1e-10)
+        assert_equals_reference(layer, oracle, x, rtol=1e-9, atol=1e-10)
     layer.eval()
     assert_equals_reference(layer, oracle, batches[0], rtol=1e-9, atol=1e-10)
 
@@ -152,6 +152,20 @@ def test_evaluation_updates_nothing(make_layer):
     layer(torch.randn(4, 4, 5, 5) - 2)
     for name, value in layer.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.xfail(strict=True, reason='gradients of an empty batch share their memory')
+def test_gradients_accumulate_after_an_empty_batch(make_layer):
+    layer = make_layer(4)
+    randomize(layer)
+    with_empty = copy.deepcopy(layer)
+    with_empty(torch.randn(0, 4, 5, 5)).sum().backward()
+    x = torch.randn(3, 4, 5, 5)
+    upstream = torch.randn_like(x)
+    for module in (layer, with_empty):
+        module(x).backward(upstream)
+    for (name, expected), actual in zip(layer.named_parameters(), with_empty.parameters()):
+        torch.testing.assert_close(actual.grad, expected.grad, msg=name)
 
 
 def test_shut_gate_leaves_running_statistics():

@@ -1,0 +1,87 @@
+"""UBN under DistributedDataParallel: ranks whose gates differ, and one with an empty batch."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+from torch import distributed, multiprocessing, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mmubn.layers import UBN
+
+STEPS = 6
+LIMIT = timedelta(seconds=60)
+
+
+def batch_of(case, rank, step):
+    """Noise that shuts the gate of rank 0, an offset that keeps that of rank 1 open.
+
+    In the case ``empty`` every second batch of rank 1 has no images.
+    """
+    size = 0 if case == 'empty' and rank == 1 and step % 2 else 6
+    offset = 3.0 if rank == 1 else 0.0
+    return torch.randn(size, 3, 9, 9) + offset
+
+
+def train_on_rank(rank, case, folder):
+    """Trains and saves what the test looks at; a step that hangs runs into the limit."""
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        'gloo', f'file://{folder}/rendezvous', timeout=LIMIT, rank=rank, world_size=2
+    )
+    torch.manual_seed(0)
+    norm = UBN(3, fct_momentum=0.7, fct_warmup=0)
+    net = nn.Sequential(norm, nn.Conv2d(3, 4, 3), UBN(4, fct_warmup=0), nn.ReLU())
+    model = DistributedDataParallel(
+        net, device_ids=None, find_unused_parameters=False, broadcast_buffers=False
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.manual_seed(1 + rank)
+    gates, has_gradient = [], []
+    start = [p.detach().clone() for p in model.parameters()]
+    for step in range(STEPS):
+        optimizer.zero_grad(set_to_none=True)
+        ((model(batch_of(case, rank, step)) - 1).square().sum() / 1000).backward()
+        has_gradient += [p.grad is not None for p in model.parameters()]
+        optimizer.step()
+        gates.append(bool(norm.batch_statistics_used))
+    moved = [not torch.equal(a, b) for a, b in zip(start, model.parameters())]
+    torch.save(
+        dict(
+            gates=gates,
+            has_gradient=has_gradient,
+            moved=moved,
+            state=net.state_dict(),
+            parameters=[p.detach() for p in model.parameters()],
+        ),
+        f'{folder}/rank{rank}.pt',
+    )
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    'case',
+    [
+        'full',
+        pytest.param(
+            'empty',
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason='gradients of an empty batch share their memory, DDP reduces in place',
+            ),
+        ),
+    ],
+)
+def test_ranks_whose_gates_differ_train_alike(tmp_path, case):
+    multiprocessing.spawn(train_on_rank, (case, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f'rank{rank}.pt') for rank in range(2))
+    differ = [a != b for a, b in zip(first['gates'], second['gates'])]
+    assert sum(differ) >= STEPS - 2
+    assert all(second['gates'])
+    for result in (first, second):
+        assert all(result['has_gradient'])
+        assert all(result['moved'])
+        assert all(p.isfinite().all() for p in result['parameters'])
+    assert all(torch.equal(a, b) for a, b in zip(first['parameters'], second['parameters']))
+    tracked = [int(result['state']['0.num_batches_tracked']) for result in (first, second)]
+    assert tracked == [sum(first['gates']), STEPS // 2 if case == 'empty' else STEPS]
