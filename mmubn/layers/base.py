@@ -152,7 +152,10 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
         # DDP waits for the gradient of every parameter, so all stay in the graph.
         connected = x.new_ones(self.num_features)
         for parameter in self.parameters():
-            connected = connected + parameter.reshape(self.num_features, -1).sum(1).to(x.dtype)
+            # The product makes each gradient a tensor of its own: those of the sum alone
+            # would be views of one, which DDP and accumulation add to in place.
+            own = (0 * parameter).to(x.dtype)
+            connected = connected + own.reshape(self.num_features, -1).sum(1)
         return x * connected.view(1, -1, 1, 1)
 
     def _check_input(self, x: Tensor) -> None:

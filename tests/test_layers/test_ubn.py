@@ -154,7 +154,6 @@ def test_evaluation_updates_nothing(make_layer):
         assert torch.equal(value, before[name]), name
 
 
-@pytest.mark.xfail(strict=True, reason='gradients of an empty batch share their memory')
 def test_gradients_accumulate_after_an_empty_batch(make_layer):
     layer = make_layer(4)
     randomize(layer)
