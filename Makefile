@@ -5,42 +5,44 @@ PYTHON ?= python3.11
 NORM ?= ubn
 BIN := $(VENV)/bin
 
-.PHONY: env demo test test-slow lint clean
+.PHONY: env install demo test test-slow lint clean
 
-env: $(VENV)/installed
+# The package itself is linked in every time: another checkout may share the environment.
+env:
+	@cmp -s requirements.txt "$(VENV)/requirements.txt" || $(MAKE) --no-print-directory install
+	@"$(BIN)/pip" install --quiet --no-build-isolation --no-deps --editable .
 
-$(VENV)/installed: requirements.txt setup.py
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --upgrade pip 'setuptools<82' wheel ninja
-	$(BIN)/pip install $$(grep -E '^(torch|torchvision)==' requirements.txt)
-	$(BIN)/pip install --no-build-isolation -r requirements.txt
-	$(BIN)/pip install --no-deps --force-reinstall $$(grep '^opencv-python-headless==' requirements.txt)
-	$(BIN)/pip install --no-build-isolation --no-deps --editable .
-	touch $@
+install:
+	$(PYTHON) -m venv "$(VENV)"
+	"$(BIN)/pip" install --upgrade pip 'setuptools<82' wheel ninja
+	"$(BIN)/pip" install $$(grep -E '^(torch|torchvision)==' requirements.txt)
+	"$(BIN)/pip" install --no-build-isolation -r requirements.txt
+	"$(BIN)/pip" install --no-deps --force-reinstall $$(grep '^opencv-python-headless==' requirements.txt)
+	cp requirements.txt "$(VENV)/requirements.txt"
 
 # Trains a small Mask R-CNN with UBN, or with another norm: make demo NORM=bn.
 DEMO := work_dirs/demo_$(NORM)
 DEMO_CONFIG := configs/demo/mask_rcnn_r18_$(NORM)_scenes.py
 
-# Threads that wait must not spin: other programs may want the two cores.
-demo: export OMP_WAIT_POLICY = passive
+# Threads that wait spin less than they would: other programs may want the two cores.
+demo: export GOMP_SPINCOUNT = 10000
 demo: env
-	$(BIN)/python tools/make_scenes.py data/scenes
+	"$(BIN)/python" tools/make_scenes.py data/scenes
 	rm -rf $(DEMO)
-	$(BIN)/python tools/train.py $(DEMO_CONFIG) --work-dir $(DEMO)
-	$(BIN)/python tools/test.py $(DEMO_CONFIG) $$(cat $(DEMO)/last_checkpoint) \
-		--work-dir $(DEMO)/test --show-dir $(CURDIR)/$(DEMO)/predictions
-	$(BIN)/python tools/demo.py $(DEMO)
+	"$(BIN)/python" tools/train.py $(DEMO_CONFIG) --work-dir $(DEMO)
+	"$(BIN)/python" tools/test.py $(DEMO_CONFIG) "$$(cat $(DEMO)/last_checkpoint)" \
+		--work-dir $(DEMO)/test --show-dir $(DEMO)/predictions
+	"$(BIN)/python" tools/demo.py $(DEMO)
 
 test: env
-	$(BIN)/python -m pytest -m 'not slow'
+	"$(BIN)/python" -m pytest -m 'not slow'
 
 test-slow: env
-	$(BIN)/python -m pytest -m slow
+	"$(BIN)/python" -m pytest -m slow
 
 lint: env
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
 
 clean:
 	rm -rf build dist *.egg-info work_dirs data/scenes

@@ -1,3 +1,2 @@
 _base_ = '_base_/mask_rcnn_r18_scenes.py'
-norm_cfg = dict(type='UBN')
-model = dict(backbone=dict(norm_cfg=norm_cfg), neck=dict(norm_cfg=norm_cfg))
+model = dict(backbone=dict(norm_cfg=dict(type='UBN')))

@@ -3,7 +3,7 @@
 _base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
 custom_imports = dict(imports=['mmubn'])
 
-classes = ('ellipse', 'rectangle', 'triangle', 'star')
+classes = ('ellipse', 'rectangle', 'triangle')
 data_root = 'data/scenes/'
 image_scale = (128, 128)
 channels = 64
@@ -11,7 +11,7 @@ channels = 64
 model = dict(
     backbone=dict(
         depth=18,
-        num_stages=3,  # a fourth would see 4x4 positions and take a third of the time
+        num_stages=3,  # a fourth would see 4x4 positions and take a quarter of the time
         strides=(1, 2, 2),
         dilations=(1, 1, 1),
         out_indices=(0, 1, 2),
@@ -19,7 +19,7 @@ model = dict(
         norm_eval=False,
         init_cfg=None,
     ),
-    # Objects are 20 to 64 pixels wide: four levels, with anchors of 10 and 14 to 80 and 112 pixels.
+    # Objects are 28 to 80 pixels wide: four levels, with anchors of 10 and 14 to 80 and 112 pixels.
     neck=dict(in_channels=[64, 128, 256], out_channels=channels, num_outs=4),
     rpn_head=dict(
         in_channels=channels,
@@ -96,20 +96,17 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')
 test_evaluator = val_evaluator
 
-train_cfg = dict(max_epochs=6, val_interval=2)  # 900 iterations
+train_cfg = dict(max_epochs=8, val_interval=4)  # 1200 iterations
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=1e-3, weight_decay=0.01),
-    # Adam moves every weight by up to lr in a step, so an output of a layer with 3136 inputs
-    # by far more than its scale: at the full rate half of the first layer's units soon die.
-    paramwise_cfg=dict(custom_keys={'shared_fcs': dict(lr_mult=0.3)}),
 )
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(
         type='CosineAnnealingLR',
         by_epoch=True,
         begin=0,
-        end=6,
+        end=8,
         convert_to_iter_based=True,
         eta_min_ratio=0.02,
     ),
