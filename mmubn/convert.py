@@ -101,7 +101,8 @@ def _replacement(
 ) -> Optional[nn.Module]:
     """The new layer, or None where this one is not to be replaced."""
     fused = hasattr(module, 'act') and hasattr(module, 'drop')
-    is_plain = type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) or fused
+    # mmengine's SyncBatchNorm is a subclass that checks its input's dimensions and no more.
+    is_plain = type(module) is nn.BatchNorm2d or isinstance(module, nn.SyncBatchNorm) or fused
     if target is nn.BatchNorm2d:
         if not isinstance(module, RectifiedBatchNorm):
             return None
