@@ -16,10 +16,15 @@ for layer in (BNET, IEBN, RBN, UBN):
     MODELS.register_module(module=layer, force=True)
 
 
-def _build_hook(name, **options):
-    # mmengine.hooks takes a second to import and OpenCV with it; a Runner has it anyway.
-    return getattr(import_module('mmubn.hooks'), name)(**options)
+def _build(module, name, **options):
+    # mmengine.hooks takes a second to import and OpenCV with it, mmpretrain several;
+    # whoever builds these has them anyway.
+    return getattr(import_module(module), name)(**options)
 
 
-for name in ('CondensationHook', 'UBNCheckHook'):
-    HOOKS.register_module(name=name, module=partial(_build_hook, name), force=True)
+for registry, module, names in (
+    (HOOKS, 'mmubn.hooks', ('CondensationHook', 'UBNCheckHook')),
+    (MODELS, 'mmubn.models', ('InceptionV4_CIFAR', 'ResNeXt_CIFAR')),
+):
+    for name in names:
+        registry.register_module(name=name, module=partial(_build, module, name), force=True)
