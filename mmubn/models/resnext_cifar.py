@@ -27,7 +27,7 @@ class GroupedBottleneck(Bottleneck):
 class ResNeXt_CIFAR(ResNet_CIFAR, ResNeXt):
     """ResNeXt with a 3x3 stem of stride 1 and no pooling after it.
 
-    14,774,372 parameters at depth 50 with BN and a linear classifier of 100 classes. The
+    14,788,772 parameters at depth 50 with BN and a linear classifier of 100 classes. The
     arguments are those of mmpretrain's ``ResNeXt``; ``norm_cfg`` holds for every norm.
 
     Shape:

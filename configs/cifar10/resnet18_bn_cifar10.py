@@ -1,0 +1,3 @@
+_base_ = ['mmpretrain::_base_/models/resnet18_cifar.py', '../_base_/cifar10.py']
+
+model = dict(backbone=dict(norm_cfg=dict(type='BN')))

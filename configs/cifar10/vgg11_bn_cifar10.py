@@ -1,0 +1,3 @@
+_base_ = ['../_base_/vgg_cifar.py', '../_base_/cifar10.py']
+
+model = dict(backbone=dict(depth=11, norm_cfg=dict(type='BN')), head=dict(num_classes=10))

@@ -1,0 +1,6 @@
+_base_ = ['mmpretrain::_base_/models/resnet50_cifar.py', '../_base_/cifar100.py']
+
+model = dict(
+    backbone=dict(_delete_=True, type='InceptionV4_CIFAR', norm_cfg=dict(type='BN')),
+    head=dict(num_classes=100, in_channels=1536),
+)

@@ -1,0 +1,3 @@
+_base_ = 'inception_v4_bn_cifar100.py'
+
+model = dict(backbone=dict(norm_cfg=dict(type='UBN', fct=0.15)))

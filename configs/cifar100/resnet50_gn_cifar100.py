@@ -1,0 +1,3 @@
+_base_ = 'resnet50_bn_cifar100.py'
+
+model = dict(backbone=dict(norm_cfg=dict(type='GN', num_groups=32)))

@@ -1,0 +1,3 @@
+_base_ = 'vgg13_bn_cifar100.py'
+
+model = dict(backbone=dict(norm_cfg=dict(type='UBN', fct=0.15)))

@@ -1,0 +1,3 @@
+_base_ = 'res2net50_bn_imagenet.py'
+
+model = dict(backbone=dict(norm_cfg=dict(type='UBN', fct=0.15)))

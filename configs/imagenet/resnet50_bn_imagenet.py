@@ -1,0 +1,3 @@
+_base_ = ['mmpretrain::_base_/models/resnet50.py', '../_base_/imagenet.py']
+
+model = dict(backbone=dict(norm_cfg=dict(type='BN')))

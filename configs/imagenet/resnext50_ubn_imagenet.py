@@ -1,0 +1,3 @@
+_base_ = 'resnext50_bn_imagenet.py'
+
+model = dict(backbone=dict(norm_cfg=dict(type='UBN', fct=0.15)))
