@@ -1,0 +1,129 @@
+"""What the layers keep for the backward pass, and what the similarity reads and writes."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import mmubn
+from mmubn.ops import mean_cosine_similarity, reference
+
+# The tool's module, so that what the benchmark reports is what is tested here.
+TOOL = Path(__file__).parents[2] / 'tools' / 'benchmark_measure.py'
+spec = importlib.util.spec_from_file_location('benchmark_measure', TOOL)
+measure = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(measure)
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+SHAPES = [(32, 64, 56, 56), (32, 256, 14, 14), (128, 64, 32, 32), (2, 256, 100, 152)]
+
+
+def kept(shape, dtype, layout):
+    """Bytes of a BatchNorm and of the UBN made from it."""
+    x = torch.empty(shape, dtype=dtype, memory_format=layout).normal_().requires_grad_()
+    bn = nn.BatchNorm2d(shape[1])
+    ubn = mmubn.UBN(shape[1], fct=0.15)
+    bytes_bn, bytes_ubn = (measure.saved_bytes(lambda m=m: m(x), m) for m in (bn, ubn))
+    assert bytes_bn >= x.numel() * x.element_size()
+    return bytes_bn, bytes_ubn
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('shape', SHAPES)
+def test_a_layer_keeps_what_batch_norm_keeps(shape, layout, dtype):
+    bytes_bn, bytes_ubn = kept(shape, dtype, layout)
+    assert bytes_ubn <= 1.03 * bytes_bn
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('shape', [(8, 64, 7, 7), (64, 512, 7, 7), (4, 3, 5, 9)])
+def test_a_layer_adds_one_number_an_image_and_channel(shape, layout, dtype):
+    """Where planes are small that is more than 3 %; a tensor of X's size would be 49 times it."""
+    bytes_bn, bytes_ubn = kept(shape, dtype, layout)
+    batch, channels = shape[:2]
+    taps_and_vectors = (9 + 8) * channels
+    assert bytes_ubn - bytes_bn <= 4 * (batch * channels + taps_and_vectors)
+
+
+def ratio(make_model, loss):
+    model = make_model()
+    bytes_bn = measure.saved_bytes(lambda: loss(model), model)
+    mmubn.convert_norm(model, dict(type='UBN', fct=0.15))
+    return measure.saved_bytes(lambda: loss(model), model) / bytes_bn
+
+
+def test_resnet50_keeps_what_batch_norm_keeps():
+    images = torch.randn(2, 3, 160, 160)
+    found = ratio(torchvision.models.resnet50, lambda model: model(images).sum())
+    assert found <= 1.05
+
+
+def test_mask_rcnn_keeps_what_batch_norm_keeps():
+    """Inputs are small beside training's 800 x 1333, which weighs O(N C) numbers more."""
+
+    def make_model():
+        return torchvision.models.detection.maskrcnn_resnet50_fpn(
+            weights=None,
+            weights_backbone=None,
+            min_size=256,
+            max_size=384,
+            # Few proposals: the heads have no norm layer, and what they keep counts for both.
+            rpn_post_nms_top_n_train=64,
+            box_batch_size_per_image=16,
+        ).train()
+
+    images = list(torch.rand(2, 3, 256, 384))
+    boxes = torch.tensor([[20.0, 30.0, 150.0, 200.0], [180.0, 50.0, 330.0, 230.0]])
+    masks = torch.ones(2, 256, 384, dtype=torch.uint8)
+    target = dict(boxes=boxes, labels=torch.tensor([1, 2]), masks=masks)
+
+    def loss(model):
+        torch.manual_seed(0)  # the same proposals are sampled
+        return sum(model(images, [target, target]).values())
+
+    assert ratio(make_model, loss) <= 1.05
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the numbers that all operators read and write, and the largest output."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        flat, _ = torch.utils._pytree.tree_flatten((args, kwargs, result))
+        sizes = [value.numel() for value in flat if isinstance(value, torch.Tensor)]
+        # Views cost nothing.
+        if not func.is_view:
+            self.numbers += sum(sizes)
+            if isinstance(result, torch.Tensor):
+                self.largest = max(self.largest, result.numel())
+        return result
+
+
+def work(function, batch, numbers=1 << 18):
+    """Numbers moved, largest tensor made and matrix FLOPs, each by numbers of the input."""
+    x = torch.randn(batch, numbers // batch)
+    with Traffic() as traffic, FlopCounterMode(display=False) as flops:
+        function(x)
+    return tuple(v / numbers for v in (traffic.numbers, traffic.largest, flops.get_total_flops()))
+
+
+def test_similarity_has_no_quadratic_term():
+    for batch in (8, 64, 1024):
+        moved, largest, flops = work(mean_cosine_similarity, batch)
+        assert moved <= 6
+        assert largest <= 1
+        assert flops <= 2
+    moved, largest, flops = work(reference.mean_cosine_similarity, 1024)
+    assert largest == 4  # the matrix: this count would see it
+    assert flops == 2 * 1024

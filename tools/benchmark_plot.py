@@ -1,0 +1,62 @@
+"""A picture of the ratios to BatchNorm."""
+
+from pathlib import Path
+from typing import Any, List
+
+from benchmark_rows import SETTING, TOTALS, Row
+
+# Told apart without colour.
+_MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')
+
+
+def plot(rows: List[Row], path: Path) -> None:
+    """Saves :func:`draw_ratios` as ``path``."""
+    draw_ratios(rows).savefig(path, dpi=160)
+
+
+def draw_ratios(rows: List[Row]) -> Any:
+    """Ratio to BatchNorm of forward and backward together: a line a setting, a mark a norm.
+
+    Args:
+        rows (list[dict]): Of one run.
+
+    Returns:
+        matplotlib.figure.Figure: The figure.
+
+    Raises:
+        SystemExit: There is no matplotlib, or no ratio to draw.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FormatStrFormatter
+    except ImportError as error:
+        raise SystemExit(f'a plot needs matplotlib: pip install matplotlib ({error})') from error
+    rows = [r for r in rows if r['what'] in TOTALS and r['ratio_bn'] and r['norm'] != 'bn']
+    if not rows:
+        raise SystemExit('nothing to plot: no row has a ratio to bn')
+    labels = [' '.join(filter(None, (row[key] for key in SETTING))) for row in rows]
+    places = {label: place for place, label in enumerate(dict.fromkeys(labels))}
+    figure = Figure(figsize=(7, 1.6 + 0.24 * len(places)), layout='constrained')
+    axes = figure.subplots()
+    axes.axvline(1, color='black', linewidth=0.8)
+    for marker, norm in zip(_MARKERS, dict.fromkeys(row['norm'] for row in rows)):
+        chosen = [(row, label) for row, label in zip(rows, labels) if row['norm'] == norm]
+        axes.scatter(
+            [float(row['ratio_bn']) for row, _ in chosen],
+            [places[label] for _, label in chosen],
+            marker=marker,
+            facecolors='black' if norm == 'ubn' else 'white',
+            edgecolors='black',
+            label=norm,
+            zorder=2,
+        )
+    axes.set_xscale('log')
+    for which in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        which(FormatStrFormatter('%g'))
+    axes.set_xlabel('time of forward and backward, x BatchNorm')
+    axes.set_yticks(range(len(places)), places, fontsize=7)
+    axes.invert_yaxis()
+    axes.grid(axis='y', color='0.85', linewidth=0.6)
+    axes.set_title(f'{rows[0]["device"]}, torch {rows[0]["torch"]}', fontsize=9)
+    figure.legend(loc='outside lower center', ncols=4, frameon=False, fontsize=8)
+    return figure

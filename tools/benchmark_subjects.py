@@ -1,0 +1,170 @@
+"""What is measured: norm layers by name, the literal composition, whole models."""
+
+from typing import Callable, Dict, Iterator, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mmubn
+from mmubn.ops import reference
+
+# The gate works in every step and stays open, so that each norm does all of its work in all
+# of them.
+_UBN = dict(type='UBN', fct=0.15, fct_warmup=10**9)
+NORMS: Dict[str, Optional[dict]] = {
+    'bn': None,
+    'ubn': _UBN,
+    'ubn_torch': dict(_UBN, backend='torch'),
+    'ubn_triton': dict(_UBN, backend='triton'),
+    'ubn_compiled': dict(_UBN, backend='torch'),
+    'literal': _UBN,
+    'rbn': dict(type='RBN'),
+    'bnet': dict(type='BNET'),
+}
+MODELS = ('resnet50', 'mask_rcnn_r50')
+
+
+class Literal(nn.Module):
+    """The equations as they stand, in the input's dtype throughout: autograd keeps it all.
+
+    Args:
+        layer (mmubn.UBN): Owns the settings, parameters and buffers.
+    """
+
+    def __init__(self, layer: mmubn.UBN) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        buffers = dict(layer.named_buffers())
+        y, moved = reference.ubn_step(
+            x,
+            {name: value.to(x.dtype) for name, value in layer.named_parameters()},
+            buffers,
+            training=layer.training,
+            fct=layer.fct,
+            fct_momentum=layer.fct_momentum,
+            fct_warmup=layer.fct_warmup,
+            momentum=layer.momentum,
+            eps=float(layer.eps),
+        )
+        with torch.no_grad():
+            for name, value in moved.items():
+                buffers[name].copy_(value)
+        return y
+
+
+def with_norm(model: nn.Module, name: str) -> nn.Module:
+    """``model`` with its BatchNorm layers, or the layer that it is, replaced by a norm."""
+    if NORMS[name] is None:
+        return model
+    model = mmubn.convert_norm(model, NORMS[name])
+    if name == 'ubn_compiled':
+        torch._dynamo.reset()  # each shape anew, not as one more variant of a dynamic one
+        return torch.compile(model, dynamic=False)
+    if name == 'literal':
+        if isinstance(model, mmubn.UBN):
+            return Literal(model)
+        for parent in list(model.modules()):
+            for child_name, child in list(parent.named_children()):
+                if isinstance(child, mmubn.UBN):
+                    setattr(parent, child_name, Literal(child))
+    return model
+
+
+def layer_step(norm: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], Iterator[str]]:
+    """Forward and backward of a layer, for the upstream gradient ``dy``."""
+    inputs = [x, *norm.parameters()]
+
+    def step() -> Iterator[str]:
+        y = norm(x)
+        yield 'forward'
+        torch.autograd.grad(y, inputs, dy)
+        yield 'backward'
+
+    return step
+
+
+def make_model(
+    kind: str, shape: Tuple[int, ...], device: torch.device, layout: torch.memory_format
+) -> Tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    """A torchvision model with BatchNorm, and what gives the loss of such a model.
+
+    Args:
+        kind (str): One of ``MODELS``.
+        shape (tuple): Of the images, (N, 3, H, W).
+        device (torch.device): The device.
+        layout (torch.memory_format): Of weights and images.
+
+    Returns:
+        tuple: The model, in training mode, and a function from a model to its loss on
+        one fixed batch of random images and targets.
+
+    Raises:
+        SystemExit: There is no torchvision.
+    """
+    try:
+        from torchvision import models
+    except ImportError as error:
+        raise SystemExit(f'--model {kind} needs torchvision: {error}') from error
+    batch, _, height, width = shape
+    torch.manual_seed(0)
+    images = torch.rand(shape).to(device, memory_format=layout)
+    if kind == 'resnet50':
+        model = models.resnet50(weights=None)
+        labels = torch.randint(1000, (batch,)).to(device)
+
+        def loss(net: nn.Module) -> Tensor:
+            return F.cross_entropy(net(images), labels)
+    else:
+        model = models.detection.maskrcnn_resnet50_fpn(
+            weights=None,
+            weights_backbone=None,
+            min_size=min(height, width),
+            max_size=max(height, width),
+        )
+        targets = [_objects(height, width, device) for _ in range(batch)]
+
+        def loss(net: nn.Module) -> Tensor:
+            torch.manual_seed(0)  # the same proposals for all
+            return sum(net(list(images), targets).values())
+
+    return model.to(device, memory_format=layout).train(), loss
+
+
+def _objects(height: int, width: int, device: torch.device, count: int = 8) -> Dict[str, Tensor]:
+    """Random boxes of a quarter to a half of the image's sides, their masks all of the box."""
+    size = torch.tensor([width, height])
+    sides = size * (0.25 + 0.25 * torch.rand(count, 2))
+    corner = (size - sides) * torch.rand(count, 2)
+    boxes = torch.cat([corner, corner + sides], dim=1)
+    masks = torch.zeros(count, height, width, dtype=torch.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.round().int().tolist()):
+        mask[top:bottom, left:right] = 1
+    labels = torch.randint(1, 91, (count,))
+    return {
+        key: value.to(device)
+        for key, value in dict(boxes=boxes, labels=labels, masks=masks).items()
+    }
+
+
+def model_step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], Iterator[str]]:
+    """Forward, backward and update by SGD of a model.
+
+    The learning rate is 0, which costs the same: all steps of all norms do the work of
+    the first, whatever the norm makes of training.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
+
+    def step() -> Iterator[str]:
+        value = loss()
+        yield 'forward'
+        value.backward()
+        yield 'backward'
+        optimizer.step()
+        optimizer.zero_grad()
+        yield 'update'
+
+    return step
