@@ -8,7 +8,7 @@ makes a reload harmless.
 from functools import partial
 from importlib import import_module
 
-from mmengine.registry import HOOKS, MODELS
+from mmengine.registry import DATASETS, HOOKS, MODELS
 
 from .layers import BNET, IEBN, RBN, UBN
 
@@ -24,6 +24,7 @@ def _build(module, name, **options):
 
 for registry, module, names in (
     (HOOKS, 'mmubn.hooks', ('CondensationHook', 'UBNCheckHook')),
+    (DATASETS, 'mmubn.datasets.cached_image_folder', ('CachedImageFolder',)),
     (MODELS, 'mmubn.models', ('InceptionV4_CIFAR', 'ResNeXt_CIFAR')),
 ):
     for name in names:
