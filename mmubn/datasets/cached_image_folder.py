@@ -1,0 +1,84 @@
+"""Images in class folders, decoded once."""
+
+import random
+from typing import List
+
+import cv2
+import mmcv
+from mmengine.dist import is_main_process
+from mmpretrain.datasets import CustomDataset
+from tqdm import tqdm
+
+
+class CachedImageFolder(CustomDataset):
+    """Images in class folders that stand decoded in memory, as CIFAR's archives do.
+
+    Samples have ``img``, uint8 (H, W, 3) in RGB, beside ``img_path`` and ``gt_label``, so
+    pipelines are those of mmpretrain's CIFAR datasets: without ``LoadImageFromFile``, and
+    with a data preprocessor whose ``to_rgb`` is off. Classes are numbered in the order of
+    their names, which is CIFAR's. The samples come in a shuffled order, always the same,
+    so that the first ones (``indices=N``) are of all classes, as they are in the
+    archives. Only these are decoded.
+
+    Workers that are forked share the memory; each process of a distributed run has its
+    own.
+
+    Args:
+        extensions (Sequence[str]): Of the image files. Default: as ``CustomDataset``,
+            and WebP.
+        max_gib (float): What the decoded images may take, in GiB. Default: 4.
+        **kwargs: Those of mmpretrain's ``CustomDataset``.
+
+    Raises:
+        MemoryError: The images take more than ``max_gib``.
+        ValueError: A file cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        *args,
+        extensions=('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.webp'),
+        max_gib: float = 4.0,
+        **kwargs,
+    ) -> None:
+        self.max_gib = max_gib
+        super().__init__(*args, extensions=extensions, **kwargs)
+
+    def load_data_list(self) -> List[dict]:
+        """Paths and labels of all images, shuffled."""
+        data_list = super().load_data_list()
+        random.Random(0).shuffle(data_list)
+        return data_list
+
+    def full_init(self) -> None:
+        """Finds the images, takes the ``indices`` of them and decodes these."""
+        if self._fully_initialized:
+            return
+        # Serialised, the list could not be added to.
+        serialize, self.serialize_data = self.serialize_data, False
+        super().full_init()
+        self._decode()
+        self.serialize_data = serialize
+        if serialize:
+            self.data_bytes, self.data_address = self._serialize_data()
+
+    def _decode(self) -> None:
+        used = 0
+        progress = tqdm(
+            self.data_list,
+            desc=f'decoding {self.img_prefix}',
+            mininterval=1,
+            disable=not is_main_process(),
+        )
+        for info in progress:
+            try:
+                info['img'] = mmcv.imread(info['img_path'], channel_order='rgb')
+            except cv2.error as error:
+                raise ValueError(f'{info["img_path"]} is not a whole image') from error
+            used += info['img'].nbytes
+            if used > self.max_gib * 2**30:
+                raise MemoryError(
+                    f'the images in {self.img_prefix} take more than {self.max_gib} GiB decoded: '
+                    "raise max_gib, or use type='CustomDataset' with LoadImageFromFile first in "
+                    'its pipeline'
+                )
