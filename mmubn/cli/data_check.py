@@ -2,7 +2,7 @@
 
 import inspect
 import os.path as osp
-from typing import Sequence
+from typing import Optional, Sequence
 
 from mmengine.config import Config
 from mmengine.registry import DATASETS
@@ -17,7 +17,8 @@ _EVALUATION_REMEDY = f'{_REMEDY}, --eval-on-train evaluates on the training imag
 def check_data(cfg: Config, splits: Sequence[str]) -> None:
     """Looks for the folders and annotation files of the datasets and evaluators.
 
-    Remote paths, and datasets that download themselves, are left to mmengine.
+    Remote paths, and datasets that download themselves, are left to mmengine. Of CIFAR's
+    archives the files are looked for, not read.
 
     Args:
         cfg (Config): The resolved config.
@@ -30,18 +31,37 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
         remedy = _REMEDY if split == 'train' else _EVALUATION_REMEDY
         key = f'{split}_dataloader'
         for path, node in walk(cfg.get(key), key):
-            if ('data_root' in node or 'ann_file' in node) and not _downloads(node):
+            if 'data_root' not in node and 'ann_file' not in node:
+                continue
+            kind = _dataset_class(node)
+            if kind is None or 'download' not in inspect.signature(kind).parameters:
                 _check_dataset(path, node, remedy)
+            elif hasattr(kind, 'base_folder') and not node.get('download', True):
+                _check_cifar(path, node, kind)
         key = f'{split}_evaluator'
         for path, node in walk(cfg.get(key), key):
             if node.get('ann_file'):
                 _check_file(f'{path}.ann_file', node['ann_file'], remedy)
 
 
-def _downloads(dataset: dict) -> bool:
+def _dataset_class(dataset: dict) -> Optional[type]:
     kind = dataset.get('type')
-    kind = DATASETS.get(kind) if isinstance(kind, str) else kind
-    return kind is not None and 'download' in inspect.signature(kind).parameters
+    if not isinstance(kind, str):
+        return kind
+    with DATASETS.switch_scope_and_registry(dataset.get('_scope_')) as registry:
+        return registry.get(kind)
+
+
+def _check_cifar(path: str, dataset: dict, kind: type) -> None:
+    root = dataset.get('data_root') or ''
+    files = [osp.join(kind.base_folder, name) for name, _ in kind.train_list + kind.test_list]
+    missing = [file for file in files if not osp.isfile(osp.join(root, file))]
+    if missing:
+        raise CommandError(
+            f'{path}.data_root: no {missing[0]} in {root}; unpack {kind.filename} there, or name '
+            'by --data-root DIR a folder that holds it, or train/ and test/ with a folder of '
+            f'images for each class, or download it by --cfg-options {path}.download=True'
+        )
 
 
 def _check_dataset(path: str, dataset: dict, remedy: str) -> None:

@@ -19,7 +19,9 @@ def set_data_root(cfg: Config, folder: str) -> None:
 
     Every ``data_root`` becomes ``folder``, and every path that starts with an old one
     moves along, such as the ``ann_file`` of ``CocoMetric``. Paths relative to a
-    ``data_root`` stay, so the folder needs the layout the config expects.
+    ``data_root`` stay, so the folder needs the layout the config expects. For CIFAR it may
+    also hold ``train/`` and ``test/`` with a folder of images for each class: then
+    :class:`~mmubn.datasets.cached_image_folder.CachedImageFolder` reads it.
 
     Args:
         cfg (Config): Changed in place, in its ``*_dataloader`` and ``*_evaluator``.
@@ -38,6 +40,18 @@ def set_data_root(cfg: Config, folder: str) -> None:
     roots = sorted(found, key=len, reverse=True)
     for key in keys:  # new values, since test_dataloader may be the same object as val_dataloader
         cfg[key] = _moved(cfg[key], roots, folder)
+        for _, node in walk(cfg[key], key):
+            if node.get('type') in ('CIFAR10', 'CIFAR100'):
+                _read_class_folders(node)
+
+
+def _read_class_folders(cifar: dict) -> None:
+    """Has a dataset of the standard archive read class folders, where they are."""
+    split = cifar.get('split', 'train')  # mmpretrain's default
+    if osp.isdir(osp.join(cifar['data_root'], split)):
+        cifar.pop('split', None)
+        cifar.pop('download', None)
+        cifar.update(type='CachedImageFolder', data_prefix=split)
 
 
 def _moved(node: Any, roots: Sequence[str], folder: str) -> Any:
