@@ -10,10 +10,10 @@ from importlib import import_module
 
 from mmengine.registry import DATASETS, HOOKS, MODELS
 
-from .layers import BNET, IEBN, RBN, UBN
+from . import layers
 
-for layer in (BNET, IEBN, RBN, UBN):
-    MODELS.register_module(module=layer, force=True)
+for name in layers.__all__:
+    MODELS.register_module(module=getattr(layers, name), force=True)
 
 
 def _build(module, name, **options):
@@ -23,7 +23,7 @@ def _build(module, name, **options):
 
 
 for registry, module, names in (
-    (HOOKS, 'mmubn.hooks', ('CondensationHook', 'UBNCheckHook')),
+    (HOOKS, 'mmubn.hooks', ('CondensationHook', 'EpochSeedHook', 'NonFiniteHook', 'UBNCheckHook')),
     (DATASETS, 'mmubn.datasets.cached_image_folder', ('CachedImageFolder',)),
     (MODELS, 'mmubn.models', ('InceptionV4_CIFAR', 'ResNeXt_CIFAR')),
 ):

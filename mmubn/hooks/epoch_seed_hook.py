@@ -1,0 +1,43 @@
+"""Makes the randomness of an epoch a function of the seed and of its place in the training."""
+
+from functools import partial
+
+import numpy as np
+from mmengine.hooks import Hook
+from mmengine.runner import set_random_seed
+
+
+class EpochSeedHook(Hook):
+    """Seeds anew before every epoch, so that a resumed run draws what the undisturbed one drew.
+
+    A checkpoint of mmengine holds weights, optimizer and schedule, and its samplers
+    are seeded by the number of the epoch; the state of the random generators, which
+    augmentation and the sampling of proposals draw from, is lost with the process.
+    Here those of Python, NumPy and PyTorch get a seed made of ``randomness.seed`` and
+    the iteration before every epoch, in this process and in the workers of the
+    training dataloader, which start anew for that (``persistent_workers`` would carry
+    their generators on). With it a run that resumes at the end of an epoch ends, on
+    one process and deterministic kernels, with the very weights of an undisturbed run.
+
+    An iteration-based loop is one long epoch: its resumed run sees the same samples in
+    the same order, and draws other augmentations.
+
+    Example:
+        >>> custom_hooks = [dict(type='EpochSeedHook')]
+        >>> randomness = dict(seed=0)
+    """
+
+    # Before the hooks that draw something themselves.
+    priority = 'VERY_HIGH'
+
+    def before_train_epoch(self, runner) -> None:
+        """Seeds this process and the workers to come."""
+        sequence = np.random.SeedSequence([runner.seed, runner.iter])
+        # Small enough for mmengine to add the number of a worker to it.
+        seed = int(sequence.generate_state(1)[0] >> 1)
+        set_random_seed(seed, deterministic=False)
+        loader = runner.train_dataloader
+        init = loader.worker_init_fn
+        if 'seed' in getattr(init, 'keywords', {}):  # mmengine's, or one of the config like it
+            loader.worker_init_fn = partial(init, seed=seed)
+        loader._iterator = None  # of persistent workers; there is no public way to end them

@@ -1,0 +1,203 @@
+"""Stops or skips a step whose gradient is NaN or infinite, and says where that came from."""
+
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Optional
+
+import torch
+from mmengine.dist import all_reduce
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapperDict
+from torch import Tensor, nn
+
+_SHOWN_IMAGES = 4
+
+
+class NonFiniteHook(Hook):
+    """Keeps NaN and infinity out of the weights, and names the layer that first saw them.
+
+    Looks at the gradients between backward and the step of the optimizer. Where one is
+    not finite, the batch goes through the model once more, layer by layer, and the log
+    tells which losses are not finite, which layer's output was the first and whether
+    its input, its weights or itself is at fault, and the files of the images. Then the
+    training stops before the step, or skips it.
+
+    The gradients of several processes are the same, so all of them decide alike,
+    without a collective. Mixed precision skips steps of its own, when it tries a loss
+    scale: those count only where a loss is not finite either.
+
+    A skipped batch leaves weights, optimizer and the running statistics of
+    :class:`mmubn.UBN` as they were. A plain BatchNorm has taken NaN into its running
+    statistics by then.
+
+    Args:
+        action (str): ``'stop'`` or ``'skip'``. Default: ``'stop'``.
+        max_skips (int): Steps skipped in a row after which the training stops all the
+            same: weights that give NaN for every batch do not recover. Default: 10.
+
+    Raises:
+        FloatingPointError: In training, with what the log says.
+        ValueError: A setting out of range.
+
+    Example:
+        >>> custom_hooks = [dict(type='NonFiniteHook', action='skip')]
+    """
+
+    # Of the hooks that look at an iteration, the first: others would log NaN before.
+    priority = 'VERY_HIGH'
+
+    def __init__(self, action: str = 'stop', max_skips: int = 10) -> None:
+        if action not in ('stop', 'skip'):
+            raise ValueError(f"action must be 'stop' or 'skip', got {action!r}")
+        if max_skips < 1:
+            raise ValueError(f'max_skips counts steps and must be positive, got {max_skips}')
+        self.action = action
+        self.max_skips = max_skips
+        self._skips = 0
+        self._checked = False
+        self._batches: List[Any] = []
+        self._handles: List[Any] = []
+
+    def before_train(self, runner) -> None:
+        """Starts to look at every step."""
+
+        def check(optimizer, args, kwargs) -> None:
+            self._check_gradients(runner, optimizer)
+
+        wrapper = runner.optim_wrapper
+        wrappers = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+        self._handles = [w.optimizer.register_step_pre_hook(check) for w in wrappers]
+
+    def after_train(self, runner) -> None:
+        """Stops looking."""
+        for handle in self._handles:
+            handle.remove()
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        """Keeps the batch, beside those that its gradients will be added to."""
+        self._batches.append(data_batch)
+        self._checked = False
+
+    def after_train_iter(
+        self, runner, batch_idx: int, data_batch=None, outputs: Optional[Dict] = None
+    ) -> None:
+        """Looks at the losses of a step that the loss scaler skipped."""
+        wrapper = runner.optim_wrapper
+        if isinstance(wrapper, OptimWrapperDict) or wrapper.should_update():
+            if not self._checked and outputs and 'loss' in outputs:
+                # All processes skipped it, but perhaps one of them alone has such a loss.
+                bad = (~outputs['loss'].detach().isfinite()).float()
+                all_reduce(bad, 'max')
+                if bad:
+                    self._act(runner)
+            self._batches.clear()
+
+    def _check_gradients(self, runner, optimizer) -> None:
+        if getattr(optimizer, 'found_inf', None) is not None:
+            return  # a fused optimizer, to which the loss scaler leaves the skipping
+        self._checked = True
+        gradients = [p.grad for group in optimizer.param_groups for p in group['params']]
+        # mmengine waits for the losses in every iteration, this costs no wait beyond that.
+        sums = [g.sum(dtype=torch.float64) for g in gradients if g is not None]
+        if not sums or torch.stack(sums).isfinite().all():
+            self._skips = 0
+            return
+        self._act(runner)
+        optimizer.zero_grad(set_to_none=True)  # optimizers pass over such parameters
+
+    def _act(self, runner) -> None:
+        report = f'iteration {runner.iter + 1}: ' + '; '.join(
+            _describe(runner, batch) for batch in self._batches
+        )
+        self._skips += 1
+        if self.action == 'stop':
+            raise FloatingPointError(f'{report}. No weight was changed.')
+        if self._skips == self.max_skips:
+            raise FloatingPointError(f'{report}. These were {self._skips} such steps in a row.')
+        runner.logger.error(f'{report}. Skipped this step.')
+
+
+def _describe(runner, batch: Any) -> str:
+    """Runs a batch through the model once more and tells where it ceases to be finite."""
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    found: List[str] = []
+    mixed_precision = runner.optim_wrapper.optim_context(model)
+    with _as_before(model), _watch(model, found), torch.no_grad(), mixed_precision:
+        data = model.data_preprocessor(batch, True)
+        losses = model._run_forward(data, mode='loss')
+    where = found[0] if found else 'every layer gives finite output, so it began after them'
+    bad = [
+        name
+        for name, loss in losses.items()
+        if not all(part.isfinite().all() for part in _tensors(loss))
+    ]
+    told = f'the losses {", ".join(bad)} are' if bad else 'every loss is finite, the gradient is'
+    return f'{told} not finite: {where}{_images(batch)}'
+
+
+@contextmanager
+def _as_before(model: nn.Module) -> Iterator[None]:
+    """Puts the buffers and the random generators back."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+@contextmanager
+def _watch(model: nn.Module, found: List[str]) -> Iterator[None]:
+    """Puts into ``found`` what it knows of the first layer whose output is not finite."""
+
+    def hook_of(name: str):
+        def look(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            if not found and not _finite(output):
+                found.append(_blame(name, module, _finite([*args, *kwargs.values()])))
+
+        return look
+
+    leaves = ((name, m) for name, m in model.named_modules() if not any(m.children()))
+    handles = [m.register_forward_hook(hook_of(name), with_kwargs=True) for name, m in leaves]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _blame(name: str, module: nn.Module, finite_input: bool) -> str:
+    layer = f'the first layer with such output is {name} ({type(module).__name__})'
+    bad = [key for key, value in module.state_dict().items() if not _finite(value)]
+    if bad:
+        return f'{layer}, whose {", ".join(bad)} are not finite'
+    if finite_input:
+        return f'{layer}, from finite input and weights'
+    return f'{layer}, whose input is not finite already: the images, or what lies before it'
+
+
+def _finite(value: Any) -> bool:
+    return all(bool(t.isfinite().all()) for t in _tensors(value))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The floating-point tensors in nested lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _images(batch: Any) -> str:
+    samples = batch.get('data_samples') if isinstance(batch, dict) else None
+    paths = [s.img_path for s in samples or () if 'img_path' in s]
+    if not paths:
+        return ''
+    more = f' and {len(paths) - _SHOWN_IMAGES} more' if len(paths) > _SHOWN_IMAGES else ''
+    return f'; images: {", ".join(paths[:_SHOWN_IMAGES])}{more}'

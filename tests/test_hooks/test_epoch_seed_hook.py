@@ -1,0 +1,65 @@
+"""A resumed run draws the random numbers of the undisturbed one."""
+
+import pytest
+import torch
+from toy_runner import ToyImages, ToyNet, loader, make_runner
+
+HOOK = dict(type='EpochSeedHook')
+
+
+class Draws(ToyImages):
+    """Augments by what every global generator draws, and keeps nothing from image to image."""
+
+    def __getitem__(self, index):
+        self.cache = torch.zeros(3, 8, 8)
+        return super().__getitem__(index)
+
+
+def train(work_dir, hooks=(HOOK,), workers=2, epochs=4, **options):
+    data = loader(Draws(augment=True), shuffle=True)
+    data.update(num_workers=workers, persistent_workers=workers > 0)
+    torch.manual_seed(0)
+    runner = make_runner(
+        work_dir, ToyNet(dropout=0.5), hooks, epochs, val=False, train_dataloader=data, **options
+    )
+    runner.train()
+    runner.train_dataloader._iterator = None  # ends the workers; left to gc, that takes long
+    return {**runner.model.state_dict(), 'momentum': momentum(runner)}
+
+
+def momentum(runner):
+    state = runner.optim_wrapper.state_dict()['state']
+    return torch.cat([entry['momentum_buffer'].flatten() for entry in state.values()])
+
+
+def same(a, b):
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_resumed_run_ends_with_the_same_bits(tmp_path, workers):
+    whole = train(tmp_path / 'whole', workers=workers)
+    train(tmp_path / 'parts', workers=workers, epochs=2)
+    parts = train(tmp_path / 'parts', workers=workers, resume=True)
+    assert same(whole, parts)
+
+
+def test_without_it_the_resumed_run_is_another(tmp_path):
+    whole = train(tmp_path / 'whole', hooks=[], workers=0)
+    train(tmp_path / 'parts', hooks=[], workers=0, epochs=2)
+    assert not same(whole, train(tmp_path / 'parts', hooks=[], workers=0, resume=True))
+
+
+def test_epochs_draw_differently(tmp_path):
+    """With a seed for every epoch alike, epoch and augmentation would repeat each other."""
+    seen = []
+
+    class Watched(Draws):
+        def __getitem__(self, index):
+            item = super().__getitem__(index)
+            seen.append((item['inputs'] - self.images[index]).mean().item())
+            return item
+
+    data = loader(Watched(augment=True))
+    make_runner(tmp_path, None, [HOOK], 2, val=False, train_dataloader=data).train()
+    assert len(set(seen)) == 64

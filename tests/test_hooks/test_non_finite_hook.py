@@ -1,0 +1,172 @@
+"""Steps with NaN are stopped or skipped, and traced to the layer they come from."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from toy_runner import ToyImages, ToyNet, loader, log_of, make_runner
+
+import mmubn
+from mmubn.hooks import NonFiniteHook
+
+HOOK = dict(type='NonFiniteHook')
+SKIP = dict(type='NonFiniteHook', action='skip')
+
+
+class SpoiltImages(ToyImages):
+    """Some of the images hold a NaN."""
+
+    def __init__(self, spoilt, value=float('nan')):
+        super().__init__()
+        for index in spoilt:
+            self.images[index, 0, 3, 3] = value
+
+
+class Log(nn.Module):
+    def forward(self, x):
+        return x.log()
+
+
+def ubn_net():
+    """A ToyNet with UBN alone."""
+    torch.manual_seed(0)
+    net = ToyNet()
+    net.stem[1] = mmubn.UBN(8)
+    return net
+
+
+def run(tmp_path, model, spoilt=(), hook=HOOK, shuffle=False, **options):
+    data = loader(SpoiltImages(spoilt), shuffle=shuffle)
+    runner = make_runner(
+        tmp_path, model, [hook], val=False, train_dataloader=data, **{'epochs': 1, **options}
+    )
+    runner.train()
+    return runner
+
+
+def test_stops_before_the_step_and_names_the_layer(tmp_path):
+    model = ubn_net()
+    model.layer1[1] = nn.Sequential(model.layer1[1], Log())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(FloatingPointError) as caught:
+        run(tmp_path, model)
+    assert str(caught.value) == (
+        'iteration 1: the losses loss are not finite: the first layer with such output is '
+        'layer1.1.1 (Log), from finite input and weights. No weight was changed.'
+    )
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_names_images_and_broken_weights(tmp_path):
+    with pytest.raises(FloatingPointError) as caught:
+        run(tmp_path / 'images', ubn_net(), spoilt=[17])
+    assert 'iteration 3: ' in str(caught.value)  # of batches of 8
+    expected = 'data_preprocessor (BaseDataPreprocessor), whose input is not finite already: the im'
+    assert expected in str(caught.value)
+
+    model = ubn_net()
+    with torch.no_grad():
+        model.layer1[0].bias[2] = float('inf')
+    with pytest.raises(FloatingPointError, match=r'layer1.0 \(Conv2d\), whose bias are not finite'):
+        run(tmp_path / 'weights', model)
+
+
+class BackwardNaN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float('nan')
+
+
+class BrokenBackward(nn.Module):
+    def forward(self, x):
+        return BackwardNaN.apply(x)
+
+
+def test_gradient_alone(tmp_path):
+    model = ubn_net()
+    model.dropout = BrokenBackward()
+    expected = 'every loss is finite, the gradient is not finite: every layer gives finite output'
+    with pytest.raises(FloatingPointError, match=expected):
+        run(tmp_path, model)
+
+
+def test_skipped_batches_leave_no_trace(tmp_path):
+    """Two runs, the second with a batch of NaN put among the same other batches."""
+
+    def state(runner):
+        optimizer = runner.optim_wrapper.state_dict()['state']
+        return [
+            *runner.model.state_dict().values(),
+            *(v['momentum_buffer'] for v in optimizer.values()),
+        ]
+
+    whole = SpoiltImages([])
+    whole.images, whole.labels = whole.images[8:], whole.labels[8:]
+    options = dict(epochs=1, val=False)
+    reference = make_runner(tmp_path / 'a', ubn_net(), train_dataloader=loader(whole), **options)
+    reference.train()
+    runner = run(tmp_path / 'b', ubn_net(), spoilt=[0, 5], hook=SKIP)
+    assert all(torch.equal(a, b) for a, b in zip(state(reference), state(runner)))
+    (line,) = [line for line in log_of(runner).splitlines() if 'not finite' in line]
+    assert 'ERROR' in line
+    assert line.endswith('Skipped this step.')
+
+
+def test_gives_up_after_skips_in_a_row(tmp_path):
+    hook = dict(SKIP, max_skips=2)
+    runner = run(tmp_path / 'apart', ubn_net(), spoilt=[0, 17], hook=hook)
+    assert runner.iter == 4
+    with pytest.raises(FloatingPointError, match=r'iteration 3: .* 2 such steps in a row'):
+        run(tmp_path / 'together', ubn_net(), spoilt=[9, 17], hook=hook)
+
+
+def test_accumulated_batches_are_all_looked_at(tmp_path):
+    wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1), accumulative_counts=2)
+    with pytest.raises(FloatingPointError) as caught:
+        run(tmp_path, ubn_net(), spoilt=[17], optim_wrapper=wrapper)
+    spoilt, whole = str(caught.value).split('; ')
+    assert spoilt.startswith('iteration 4: the losses loss are not finite: the first layer')
+    assert whole.startswith('every loss is finite')
+
+
+class Scaled(OptimWrapper):
+    """Skips every third step, as a loss scaler that tries a scale does."""
+
+    steps = 0
+
+    def step(self, **kwargs):
+        self.steps += 1
+        if self.steps % 3:
+            super().step(**kwargs)
+
+
+def test_steps_that_a_loss_scaler_skips_count_where_a_loss_is_bad(tmp_path):
+    OPTIM_WRAPPERS.register_module(module=Scaled, force=True)
+    wrapper = dict(type='Scaled', optimizer=dict(type='SGD', lr=0.1))
+    assert run(tmp_path / 'finite', ubn_net(), optim_wrapper=wrapper).iter == 4
+    with pytest.raises(FloatingPointError, match='iteration 3: the losses loss are not finite'):
+        run(tmp_path / 'spoilt', ubn_net(), spoilt=[17], optim_wrapper=wrapper)
+
+
+@pytest.mark.parametrize('bad', [dict(action='continue'), dict(max_skips=0)])
+def test_settings_out_of_range(bad):
+    with pytest.raises(ValueError, match=r'action must be|max_skips counts'):
+        NonFiniteHook(**bad)
+
+
+def test_costs_no_weight_and_no_random_number(tmp_path):
+    data = loader(ToyImages(augment=True), shuffle=True)
+    states = []
+    for number, hooks in enumerate(([], [HOOK])):
+        torch.manual_seed(0)
+        runner = make_runner(
+            tmp_path / str(number), ToyNet(dropout=0.5), hooks, val=False, train_dataloader=data
+        )
+        runner.train()
+        states.append(runner.model.state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
