@@ -16,7 +16,6 @@ autograd with the N x N matrix of similarities; rbn and bnet are the layers of t
 """
 
 import argparse
-import logging
 import sys
 from functools import partial
 from itertools import product
@@ -290,7 +289,6 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     check_csv(args.csv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    logging.getLogger('mmubn').setLevel(logging.ERROR)  # each conversion logs a line
     bench = Bench(args)
     print(', '.join(f'{key} {value}' for key, value in bench.run.items() if value), flush=True)
     rows, complete = run_all(bench, args.csv)

@@ -28,7 +28,7 @@ def draw_ratios(rows: List[Row]) -> Any:
     """
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import FormatStrFormatter
+        from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
     except ImportError as error:
         raise SystemExit(f'a plot needs matplotlib: pip install matplotlib ({error})') from error
     rows = [r for r in rows if r['what'] in TOTALS and r['ratio_bn'] and r['norm'] != 'bn']
@@ -51,8 +51,9 @@ def draw_ratios(rows: List[Row]) -> Any:
             zorder=2,
         )
     axes.set_xscale('log')
-    for which in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        which(FormatStrFormatter('%g'))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FormatStrFormatter('%g'))
     axes.set_xlabel('time of forward and backward, x BatchNorm')
     axes.set_yticks(range(len(places)), places, fontsize=7)
     axes.invert_yaxis()
