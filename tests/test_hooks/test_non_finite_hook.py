@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
 from torch import nn
 from toy_runner import ToyImages, ToyNet, loader, log_of, make_runner
 
