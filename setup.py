@@ -12,21 +12,23 @@ exec((ROOT / 'mmubn' / 'version.py').read_text(), VERSION)
 
 
 class BuildWithConfigs(build_py):
-    """Ships configs/ and tools/ as mmubn/.mim, where `mim` looks."""
+    """Ships configs/, tools/ and model-index.yml as mmubn/.mim, where `mim` and mmengine look."""
 
     def run(self):
         super().run()
         target = Path(self.get_package_dir('mmubn') if self.editable_mode else self.build_lib)
         target = target / '.mim' if self.editable_mode else target / 'mmubn' / '.mim'
-        for name in ('configs', 'tools'):
+        target.mkdir(exist_ok=True)
+        for name in ('configs', 'tools', 'model-index.yml'):
+            source = ROOT.resolve() / name
             if self.editable_mode:  # a link, so that edits show
-                target.mkdir(exist_ok=True)
-                link = target / name
-                if not link.is_symlink():
-                    link.symlink_to(ROOT.resolve() / name, target_is_directory=True)
+                if not (target / name).is_symlink():
+                    (target / name).symlink_to(source, target_is_directory=source.is_dir())
+            elif source.is_file():
+                shutil.copy(source, target / name)
             else:
                 ignore = shutil.ignore_patterns('__pycache__')
-                shutil.copytree(ROOT / name, target / name, dirs_exist_ok=True, ignore=ignore)
+                shutil.copytree(source, target / name, dirs_exist_ok=True, ignore=ignore)
 
 
 setup(

@@ -16,7 +16,6 @@ optim_wrapper = dict(optimizer=dict(weight_decay=5e-4))
 param_scheduler = [
     dict(
         type='LinearLR',
-        _scope_='mmpretrain',
         start_factor=0.01,
         by_epoch=True,
         begin=0,
@@ -25,7 +24,6 @@ param_scheduler = [
     ),
     dict(
         type='MultiStepLR',
-        _scope_='mmpretrain',
         by_epoch=True,
         milestones=[60, 120, 160],
         gamma=0.2,
