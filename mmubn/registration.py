@@ -1,4 +1,4 @@
-"""Puts the layers and hooks into mmengine's root registry, where mmdet and mmpretrain look too.
+"""Puts the types into mmengine's root registry, where mmdet and mmpretrain look too.
 
 ``mmcv.cnn.build_norm_layer`` searches the scope of the running config first and
 the root next, so one entry serves every OpenMMLab repository. ``force=True``
@@ -8,6 +8,7 @@ makes a reload harmless.
 from functools import partial
 from importlib import import_module
 
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import DATASETS, HOOKS, MODELS
 
 from . import layers
@@ -29,3 +30,6 @@ for registry, module, names in (
 ):
     for name in names:
         registry.register_module(name=name, module=partial(_build, module, name), force=True)
+
+# What `_base_ = 'mmubn::...'` may name.
+MODULE2PACKAGE['mmubn'] = 'mmubn'
