@@ -57,9 +57,10 @@ class CudaClock:
         """Milliseconds of each phase and of the host, ``enqueue``."""
         if step not in self._enqueue_ms:
             self._run(step, hold_ms=0)  # compiles and tunes
-            # Without the idling, which a step that waits for the device would sit through.
+            # Without the idling, which a step that waits for the device would sit through;
+            # the longest of steps wait, or are long enough for the host to run ahead.
             self._enqueue_ms[step] = self._run(step, hold_ms=0)['enqueue']
-        laps = self._run(step, 1.2 * self._enqueue_ms[step])
+        laps = self._run(step, min(1.2 * self._enqueue_ms[step], 5.0))
         return {**laps, 'enqueue': self._enqueue_ms[step]}
 
     def _run(self, step: Step, hold_ms: float) -> Laps:

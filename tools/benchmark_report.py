@@ -29,15 +29,15 @@ def table(rows: List[Row]) -> str:
     whats.sort(key=lambda what: what == total)  # the total last
     lines = [
         '\n' + ' '.join(filter(None, (rows[0][key] for key in SETTING))),
-        f'{"ms":13}' + ''.join(f'{what:>10}' for what in whats) + f'{"p10 - p90":>19}'
-        f'{"x bn":>8}{"x literal":>11}{"saved x bn":>12}{"peak MiB":>10}',
+        f'{"ms":13}' + ''.join(f'{what:>10}' for what in whats) + f'{"p10 - p90":>20}'
+        f'{"x bn":>9}{"x literal":>11}{"saved x bn":>12}{"peak MiB":>10}',
     ]
     for norm in dict.fromkeys(row['norm'] for row in rows):
         by_what = {row['what']: row for row in rows if row['norm'] == norm}
         row = by_what[total]
         spread = f'{float(row["p10_ms"]):.4g} - {float(row["p90_ms"]):.4g}'
         line = f'{norm:13}' + ''.join(f'{float(by_what[w]["median_ms"]):10.4g}' for w in whats)
-        line += f'{spread:>19}{_short(row["ratio_bn"], 2):>8}{_short(row["ratio_literal"], 2):>11}'
+        line += f'{spread:>20}{_short(row["ratio_bn"], 2):>9}{_short(row["ratio_literal"], 2):>11}'
         peak = str(int(row['peak_bytes']) >> 20) if row['peak_bytes'] else '-'
         line += f'{_short(row["saved_ratio_bn"], 4):>12}{peak:>10}'
         missed = [goal for goal, value, limit in _limits(row) if value > limit]
