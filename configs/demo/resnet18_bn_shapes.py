@@ -1,0 +1,2 @@
+_base_ = '_base_/resnet18_shapes.py'
+model = dict(backbone=dict(norm_cfg=dict(type='BN')))
