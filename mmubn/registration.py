@@ -26,6 +26,7 @@ def _build(module, name, **options):
 for registry, module, names in (
     (HOOKS, 'mmubn.hooks', ('CondensationHook', 'EpochSeedHook', 'NonFiniteHook', 'UBNCheckHook')),
     (DATASETS, 'mmubn.datasets.cached_image_folder', ('CachedImageFolder',)),
+    (DATASETS, 'mmubn.datasets.shapes', ('Shapes',)),
     (MODELS, 'mmubn.models', ('InceptionV4_CIFAR', 'ResNeXt_CIFAR')),
 ):
     for name in names:
