@@ -17,6 +17,7 @@ autograd with the N x N matrix of similarities; rbn and bnet are the layers of t
 
 import argparse
 import sys
+import time
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -236,26 +237,33 @@ def _setting(model: str, shape: Shape, dtype: str, layout: str) -> Row:
 
 
 class Progress:
-    """Progress on stderr: in place on a terminal, elsewhere a line a setting."""
+    """Progress on stderr: in place on a terminal, elsewhere a line a setting and every 10 s."""
 
     def __init__(self) -> None:
         self._in_place = sys.stderr.isatty()
         self._title = ''
+        self._last = 0.0
 
     def start(self, title: str) -> None:
         """Begins a setting."""
         self._title = title
         if not self._in_place:
-            print(title, file=sys.stderr, flush=True)
+            self._write(f'{title}\n')
 
     def __call__(self, text: str) -> None:
         if self._in_place:
-            print(f'\r\033[K{self._title}: {text}', end='', file=sys.stderr, flush=True)
+            self._write(f'\r\033[K{self._title}: {text}')
+        elif time.monotonic() - self._last > 10:
+            self._write(f'{self._title}: {text}\n')
 
     def clear(self) -> None:
         """Makes room for a table."""
         if self._in_place:
-            print('\r\033[K', end='', file=sys.stderr, flush=True)
+            self._write('\r\033[K')
+
+    def _write(self, text: str) -> None:
+        self._last = time.monotonic()
+        print(text, end='', file=sys.stderr, flush=True)
 
 
 def run_all(bench: Bench, csv_file: Path) -> Tuple[List[Row], bool]:
