@@ -6,6 +6,8 @@ from pathlib import Path
 # One thread: the tensors are small, and threads that wait for one another spin. Read when
 # torch is imported, here and in the subprocesses of the tests.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+# The Triton kernels run in Triton's interpreter, on the CPU. Read when triton is imported.
+os.environ.setdefault('TRITON_INTERPRET', '1')
 
 import pytest
 import torch

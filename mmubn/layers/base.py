@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import logging
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Union
 
 import torch
 import torch.fx
@@ -50,6 +50,7 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
         kernel_size: int,
         center: bool,
         scale: bool,
+        backend: str,
         device: Any,
         dtype: Any,
         unknown: Dict[str, Any],
@@ -58,11 +59,14 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
             raise TypeError(_unknown_key_message(type(self), next(iter(unknown))))
         if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f'kernel_size must be a positive odd integer, got {kernel_size}')
+        if backend not in ops.BACKENDS:
+            raise ValueError(f'backend must be one of {", ".join(ops.BACKENDS)}, got {backend!r}')
         factory = dict(device=device, dtype=dtype)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **factory)
         self.kernel_size = kernel_size
         self.center = center
         self.scale = scale
+        self.backend = backend
 
         def register(name: str, present: bool, *shape: int) -> None:
             value = nn.Parameter(torch.empty(shape, **factory)) if present else None
@@ -97,17 +101,16 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
         if x.numel() == 0:
             return self._forward_empty(x)
         if self.training or self.running_mean is None:
-            image_mean, image_var = ops.image_moments(x)
-            mean, var, from_batch = self._training_statistics(x, image_mean, image_var)
+            image_mean, image_var = ops.image_moments(x, self.backend)
+            statistics = self._training_statistics(x, image_mean, image_var)
         else:
-            image_mean = ops.image_mean(x)
-            mean, var, from_batch = self.running_mean, self.running_var, False
+            image_mean = self._evaluation_mean(x)
+            # A copy, as backward reads it and a training step may come in between.
+            statistics = ops.Statistics(self.running_mean.clone(), self.running_var)
         return ops.ubn(
             x,
             image_mean,
-            mean,
-            var,
-            from_batch,
+            statistics,
             taps=self._taps(),
             bias=self.bias,
             center_weight=self.center_weight,
@@ -115,17 +118,26 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
             scale_bias=self.scale_bias,
             eps=self._eps,
             scale_from_input=self._scale_from_input,
+            backend=self.backend,
+        )
+
+    def _evaluation_mean(self, x: Tensor) -> Tensor:
+        """m, or zeros where running statistics and no rectification leave it without effect."""
+        if self.center or self.scale:
+            return ops.image_mean(x, self.backend)
+        return torch.zeros(
+            x.shape[:2], device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)
         )
 
     @torch.no_grad()
     def _training_statistics(
         self, x: Tensor, image_mean: Tensor, image_var: Tensor
-    ) -> Tuple[Tensor, Tensor, Union[bool, Tensor]]:
-        """Mean and variance to normalise with, whether the batch's; moves the buffers."""
+    ) -> ops.Statistics:
+        """What to normalise with; moves the buffers."""
         mean, var = ops.batch_statistics(image_mean, image_var, self.center_weight)
         if self.running_mean is not None and not recomputing():
             self._update_running_statistics(mean, var, x.numel() // self.num_features)
-        return mean, var, True
+        return ops.Statistics(mean, var, from_batch=True)
 
     def _update_running_statistics(
         self, mean: Tensor, var: Tensor, count: int, allowed: Union[bool, Tensor] = True

@@ -30,6 +30,8 @@ class BNET(RectifiedBatchNorm, _BatchNorm):
         kernel_size (int): Odd k. Default: 3.
         kernel_init (str): ``'published'``, or ``'identity'``, which starts as
             BatchNorm. Default: ``'published'``.
+        backend (str): What runs the passes over X: ``'torch'``, ``'triton'``, or
+            ``'auto'``, Triton on a GPU where it can. Default: ``'auto'``.
         device: As in ``nn.BatchNorm2d``.
         dtype: As in ``nn.BatchNorm2d``.
 
@@ -53,6 +55,7 @@ class BNET(RectifiedBatchNorm, _BatchNorm):
         track_running_stats: bool = True,
         kernel_size: int = 3,
         kernel_init: str = 'published',
+        backend: str = 'auto',
         device=None,
         dtype=None,
         **unknown,
@@ -69,6 +72,7 @@ class BNET(RectifiedBatchNorm, _BatchNorm):
             kernel_size,
             center=False,
             scale=False,
+            backend=backend,
             device=device,
             dtype=dtype,
             unknown=unknown,

@@ -24,6 +24,8 @@ class IEBN(RectifiedBatchNorm, _BatchNorm):
         momentum (float, optional): As in ``nn.BatchNorm2d``. Default: 0.1.
         affine (bool): As in ``nn.BatchNorm2d``. Default: True.
         track_running_stats (bool): As in ``nn.BatchNorm2d``. Default: True.
+        backend (str): What runs the passes over X: ``'torch'``, ``'triton'``, or
+            ``'auto'``, Triton on a GPU where it can. Default: ``'auto'``.
         device: As in ``nn.BatchNorm2d``.
         dtype: As in ``nn.BatchNorm2d``.
 
@@ -48,6 +50,7 @@ class IEBN(RectifiedBatchNorm, _BatchNorm):
         momentum: Optional[float] = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
+        backend: str = 'auto',
         device=None,
         dtype=None,
         **unknown,
@@ -61,6 +64,7 @@ class IEBN(RectifiedBatchNorm, _BatchNorm):
             kernel_size=1,
             center=False,
             scale=True,
+            backend=backend,
             device=device,
             dtype=dtype,
             unknown=unknown,

@@ -1,7 +1,7 @@
 """Unified Batch Normalization, a drop-in for ``nn.BatchNorm2d``."""
 
 import math
-from typing import Optional, Tuple, Union
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -72,6 +72,8 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
             Default: True.
         scale (bool): Whether to calibrate the scaling with ``scale_weight`` and
             ``scale_bias``. Default: True.
+        backend (str): What runs the passes over X: ``'torch'``, ``'triton'``, or
+            ``'auto'``, Triton on a GPU where it can. Default: ``'auto'``.
         device: As in ``nn.BatchNorm2d``.
         dtype: As in ``nn.BatchNorm2d``.
 
@@ -110,6 +112,7 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         kernel_size: int = 3,
         center: bool = True,
         scale: bool = True,
+        backend: str = 'auto',
         device=None,
         dtype=None,
         **unknown,
@@ -124,6 +127,7 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
             kernel_size,
             center,
             scale,
+            backend,
             device,
             dtype,
             unknown,
@@ -154,7 +158,7 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
     @torch.no_grad()
     def _training_statistics(
         self, x: Tensor, image_mean: Tensor, image_var: Tensor
-    ) -> Tuple[Tensor, Tensor, Union[bool, Tensor]]:
+    ) -> ops.Statistics:
         # A momentum of 1, as PreciseBN sets it to measure statistics, keeps nothing
         # that a shut gate could use.
         if self.fct is None or self.momentum == 1 or not self.training:
@@ -167,12 +171,12 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
             self._update_running_statistics(mean, var, count, allowed=self._from_batch)
         mean = torch.where(self._from_batch, mean, self.running_mean.to(mean.dtype))
         var = torch.where(self._from_batch, var, self.running_var.to(var.dtype))
-        return mean, var, self._from_batch
+        return ops.Statistics(mean, var, self._from_batch)
 
     def _update_similarity(self, x: Tensor, image_mean: Tensor, image_var: Tensor) -> None:
         pixels = x.shape[2] * x.shape[3]
         squared_norm = pixels * (image_var + image_mean.square()).sum(1)
-        similarity = ops.mean_cosine_similarity(x, squared_norm)
+        similarity = ops.mean_cosine_similarity(x, squared_norm, self.backend)
         tau = self.running_similarity
         # Undefined for N = 1, NaN for a NaN image: neither may enter.
         similarity = torch.where(similarity.isfinite(), similarity.to(tau.dtype), tau)

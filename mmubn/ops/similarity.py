@@ -5,11 +5,14 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from . import backend as backends
 from .utils import batch_slices, statistics_dtype
 
 
 @torch.no_grad()
-def mean_cosine_similarity(x: Tensor, squared_norm: Optional[Tensor] = None) -> Tensor:
+def mean_cosine_similarity(
+    x: Tensor, squared_norm: Optional[Tensor] = None, backend: str = 'auto'
+) -> Tensor:
     r"""Mean over :math:`i \ne j` of :math:`\cos(\mathrm{vec} X_i, \mathrm{vec} X_j)`, no gradient.
 
     With unit vectors :math:`u_i` of the N' non-zero features,
@@ -25,6 +28,7 @@ def mean_cosine_similarity(x: Tensor, squared_norm: Optional[Tensor] = None) -> 
         x (Tensor): Features, (N, ...), any float dtype and memory format.
         squared_norm (Tensor, optional): :math:`\|\mathrm{vec} X_i\|^2`, (N,), where
             it is known already (the second moments hold it). Default: computed.
+        backend (str): ``'auto'``, ``'torch'`` or ``'triton'``.
 
     Returns:
         Tensor: Scalar in [-1 / (N - 1), 1], float32 (float64 for float64 input).
@@ -37,17 +41,12 @@ def mean_cosine_similarity(x: Tensor, squared_norm: Optional[Tensor] = None) -> 
     batch = x.shape[0]
     if batch < 2:
         return x.new_full((), float('nan'), dtype=dtype)
-    # Cosines do not depend on the order of the coordinates: take that of the memory.
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        x = x.permute(0, 2, 3, 1)
-    flat = x.flatten(1)
     if squared_norm is None:
+        flat = x.flatten(1)
         norms = [torch.linalg.vector_norm(flat[p], dim=1, dtype=dtype) for p in batch_slices(x)]
         squared_norm = torch.cat(norms).square()
     nonzero = squared_norm > 0
     inverse_norm = torch.where(nonzero, squared_norm, 1.0).rsqrt() * nonzero
-    total = torch.zeros_like(flat[0], dtype=dtype)
-    for part in batch_slices(x):
-        total.addmv_(flat[part].to(dtype).t(), inverse_norm[part])
-    similarity = (total.square().sum() - nonzero.sum()) / (batch * (batch - 1))
+    total = backends.choose(backend, x).squared_sum(x, inverse_norm)
+    similarity = (total - nonzero.sum()) / (batch * (batch - 1))
     return torch.where(squared_norm.isfinite().all(), similarity, float('nan'))

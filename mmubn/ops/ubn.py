@@ -20,18 +20,38 @@ literal composition keeps three tensors of X's size. X + h is formed before it i
 scaled, as a large mean would cancel badly in a X + b.
 """
 
-from typing import Optional, Tuple, Union
+from typing import Any, NamedTuple, Optional, Tuple, Union
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
-from .utils import batch_slices, over_batch, statistics_dtype
+from . import backend as backends
+from .utils import statistics_dtype
+
+
+class Statistics(NamedTuple):
+    """What normalises, and how it depends on the batch."""
+
+    mean: Tensor
+    r""":math:`\mu`, (C,), without gradient."""
+
+    var: Tensor
+    r""":math:`\sigma^2`, biased, (C,), without gradient."""
+
+    from_batch: Union[bool, Tensor] = False
+    """Whether they are those of the batch and so depend on X; a bool or a scalar bool
+    tensor, which is not read back to the host."""
+
+    count: Optional[Tensor] = None
+    """Scalar, the number of values a channel behind them; None is N H W of this X."""
+
+    group: Optional[Any] = None
+    """Process group whose batches they are together; None is this process alone."""
 
 
 @torch.no_grad()
-def image_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
+def image_moments(x: Tensor, backend: str = 'auto') -> Tuple[Tensor, Tensor]:
     """Mean and biased variance over H and W of every image and channel, without gradient.
 
     The variance is taken from centred values: E[x^2] - E[x]^2 cancels where the
@@ -39,24 +59,19 @@ def image_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
 
     Args:
         x (Tensor): (N, C, H, W), any float dtype and memory format.
+        backend (str): ``'auto'``, ``'torch'`` or ``'triton'``.
 
     Returns:
         tuple[Tensor, Tensor]: Two of shape (N, C), float32 (float64 for float64
         input).
     """
-    mean = image_mean(x)
-    parts = []
-    for part in batch_slices(x):
-        centred = x[part] - _plane(mean[part])
-        parts.append(torch.linalg.vector_norm(centred, dim=(2, 3)).square())
-    return mean, torch.cat(parts) / (x.shape[2] * x.shape[3])
+    return backends.choose(backend, x).image_moments(x)
 
 
 @torch.no_grad()
-def image_mean(x: Tensor) -> Tensor:
+def image_mean(x: Tensor, backend: str = 'auto') -> Tensor:
     """Mean over H and W of every image and channel, as in :func:`image_moments`."""
-    dtype = statistics_dtype(x.dtype)
-    return torch.cat([x[part].mean((2, 3), dtype=dtype) for part in batch_slices(x)])
+    return backends.choose(backend, x).image_mean(x)
 
 
 def batch_statistics(
@@ -84,9 +99,7 @@ def batch_statistics(
 def ubn(
     x: Tensor,
     image_mean: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    from_batch: Union[bool, Tensor],
+    statistics: Statistics,
     taps: Optional[Tensor] = None,
     bias: Optional[Tensor] = None,
     center_weight: Optional[Tensor] = None,
@@ -94,21 +107,20 @@ def ubn(
     scale_bias: Optional[Tensor] = None,
     eps: float = 1e-5,
     scale_from_input: bool = False,
+    backend: str = 'auto',
 ) -> Tensor:
     r"""Centering, normalization, scaling and affine of UBN (Eqs. 4 and 5), with its own backward.
 
-    ``image_mean``, ``mean`` and ``var`` come in as plain numbers; their dependence
-    on ``x`` and ``center_weight`` is part of this function's backward, where
-    ``from_batch`` says whether ``mean`` and ``var`` have one.
+    ``image_mean`` and ``statistics`` come in as plain numbers; their dependence on
+    ``x`` and ``center_weight`` is part of this function's backward. Where they are
+    those of a process group, backward sums their gradients over it, in one collective
+    of 2 C numbers.
 
     Args:
-        x (Tensor): X, (N, C, H, W), any float dtype and memory format.
+        x (Tensor): X, (N, C, H, W), any float dtype and memory format; N may be 0.
         image_mean (Tensor): m, (N, C), of :func:`image_moments`.
-        mean (Tensor): :math:`\mu`, (C,).
-        var (Tensor): :math:`\sigma^2`, biased, (C,).
-        from_batch (bool | Tensor): Whether ``mean`` and ``var`` are the
-            :func:`batch_statistics` of ``x``; a bool or a scalar bool tensor, which
-            is not read back to the host.
+        statistics (Statistics): :math:`\mu` and :math:`\sigma^2`, and whether they are the
+            :func:`batch_statistics` of ``x``.
         taps (Tensor, optional): K, the effective kernel of the affine, (C, k, k)
             with odd k. Default: no affine.
         bias (Tensor, optional): :math:`\beta`, (C,).
@@ -117,94 +129,61 @@ def ubn(
         scale_bias (Tensor, optional): :math:`w_b`, (C,).
         eps (float): :math:`\epsilon`.
         scale_from_input (bool): Whether the sigmoid sees m in place of t, as in IEBN.
+        backend (str): ``'auto'``, ``'torch'`` or ``'triton'``, see
+            :func:`mmubn.ops.backend.choose`.
 
     Returns:
         Tensor: Y, (N, C, H, W), in the dtype and memory format of ``x``.
 
     Raises:
-        RuntimeError: On double backward, which is not implemented.
+        RuntimeError: On double backward, which is not implemented; where ``'triton'``
+            cannot be had.
     """
     dtype = statistics_dtype(x.dtype)
     if taps is None:
         taps = torch.ones(x.shape[1], 1, 1, dtype=dtype, device=x.device)
+    passes = backends.choose(backend, x, taps.shape[-1])
+    mean, var, *how = statistics
     small = (mean, var, taps, bias, center_weight, scale_weight, scale_bias)
-    mean, var, *parameters = (None if value is None else value.to(dtype) for value in small)
-    return _UBNFunction.apply(
-        x, image_mean, mean, var, from_batch, *parameters, eps, scale_from_input
-    )
-
-
-def _forward(
-    x: Tensor,
-    image_mean: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    from_batch: Union[bool, Tensor],
-    taps: Tensor,
-    bias: Optional[Tensor],
-    center_weight: Optional[Tensor],
-    scale_weight: Optional[Tensor],
-    scale_bias: Optional[Tensor],
-    eps: float,
-    scale_from_input: bool,
-) -> Tuple[Tensor, Tensor]:
-    """Y and ``1 / sqrt(var + eps)``."""
-    rstd = torch.rsqrt(var + eps)
-    shift = _shift(image_mean, mean, center_weight)
-    pooled = image_mean if scale_from_input else (image_mean + shift) * rstd
-    scale = (_factor(pooled, scale_weight, scale_bias) * rstd).expand_as(shift)
-
-    def slice_of_y(part: slice) -> Tensor:
-        return _convolve(_rectify(x[part], shift[part], scale[part]), taps, bias)
-
-    # Autocast would send the convolution's float32 operands back to half.
-    with torch.autocast(x.device.type, enabled=False):
-        return over_batch(x, slice_of_y), rstd
+    small = (None if value is None else value.to(dtype) for value in small)
+    return _UBNFunction.apply(x, image_mean, *small, how, eps, scale_from_input, passes)
 
 
 class _UBNFunction(torch.autograd.Function):
     """Forward and hand-written backward of :func:`ubn`."""
 
     @staticmethod
-    def forward(ctx, *arguments):
-        x, image_mean, mean, _, from_batch, taps, bias, *rectifiers, _, scale_from_input = arguments
-        y, rstd = _forward(*arguments)
+    def forward(ctx, x, image_mean, mean, var, taps, bias, *rest):
+        *rectifiers, how, eps, scale_from_input, passes = rest
+        center_weight, scale_weight, scale_bias = rectifiers
+        rstd = torch.rsqrt(var + eps)
+        shift = _shift(image_mean, mean, center_weight)
+        pooled = image_mean if scale_from_input else (image_mean + shift) * rstd
+        scale = (_factor(pooled, scale_weight, scale_bias) * rstd).expand_as(shift)
         ctx.has_bias = bias is not None
-        ctx.from_batch = from_batch  # a bool, or a scalar that nothing changes in place
+        ctx.how = how  # a bool and scalars that nothing changes in place
         ctx.scale_from_input = scale_from_input
+        ctx.passes = passes
         ctx.save_for_backward(x, image_mean, mean, rstd, taps, *rectifiers)
-        return y
+        return passes.forward(x, shift, scale, taps, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, image_mean, mean, rstd, taps, *rectifiers = ctx.saved_tensors
         center_weight, scale_weight, scale_bias = rectifiers
+        from_batch, count, group = ctx.how
         batch, _, height, width = x.shape
+        count = batch * height * width if count is None else count
         shift = _shift(image_mean, mean, center_weight)
         centred = image_mean + shift  # (1 + w_m) m - mu
         pooled = image_mean if ctx.scale_from_input else centred * rstd
         factor = _factor(pooled, scale_weight, scale_bias)
         scale = (factor * rstd).expand_as(shift)
 
-        # First pass over the large tensors: dX_r, what it sums to per image and channel,
-        # and the gradients of the affine.
-        d_scale = torch.empty_like(shift)
-        d_shift = torch.empty_like(shift)
-        d_taps = torch.zeros_like(taps)
-        d_bias = torch.zeros_like(mean)
-        d_x_r = torch.empty_like(x, dtype=taps.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            for part in batch_slices(x):
-                shifted = x[part] + _plane(shift[part])
-                x_r = shifted * _plane(scale[part])
-                gradients = _convolve_backward(dy[part].to(taps.dtype), x_r, taps)
-                d_x_r[part] = gradients[0]
-                d_taps += gradients[1]
-                d_bias += gradients[2]
-                d_scale[part] = shifted.mul_(gradients[0]).sum((2, 3))
-                d_shift[part] = gradients[0].sum((2, 3)) * scale[part]
-
+        d_scale, d_shift, d_taps, d_bias, d_x_r = ctx.passes.backward_sums(
+            x, dy, shift, scale, taps
+        )
         # From the shift h and the scale a to the parameters, mu, sigma^2 and m.
         d_rstd = (d_scale * factor).sum(0)
         d_gap = d_center_weight = d_scale_weight = d_scale_bias = None
@@ -218,27 +197,24 @@ class _UBNFunction(torch.autograd.Function):
                 d_gap = d_gap * rstd
                 d_shift = d_shift + d_gap
         # Statistics of the batch depend on X, running ones do not.
-        d_mean = _where(ctx.from_batch, -d_shift.sum(0))
-        d_var = _where(ctx.from_batch, -0.5 * rstd**3 * d_rstd)
-        d_image_mean = d_mean / batch + d_var * (2 / batch) * centred
+        d_statistics = torch.stack([-d_shift.sum(0), -0.5 * rstd**3 * d_rstd])
+        if group is not None:
+            distributed.all_reduce(d_statistics, group=group)
+        d_mean, d_var = _where(from_batch, d_statistics) / count
+        d_image_mean = (d_mean + 2 * d_var * centred) * (height * width)
         if center_weight is not None:
             d_center_weight = ((d_shift + d_image_mean) * image_mean).sum(0)
             d_image_mean = d_image_mean + center_weight * (d_shift + d_image_mean)
         if d_gap is not None:
             d_image_mean = d_image_mean + d_gap
 
-        # Second pass: X through X_r, through the variance inside each image (centred on
-        # m) and through m.
-        slope = (d_var * (2 / (batch * height * width))).expand_as(shift)
+        # X through X_r, through the variance inside each image (centred on m) and through m.
+        slope = (2 * d_var).expand_as(shift)
         level = d_image_mean / (height * width)
-        for part in batch_slices(x):
-            through_statistics = _rectify(x[part], -image_mean[part], slope[part])
-            d_x_r[part] *= _plane(scale[part])
-            d_x_r[part] += through_statistics.add_(_plane(level[part]))
-        dx = d_x_r.to(x.dtype)
+        dx = ctx.passes.backward_input(x, dy, image_mean, scale, slope, level, taps, d_x_r)
         d_parameters = d_center_weight, d_scale_weight, d_scale_bias
         d_affine = d_taps, d_bias if ctx.has_bias else None
-        return dx, *[None] * 4, *d_affine, *d_parameters, None, None
+        return dx, *[None] * 3, *d_affine, *d_parameters, *[None] * 4
 
 
 def _shift(image_mean: Tensor, mean: Tensor, center_weight: Optional[Tensor]) -> Tensor:
@@ -260,43 +236,3 @@ def _where(condition: Union[bool, Tensor], value: Tensor) -> Tensor:
     if isinstance(condition, Tensor):
         return torch.where(condition, value, 0.0)
     return value if condition else torch.zeros_like(value)
-
-
-def _rectify(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``scale * (x + shift)`` with (N, C) coefficients, in their dtype."""
-    return (x + _plane(shift)).mul_(_plane(scale))
-
-
-def _convolve(x: Tensor, taps: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    if taps.shape[-1] == 1:
-        # Not in place, see over_batch.
-        weight = taps.view(1, -1, 1, 1)
-        return x * weight if bias is None else torch.addcmul(bias.view(1, -1, 1, 1), x, weight)
-    return F.conv2d(x, taps[:, None], bias, padding=taps.shape[-1] // 2, groups=len(taps))
-
-
-def _convolve_backward(dy: Tensor, x: Tensor, taps: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`_convolve` for its input, taps and bias."""
-    if taps.shape[-1] == 1:
-        d_taps = (x * dy).sum((0, 2, 3)).view_as(taps)
-        return dy * taps.view(1, -1, 1, 1), d_taps, dy.sum((0, 2, 3))
-    channels, padding = len(taps), [taps.shape[-1] // 2] * 2
-    dx, d_taps, d_bias = torch.ops.aten.convolution_backward(
-        dy,
-        x,
-        taps[:, None],
-        [channels],
-        stride=[1, 1],
-        padding=padding,
-        dilation=[1, 1],
-        transposed=False,
-        output_padding=[0, 0],
-        groups=channels,
-        output_mask=[True, True, True],
-    )
-    return dx, d_taps.squeeze(1), d_bias
-
-
-def _plane(value: Tensor) -> Tensor:
-    """(N, C) coefficients, ready to meet an (N, C, H, W) tensor."""
-    return value[..., None, None]

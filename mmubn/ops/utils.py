@@ -41,3 +41,8 @@ def over_batch(x: Tensor, function: Callable[[slice], Tensor]) -> Tensor:
     for part in parts:
         result[part] = function(part)
     return result
+
+
+def plane(value: Tensor) -> Tensor:
+    """(N, C) coefficients, ready to meet an (N, C, H, W) tensor."""
+    return value[..., None, None]

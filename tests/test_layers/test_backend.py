@@ -1,0 +1,85 @@
+"""Which passes are chosen, what an explicit choice that cannot be met says."""
+
+import logging
+
+import pytest
+import torch
+from against_reference import LAYERS, Reference, assert_equals_reference, randomize
+
+from mmubn.layers import UBN
+from mmubn.ops import backend, mean_cosine_similarity, passes_torch
+
+passes_triton = pytest.importorskip('mmubn.ops.passes_triton', exc_type=ImportError)
+
+
+@pytest.mark.parametrize('name', ['ubn', 'ubn_center', 'ubn_gate', 'bnet', 'iebn'])
+def test_layer_with_triton_equals_reference(name):
+    layer = LAYERS[name](3, backend='triton').double()
+    if hasattr(layer, 'fct_momentum'):
+        layer.fct_momentum = 0.9
+    randomize(layer)
+    oracle = Reference(layer)
+    for offset in (2, 0, 3):  # gate open, shut, open
+        x = torch.randn(3, 3, 4, 5, dtype=torch.double) + offset
+        assert_equals_reference(layer, oracle, x, rtol=1e-9, atol=1e-10)
+    layer.eval()
+    assert_equals_reference(layer, oracle, x, rtol=1e-9, atol=1e-10)
+
+
+def test_similarity_with_triton():
+    x = torch.randn(5, 3, 4, 7, dtype=torch.double) + 1
+    expected = mean_cosine_similarity(x, backend='torch')
+    torch.testing.assert_close(mean_cosine_similarity(x, backend='triton'), expected)
+
+
+def test_empty_batch_with_triton():
+    layer = UBN(3, backend='triton')
+    layer(torch.randn(0, 3, 4, 4)).sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+def test_auto_is_torch_on_the_cpu():
+    assert backend.choose('auto', torch.randn(2, 3, 4, 4)) is passes_torch
+
+
+def test_triton_on_the_cpu_is_refused(monkeypatch):
+    monkeypatch.delenv('TRITON_INTERPRET')
+    layer = UBN(3, backend='triton')
+    with pytest.raises(RuntimeError, match='input is on cpu, not on a GPU'):
+        layer(torch.randn(2, 3, 4, 4))
+
+
+def test_wide_kernel_with_triton_is_refused():
+    layer = UBN(3, backend='triton', kernel_size=9)
+    with pytest.raises(RuntimeError, match='have kernel_size 1, 3, 5, 7, not 9'):
+        layer(torch.randn(2, 3, 12, 12))
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="must be one of auto, torch, triton, got 'cuda'"):
+        UBN(3, backend='cuda')
+    with pytest.raises(ValueError, match="must be one of auto, torch, triton, got 'cuda'"):
+        mean_cosine_similarity(torch.randn(2, 3), backend='cuda')
+
+
+class OnGpu:
+    """What the choice looks at of a tensor on a GPU."""
+
+    is_cuda = True
+    device = 'cuda:0'
+
+    def numel(self):
+        return 1
+
+
+def test_auto_takes_triton_on_a_gpu():
+    assert backend.choose('auto', OnGpu(), 3) is passes_triton
+
+
+def test_auto_falls_back_and_says_so_once(caplog):
+    backend._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, logger='mmubn'):
+        assert backend.choose('auto', OnGpu(), 9) is passes_torch
+        assert backend.choose('auto', OnGpu(), 9) is passes_torch
+    assert len(caplog.records) == 1
+    assert 'kernel_size 1, 3, 5, 7, not 9' in caplog.text
