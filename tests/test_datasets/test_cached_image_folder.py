@@ -1,0 +1,67 @@
+"""Class folders in memory: the pixels, the labels, the order, the limits."""
+
+import cv2
+import numpy as np
+import pytest
+from mmengine.registry import DATASETS
+
+pytest.importorskip('mmpretrain')
+
+CLASSES = ('apple', 'bear', 'cat')
+
+
+@pytest.fixture
+def pixels(tmp_path):
+    """Writes four images of each class, in turn as PNG and as lossless WebP."""
+    rng = np.random.default_rng(0)
+    written = {}
+    for name in CLASSES:
+        (tmp_path / 'train' / name).mkdir(parents=True)
+        for number in range(4):
+            image = rng.integers(0, 256, (8, 8, 3), np.uint8)
+            suffix, options = (
+                ('.webp', [cv2.IMWRITE_WEBP_QUALITY, 101]) if number % 2 else ('.png', [])
+            )
+            path = str(tmp_path / 'train' / name / f'{number}{suffix}')
+            cv2.imwrite(path, image[..., ::-1], options)
+            written[path] = image
+    return written
+
+
+def build(root, **settings):
+    kind = dict(type='CachedImageFolder', data_root=str(root), data_prefix='train')
+    return DATASETS.build({**kind, **settings})
+
+
+@pytest.mark.parametrize('serialize_data', [True, False])
+def test_pixels_and_labels(pixels, tmp_path, serialize_data):
+    dataset = build(tmp_path, serialize_data=serialize_data)
+    assert dataset.metainfo['classes'] == CLASSES
+    samples = [dataset[i] for i in range(len(dataset))]
+    assert {sample['img_path'] for sample in samples} == pixels.keys()
+    for sample in samples:
+        assert np.array_equal(sample['img'], pixels[sample['img_path']])
+        assert f'/{CLASSES[sample["gt_label"]]}/' in sample['img_path']
+
+
+def test_first_samples_are_of_all_classes(pixels, tmp_path):
+    paths = [sample['img_path'] for sample in build(tmp_path)]
+    first = build(tmp_path, indices=6)
+    assert [sample['img_path'] for sample in first] == paths[:6]
+    assert {sample['gt_label'] for sample in first} == {0, 1, 2}
+
+
+def test_only_what_is_used_is_decoded(pixels, tmp_path):
+    broken = [sample['img_path'] for sample in build(tmp_path)][-1]
+    with open(broken, 'wb') as file:
+        file.write(b'no image')
+    assert len(build(tmp_path, indices=11)) == 11
+    with pytest.raises(ValueError, match=f'{broken} is not a whole image'):
+        build(tmp_path)
+
+
+def test_too_large_for_memory(pixels, tmp_path):
+    size = 12 * 8 * 8 * 3 / 2**30
+    assert len(build(tmp_path, max_gib=size)) == 12
+    with pytest.raises(MemoryError, match=r"raise max_gib, or use type='CustomDataset'"):
+        build(tmp_path, max_gib=size * 0.99)
