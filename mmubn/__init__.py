@@ -9,10 +9,19 @@ import importlib.util
 
 from .condensation import record_condensation
 from .convert import convert_norm
-from .layers import BNET, IEBN, RBN, UBN
+from .layers import BNET, IEBN, RBN, UBN, SyncUBN
 from .version import __version__
 
 if importlib.util.find_spec('mmengine') is not None:
     from . import registration  # noqa: F401
 
-__all__ = ['BNET', 'IEBN', 'RBN', 'UBN', '__version__', 'convert_norm', 'record_condensation']
+__all__ = [
+    'BNET',
+    'IEBN',
+    'RBN',
+    'UBN',
+    'SyncUBN',
+    '__version__',
+    'convert_norm',
+    'record_condensation',
+]

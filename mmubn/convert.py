@@ -1,6 +1,7 @@
 """Replaces the norm layers of a model that exists. Needs torch alone."""
 
 import fnmatch
+import inspect
 import logging
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
@@ -24,18 +25,19 @@ def convert_norm(
 ) -> nn.Module:
     """Replaces a model's norm layers in place, such that its output in evaluation stays the same.
 
-    From BatchNorm2d and SyncBatchNorm to UBN, RBN, BNET or IEBN: weights and running
-    statistics are kept as if a checkpoint of BatchNorm were loaded. The fused norm and
-    activation layers of timm (``BatchNormAct2d`` and its like) keep their drop and
+    From BatchNorm2d and SyncBatchNorm to UBN, SyncUBN, RBN, BNET or IEBN: weights and
+    running statistics are kept as if a checkpoint of BatchNorm were loaded. The fused norm
+    and activation layers of timm (``BatchNormAct2d`` and its like) keep their drop and
     activation. From those layers back to ``BN``: only where BatchNorm can give the same
-    output. Settings that ``norm_cfg`` does not name (eps, momentum, …), the device,
-    dtype, training mode and ``requires_grad`` are those of the layer replaced. Build the
-    optimizer afterwards: there are new parameters. One log line says what was replaced.
+    output. From UBN to SyncUBN and back: with all that the layer holds. Settings that
+    ``norm_cfg`` does not name (eps, momentum, …), the device, dtype, training mode and
+    ``requires_grad`` are those of the layer replaced. Build the optimizer afterwards: there
+    are new parameters. One log line says what was replaced.
 
     Args:
         model (nn.Module): Any model, or a norm layer itself.
         norm_cfg (dict): ``dict(type='UBN', fct=0.15)``, as in an OpenMMLab config; type
-            is one of UBN, RBN, BNET, IEBN and BN.
+            is one of UBN, SyncUBN, RBN, BNET, IEBN and BN.
         include (str | Sequence[str]): Shell patterns of module names, such as
             ``'layer[34].*'``; what matches none is left alone. Default: ``'*'``.
         exclude (str | Sequence[str]): Shell patterns of module names to leave alone.
@@ -46,8 +48,9 @@ def convert_norm(
 
     Raises:
         ValueError: A type or pattern that names nothing; no layer to replace; a layer
-            whose output BatchNorm cannot give, named with the reason. The model is
-            then as it was.
+            whose output BatchNorm cannot give, named with the reason; a setting with
+            which SyncUBN or UBN cannot hold what the other does. The model is then as
+            it was.
     """
     settings = dict(norm_cfg)
     kind = settings.pop('type', None)
@@ -83,7 +86,10 @@ def convert_norm(
     return model
 
 
-_TYPES = dict(UBN=layers.UBN, RBN=layers.RBN, BNET=layers.BNET, IEBN=layers.IEBN, BN=nn.BatchNorm2d)
+_TYPES = {
+    **{name: getattr(layers, name) for name in ('UBN', 'SyncUBN', 'RBN', 'BNET', 'IEBN')},
+    'BN': nn.BatchNorm2d,
+}
 
 
 def _match(norms: Dict[str, nn.Module], patterns: Patterns) -> set:
@@ -103,25 +109,35 @@ def _replacement(
     fused = hasattr(module, 'act') and hasattr(module, 'drop')
     # mmengine's SyncBatchNorm is a subclass that checks its input's dimensions and no more.
     is_plain = type(module) is nn.BatchNorm2d or isinstance(module, nn.SyncBatchNorm) or fused
-    if target is nn.BatchNorm2d:
-        if not isinstance(module, RectifiedBatchNorm):
-            return None
+    is_ours = isinstance(module, RectifiedBatchNorm)
+    if is_ours and {type(module), target} == {layers.UBN, layers.SyncUBN}:
+        new = _other_ubn(name, module, target, settings)
+    elif is_ours and target is nn.BatchNorm2d:
         weight, bias = _as_batch_norm(name, module)
-        state = {'weight': weight, 'bias': bias}
+        new = _filled(module, target, settings, {'weight': weight, 'bias': bias})
+    elif is_plain and not is_ours and target is not nn.BatchNorm2d:
+        new = _filled(module, target, settings, {})
     else:
-        if not is_plain or isinstance(module, RectifiedBatchNorm):
-            return None
-        state = {}
-    values = (*module.parameters(), *module.buffers())
-    like = next((value for value in values if value.is_floating_point()), None)
+        return None
+    if fused:
+        new.drop, new.act = module.drop, module.act
+        new.register_forward_hook(_drop_and_activate)
+    return new.train(module.training)
+
+
+def _filled(
+    module: _BatchNorm, target: type, settings: Dict[str, Any], state: Dict[str, torch.Tensor]
+) -> nn.Module:
+    """A new layer with what the two kinds share, and ``state`` in place of some of it."""
     kept = dict(
         eps=float(module.eps),
         momentum=module.momentum,
         affine=module.affine or bool(state),
         track_running_stats=module.track_running_stats,
+        **_place(module),
     )
-    if like is not None:
-        kept.update(device=like.device, dtype=like.dtype)
+    if target is layers.SyncUBN:
+        kept['process_group'] = getattr(module, 'process_group', None)
     new = target(module.num_features, **{**kept, **settings})
     state = {**module.state_dict(), **state}
     if isinstance(new, RectifiedBatchNorm):
@@ -130,10 +146,31 @@ def _replacement(
     new.load_state_dict({key: value for key, value in state.items() if key in wanted})
     for parameter in new.parameters():
         parameter.requires_grad_(all(p.requires_grad for p in module.parameters()))
-    if fused:
-        new.drop, new.act = module.drop, module.act
-        new.register_forward_hook(_drop_and_activate)
-    return new.train(module.training)
+    return new
+
+
+def _place(module: nn.Module) -> Dict[str, Any]:
+    """Its device and floating dtype, where it holds any numbers."""
+    values = (*module.parameters(), *module.buffers())
+    like = next((value for value in values if value.is_floating_point()), None)
+    return {} if like is None else dict(device=like.device, dtype=like.dtype)
+
+
+def _other_ubn(name: str, module: layers.UBN, target: type, settings: Dict[str, Any]) -> layers.UBN:
+    """The same layer, synchronised or no longer."""
+    known = inspect.signature(target).parameters
+    kept = {key: getattr(module, key) for key in known if hasattr(module, key)}
+    kept.update(_place(module), eps=float(module.eps))
+    new = target(**{**kept, **settings})
+    state = module.state_dict()
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in new.state_dict().items()}:
+        raise ValueError(
+            f'{name or "the layer"} holds other weights than {target.__name__} with {settings} does'
+        )
+    new.load_state_dict(state)
+    for key, parameter in module.named_parameters():
+        getattr(new, key).requires_grad_(parameter.requires_grad)
+    return new
 
 
 def _drop_and_activate(module: nn.Module, args: Tuple, output: torch.Tensor) -> torch.Tensor:

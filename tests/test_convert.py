@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 import mmubn
-from mmubn.layers import BNET, IEBN, RBN, UBN
+from mmubn.layers import BNET, IEBN, RBN, UBN, SyncUBN
 
 TYPES = dict(UBN=UBN, RBN=RBN, BNET=BNET, IEBN=IEBN)
 
@@ -131,7 +131,7 @@ def test_back_with_trained_exact_parameters():
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ((dict(type='UBNN'),), "type must be one of UBN, RBN, BNET, IEBN, BN, got 'UBNN'"),
+        ((dict(type='UBNN'),), "type must be one of UBN, SyncUBN, RBN, BNET, IEBN, BN, got 'UBNN'"),
         ((dict(type='UBN'), 'layer9*'), "pattern 'layer9\\*' matches none"),
         ((dict(type='BN'),), 'no layer to replace by BN'),
         ((dict(type='UBN', fctt=1),), "unknown key 'fctt'"),
@@ -142,3 +142,56 @@ def test_bad_arguments(arguments, message):
     with pytest.raises((ValueError, TypeError), match=message):
         mmubn.convert_norm(model, *arguments)
     assert type(model[0]) is nn.BatchNorm2d
+
+
+def shaken() -> UBN:
+    """A UBN whose every setting, weight and buffer differs from the initial one."""
+    ubn = UBN(4, eps=1e-3, momentum=None, fct=0.3, fct_momentum=0.2, fct_warmup=7, kernel_size=5)
+    with torch.no_grad():
+        for value in ubn.state_dict().values():
+            value.copy_(torch.rand(value.shape) + 1)
+    return ubn
+
+
+def test_ubn_to_sync_ubn_and_back_with_all_it_holds():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), shaken(), nn.BatchNorm2d(4)).eval()
+    model[1].kernel.requires_grad_(False)
+    before = copy.deepcopy(model)
+    kept = mmubn.convert_norm(model, dict(type='SyncUBN'), include='1')
+    assert type(kept[1]) is SyncUBN
+    assert not kept[1].kernel.requires_grad
+    assert kept[1].weight.requires_grad
+    assert not kept[1].training
+    assert torch.equal(kept(torch.ones(2, 3, 4, 4)), before(torch.ones(2, 3, 4, 4)))
+    back = mmubn.convert_norm(kept, dict(type='UBN', fct=0.4), include='1')
+    assert type(back[1]) is UBN
+    assert repr(back[1]) == repr(before[1]).replace('fct=0.3', 'fct=0.4')
+    old, new = before.state_dict(), back.state_dict()
+    assert list(old) == list(new)
+    assert all(torch.equal(old[key], new[key]) for key in old)
+
+
+def test_sync_ubn_from_batch_norms_and_to_batch_norm():
+    group = object()  # only passed on
+    batch_norm = nn.SyncBatchNorm(3, process_group=group)
+    assert mmubn.convert_norm(batch_norm, dict(type='SyncUBN')).process_group is group
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    synchronised = mmubn.convert_norm(copy.deepcopy(model), dict(type='SyncUBN'))
+    assert type(synchronised[1]) is SyncUBN
+    same_output(model, synchronised)
+    back = mmubn.convert_norm(synchronised, dict(type='BN'))
+    assert type(back[1]) is nn.BatchNorm2d
+    same_output(model, back)
+
+
+def test_ubn_to_sync_ubn_of_another_kernel_is_refused():
+    model = nn.Sequential(UBN(4))
+    with pytest.raises(ValueError, match='0 holds other weights than SyncUBN with'):
+        mmubn.convert_norm(model, dict(type='SyncUBN', kernel_size=5))
+    assert type(model[0]) is UBN
+
+
+def test_fused_activation_stays_over_both_conversions():
+    model = trained(timm.create_model('resnet18'))
+    converted = mmubn.convert_norm(copy.deepcopy(model), dict(type='UBN'))
+    same_output(model, mmubn.convert_norm(converted, dict(type='SyncUBN')))

@@ -3,6 +3,7 @@
 from .bnet import BNET
 from .iebn import IEBN
 from .rbn import RBN
+from .sync_ubn import SyncUBN
 from .ubn import UBN
 
-__all__ = ['BNET', 'IEBN', 'RBN', 'UBN']
+__all__ = ['BNET', 'IEBN', 'RBN', 'UBN', 'SyncUBN']

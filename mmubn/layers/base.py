@@ -107,6 +107,9 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
             image_mean = self._evaluation_mean(x)
             # A copy, as backward reads it and a training step may come in between.
             statistics = ops.Statistics(self.running_mean.clone(), self.running_var)
+        return self._normalize(x, image_mean, statistics)
+
+    def _normalize(self, x: Tensor, image_mean: Tensor, statistics: ops.Statistics) -> Tensor:
         return ops.ubn(
             x,
             image_mean,
@@ -183,7 +186,11 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
             raise ValueError(
                 f'expected {self.num_features} channels, got input size {tuple(x.shape)}'
             )
-        if self.training and x.numel() == x.shape[1]:
+        if self.training:
+            self._check_count(x)
+
+    def _check_count(self, x: Tensor) -> None:
+        if x.numel() == x.shape[1]:
             raise ValueError(
                 'Expected more than 1 value per channel when training, '
                 f'got input size {tuple(x.shape)}'

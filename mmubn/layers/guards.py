@@ -26,7 +26,9 @@ class BatchNormGuard:
             raise RuntimeError(
                 f'{type(self).__name__} cannot become SyncBatchNorm or be quantized: its '
                 'rectifications would be lost. Leave sync_bn unset and do not call '
-                'convert_sync_batchnorm on a model that has this layer.'
+                'convert_sync_batchnorm on a model that has this layer. For statistics over all '
+                "processes use norm_cfg=dict(type='SyncUBN'), or turn the UBN of a model into it "
+                "by mmubn.convert_norm(model, dict(type='SyncUBN'))."
             )
         return super().__getattr__(name)
 

@@ -67,6 +67,12 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
             from its first step on. None is ``ceil(10 / momentum)``, which leaves the
             initial values a weight of 5e-5; 0 gives the paper's equations.
             Default: None.
+        fct_interval (int): Measures the similarity in every so many training steps
+            only, with the weight :math:`1 - (1 - \alpha)^k`, which forgets as fast.
+            Counted from the layer's construction, so a resumed run counts anew.
+            Default: 1.
+        fct_stride (int): Measures the similarity on every so many rows and columns
+            only. Default: 1.
         kernel_size (int): Odd k of the affine; 1 is BatchNorm's. Default: 3.
         center (bool): Whether to calibrate the centering with ``center_weight``.
             Default: True.
@@ -109,6 +115,8 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         fct: Optional[float] = 0.15,
         fct_momentum: float = 0.1,
         fct_warmup: Optional[int] = None,
+        fct_interval: int = 1,
+        fct_stride: int = 1,
         kernel_size: int = 3,
         center: bool = True,
         scale: bool = True,
@@ -118,6 +126,9 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         **unknown,
     ) -> None:
         _check_gate(fct, fct_momentum, fct_warmup, track_running_stats)
+        for key, value in (('fct_interval', fct_interval), ('fct_stride', fct_stride)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f'{key} must be a positive integer, got {value!r}')
         super().__init__(
             num_features,
             eps,
@@ -135,6 +146,9 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         self.fct = fct
         self.fct_momentum = fct_momentum
         self.fct_warmup = fct_warmup
+        self.fct_interval = fct_interval
+        self.fct_stride = fct_stride
+        self._steps_to_similarity = 0
         tau = torch.ones((), device=device, dtype=dtype) if track_running_stats else None
         self.register_buffer('running_similarity', tau)
         self._from_batch: Optional[Tensor] = None
@@ -165,7 +179,7 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
             return super()._training_statistics(x, image_mean, image_var)
         mean, var = ops.batch_statistics(image_mean, image_var, self.center_weight)
         if self._from_batch is None or not recomputing():
-            self._update_similarity(x, image_mean, image_var)
+            self._move_similarity(self._similarity(x, image_mean, image_var))
             self._from_batch = self._gate()
             count = x.numel() // self.num_features
             self._update_running_statistics(mean, var, count, allowed=self._from_batch)
@@ -173,14 +187,26 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         var = torch.where(self._from_batch, var, self.running_var.to(var.dtype))
         return ops.Statistics(mean, var, self._from_batch)
 
-    def _update_similarity(self, x: Tensor, image_mean: Tensor, image_var: Tensor) -> None:
+    def _similarity(self, x: Tensor, image_mean: Tensor, image_var: Tensor) -> Optional[Tensor]:
+        """s of this batch, a scalar; None in a step that does not measure it."""
+        if self.fct_interval > 1:  # no counter to guard on for torch.compile otherwise
+            self._steps_to_similarity = (self._steps_to_similarity or self.fct_interval) - 1
+            if self._steps_to_similarity != self.fct_interval - 1:
+                return None
+        if self.fct_stride > 1:
+            x = x[:, :, :: self.fct_stride, :: self.fct_stride]
+            return ops.mean_cosine_similarity(x, backend=self.backend)
         pixels = x.shape[2] * x.shape[3]
         squared_norm = pixels * (image_var + image_mean.square()).sum(1)
-        similarity = ops.mean_cosine_similarity(x, squared_norm, self.backend)
+        return ops.mean_cosine_similarity(x, squared_norm, self.backend)
+
+    def _move_similarity(self, similarity: Optional[Tensor]) -> None:
+        if similarity is None:
+            return
         tau = self.running_similarity
         # Undefined for N = 1, NaN for a NaN image: neither may enter.
         similarity = torch.where(similarity.isfinite(), similarity.to(tau.dtype), tau)
-        tau.lerp_(similarity, self.fct_momentum)
+        tau.lerp_(similarity, 1 - (1 - self.fct_momentum) ** self.fct_interval)
 
     def _gate(self) -> Tensor:
         """Scalar bool tensor: whether this step normalises with batch statistics."""
@@ -192,6 +218,8 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
     def extra_repr(self) -> str:
         """The settings, BatchNorm's first."""
         gate = f'fct={self.fct}, fct_momentum={self.fct_momentum}, fct_warmup={self.fct_warmup}'
+        if self.fct_interval > 1 or self.fct_stride > 1:
+            gate += f', fct_interval={self.fct_interval}, fct_stride={self.fct_stride}'
         return f'{super().extra_repr()}, {gate}'
 
 

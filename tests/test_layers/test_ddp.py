@@ -1,16 +1,17 @@
 """UBN under DistributedDataParallel: ranks whose gates differ, and one with an empty batch."""
 
-from datetime import timedelta
+import functools
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from mmengine.dist import all_reduce_params
+from processes import in_processes
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmubn.layers import UBN
 
 STEPS = 6
-LIMIT = timedelta(seconds=60)
 
 
 def batch_of(case, rank, step):
@@ -23,12 +24,8 @@ def batch_of(case, rank, step):
     return torch.randn(size, 3, 9, 9) + offset
 
 
-def train_on_rank(rank, case, folder):
-    """Trains and saves what the test looks at; a step that hangs runs into the limit."""
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        'gloo', f'file://{folder}/rendezvous', timeout=LIMIT, rank=rank, world_size=2
-    )
+def train(case, rank, world):
+    """Trains and returns what the test looks at; a step that hangs runs into the limit."""
     torch.manual_seed(0)
     norm = UBN(3, fct_momentum=0.7, fct_warmup=0)
     net = nn.Sequential(norm, nn.Conv2d(3, 4, 3), UBN(4, fct_warmup=0), nn.ReLU())
@@ -46,23 +43,21 @@ def train_on_rank(rank, case, folder):
         optimizer.step()
         gates.append(bool(norm.batch_statistics_used))
     moved = [not torch.equal(a, b) for a, b in zip(start, model.parameters())]
-    torch.save(
-        dict(
-            gates=gates,
-            has_gradient=has_gradient,
-            moved=moved,
-            state=net.state_dict(),
-            parameters=[p.detach() for p in model.parameters()],
-        ),
-        f'{folder}/rank{rank}.pt',
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    all_reduce_params(net.buffers(), op='mean')  # as mmengine's SyncBuffersHook does
+    return dict(
+        gates=gates,
+        has_gradient=has_gradient,
+        moved=moved,
+        state=state,
+        averaged=net.state_dict(),
+        parameters=[p.detach() for p in model.parameters()],
     )
-    distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize('case', ['full', 'empty'])
 def test_ranks_whose_gates_differ_train_alike(tmp_path, case):
-    multiprocessing.spawn(train_on_rank, (case, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f'rank{rank}.pt') for rank in range(2))
+    first, second = in_processes(functools.partial(train, case), 2, tmp_path)
     differ = [a != b for a, b in zip(first['gates'], second['gates'])]
     assert sum(differ) >= STEPS - 2
     assert all(second['gates'])
@@ -73,3 +68,10 @@ def test_ranks_whose_gates_differ_train_alike(tmp_path, case):
     assert all(torch.equal(a, b) for a, b in zip(first['parameters'], second['parameters']))
     tracked = [int(result['state']['0.num_batches_tracked']) for result in (first, second)]
     assert tracked == [sum(first['gates']), STEPS // 2 if case == 'empty' else STEPS]
+
+    # Running statistics and similarity are each rank's own until the hook averages them.
+    for key in ('0.running_mean', '0.running_similarity'):
+        own = [result['state'][key] for result in (first, second)]
+        assert not torch.equal(*own)
+        for result in (first, second):
+            torch.testing.assert_close(result['averaged'][key], sum(own) / 2)

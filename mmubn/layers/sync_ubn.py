@@ -1,0 +1,177 @@
+"""UBN whose statistics and similarity are those of all processes."""
+
+from typing import Any, Optional, Tuple
+
+import torch
+from torch import Tensor, distributed
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .. import ops
+from ..ops.utils import statistics_dtype
+from .base import recomputing
+from .ubn import UBN
+
+
+class SyncUBN(UBN, _BatchNorm):
+    r"""UBN over the batches of all processes of a group.
+
+    With :math:`n_r, \mu_r, \sigma^2_r` the number of values a channel, mean and biased
+    variance of :math:`X_c` on rank r, and :math:`s_r, p_r` the mean similarity and the
+    number of pairs of images there,
+
+    .. math::
+        \mu = \frac{\sum_r n_r \mu_r}{\sum_r n_r}, \qquad
+        \sigma^2 = \frac{\sum_r n_r (\sigma^2_r + (\mu_r - \mu)^2)}{\sum_r n_r}, \qquad
+        s = \frac{\sum_r p_r s_r}{\sum_r p_r},
+
+    everything else is :class:`UBN`'s. Pairs of images on different ranks do not count:
+    they would put whole feature maps on the wire. Every rank computes the same
+    :math:`\mu, \sigma^2` and s from the same numbers, so :math:`\tau`, the gate and the
+    running statistics stay equal bit for bit where they were so at the start
+    (DistributedDataParallel sees to that).
+
+    Ranks may hold images of different sizes, different numbers of them, or none; a
+    single value a channel is enough on a rank. A step of training takes one
+    ``all_gather`` of 2 C + 3 numbers forward and one ``all_reduce`` of 2 C backward,
+    whatever the gate says, so that all ranks have to call the layer equally often.
+    Evaluation communicates nothing. In a group of one process, or without any, the
+    layer is UBN. Under activation checkpointing the ``all_gather`` runs again with the
+    segment: a layer that is called several times could not tell which of its earlier
+    results to take.
+
+    Args:
+        process_group: As in ``nn.SyncBatchNorm``. Default: all processes.
+
+    The other arguments, the shapes and what is raised are UBN's.
+
+    Source: ours; the paper does not say what its statistics are on several GPUs. The
+    combination of the variances is Chan et al., "Updating formulae and a pairwise
+    algorithm for computing sample variances", 1979.
+
+    Example:
+        >>> norm_cfg = dict(type='SyncUBN', fct=0.15)
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: Optional[float] = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        fct: Optional[float] = 0.15,
+        fct_momentum: float = 0.1,
+        fct_warmup: Optional[int] = None,
+        fct_interval: int = 1,
+        fct_stride: int = 1,
+        kernel_size: int = 3,
+        center: bool = True,
+        scale: bool = True,
+        backend: str = 'auto',
+        process_group: Optional[Any] = None,
+        device=None,
+        dtype=None,
+        **unknown,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            fct,
+            fct_momentum,
+            fct_warmup,
+            fct_interval,
+            fct_stride,
+            kernel_size,
+            center,
+            scale,
+            backend,
+            device,
+            dtype,
+            **unknown,
+        )
+        self.process_group = process_group
+
+    @torch.no_grad()
+    def _training_statistics(
+        self, x: Tensor, image_mean: Tensor, image_var: Tensor
+    ) -> ops.Statistics:
+        group = self._group()
+        if group is None:
+            return super()._training_statistics(x, image_mean, image_var)
+        gated = self.fct is not None and self.momentum != 1
+        moves = not recomputing() or (gated and self._from_batch is None)
+        similarity = None
+        if gated and moves:
+            similarity = self._similarity(x, image_mean, image_var)
+        if len(x):
+            mean, var = ops.batch_statistics(image_mean, image_var, self.center_weight)
+        else:
+            mean, var = image_mean.new_zeros(2, self.num_features)
+        mean, var, count, similarity = _over_group(x, mean, var, similarity, group)
+        if gated and moves:
+            self._move_similarity(similarity)
+            self._from_batch = self._gate()
+        from_batch = self._from_batch if gated else True
+        if moves and self.running_mean is not None:
+            # One value has no unbiased variance, none has no mean.
+            self._update_running_statistics(mean, var, count, (count > 1) & from_batch)
+        if gated:
+            mean = torch.where(from_batch, mean, self.running_mean.to(mean.dtype))
+            var = torch.where(from_batch, var, self.running_var.to(var.dtype))
+        return ops.Statistics(mean, var, from_batch, count, group)
+
+    def _group(self) -> Optional[Any]:
+        """The group to synchronise over, None where there is nothing to synchronise."""
+        if not (self.training and distributed.is_available() and distributed.is_initialized()):
+            return None
+        group = self.process_group or distributed.group.WORLD
+        return group if distributed.get_world_size(group) > 1 else None
+
+    def _forward_empty(self, x: Tensor) -> Tensor:
+        if self._group() is None:
+            return super()._forward_empty(x)
+        # The other ranks wait for this one, forward and backward.
+        images = x.reshape(0, self.num_features, 1, 1)
+        mean, var = images.new_zeros(2, 0, self.num_features, dtype=statistics_dtype(x.dtype))
+        statistics = self._training_statistics(images, mean, var)
+        return self._normalize(images, mean, statistics).reshape(x.shape)
+
+    def _check_count(self, x: Tensor) -> None:
+        if self._group() is None:  # the other ranks may hold more than one value
+            super()._check_count(x)
+
+
+def _over_group(
+    x: Tensor, mean: Tensor, var: Tensor, similarity: Optional[Tensor], group: Any
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean, variance, count and similarity of all ranks from those of each, in one collective."""
+    batch, channels, height, width = x.shape
+    if similarity is None:
+        similarity = mean.new_full((), float('nan'))
+    defined = similarity.isfinite()
+    numbers = [
+        mean.new_full((), batch * height * width),
+        defined * mean.new_full((), batch * (batch - 1)),
+        torch.where(defined, similarity, 0.0),
+    ]
+    ranks = _all_gather(torch.cat([torch.stack(numbers), mean, var]), group)
+    count, pairs, similarity = ranks[:, :3].unbind(1)
+    means, variances = ranks[:, 3:].split(channels, dim=1)
+    total = count.sum()
+    weight = (count / total.clamp(min=1))[:, None]
+    mean = (weight * means).sum(0)
+    var = (weight * (variances + (means - mean).square())).sum(0)
+    return mean, var, total, (pairs * similarity).sum() / pairs.sum()
+
+
+def _all_gather(row: Tensor, group: Any) -> Tensor:
+    """The rows of all ranks, (R, K)."""
+    rows = row.new_empty(distributed.get_world_size(group), len(row))
+    if distributed.get_backend(group) == 'gloo':  # torch 2.1's has no all_gather_into_tensor
+        distributed.all_gather(list(rows), row, group)
+    else:
+        distributed.all_gather_into_tensor(rows, row, group)
+    return rows

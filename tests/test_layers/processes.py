@@ -1,0 +1,30 @@
+"""Runs a function in several processes that form a gloo group."""
+
+from datetime import timedelta
+
+import torch
+from torch import distributed, multiprocessing
+
+LIMIT = timedelta(seconds=60)  # what hangs fails
+
+
+def in_processes(function, world, folder):
+    """What ``function(rank, world)`` returns in each of ``world`` processes.
+
+    They are forked from a server that has the packages imported, which takes longer
+    than most tests.
+    """
+    multiprocessing.get_context('forkserver').set_forkserver_preload(['mmubn'])
+    multiprocessing.start_processes(
+        _run, (function, world, str(folder)), nprocs=world, start_method='forkserver'
+    )
+    return [torch.load(folder / f'{rank}.pt') for rank in range(world)]
+
+
+def _run(rank, function, world, folder):
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        'gloo', f'file://{folder}/rendezvous', timeout=LIMIT, rank=rank, world_size=world
+    )
+    torch.save(function(rank, world), f'{folder}/{rank}.pt')
+    distributed.destroy_process_group()
