@@ -11,7 +11,8 @@ launch() {
         nodes=(--nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}"
             --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${PORT:-29500}")
     fi
-    PYTHONPATH="$tools/..${PYTHONPATH:+:$PYTHONPATH}" \
-        "${PYTHON:-python}" -m torch.distributed.run "${nodes[@]}" --nproc_per_node="$gpus" \
+    export PYTHONPATH="$tools/..${PYTHONPATH:+:$PYTHONPATH}"
+    # In place of the shell: a signal to this script ends the processes, not the shell alone.
+    exec "${PYTHON:-python}" -m torch.distributed.run "${nodes[@]}" --nproc_per_node="$gpus" \
         "$tools/$script" "$@"
 }

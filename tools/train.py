@@ -13,6 +13,10 @@ from mmubn.cli.errors import CommandError, command
 from mmubn.cli.norm_check import add_ubn_check, check_norms
 from mmubn.cli.options import build_runner, load_config, make_parser
 from mmubn.cli.processes import on_main_process, start_processes
+from mmubn.cli.resume import resume_settings
+from mmubn.cli.survival_hooks import add_survival_hooks
+from mmubn.cli.sync_bn import replace_sync_bn
+from mmubn.cli.work_dir_check import check_work_dir
 
 
 def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -48,6 +52,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
+    replace_sync_bn(cfg)
     add_ubn_check(cfg)
 
 
@@ -57,6 +62,7 @@ def check(cfg: Config) -> None:
     check_data(cfg, ('train', 'val'))
     check_start(cfg)
     check_pretrained(cfg)
+    check_work_dir(cfg)
 
 
 @command
@@ -66,6 +72,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     cfg = load_config(args)
     merge_args(cfg, args)
     start_processes(cfg)
+    if cfg.get('resume'):
+        cfg.merge_from_dict(on_main_process(lambda: resume_settings(cfg)))
+    add_survival_hooks(cfg)
     on_main_process(lambda: check(cfg))
     build_runner(cfg).train()
 

@@ -10,7 +10,7 @@ from typing import Dict, Iterator, List, Optional
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
-from mmengine.runner import CheckpointLoader, find_latest_checkpoint, load_state_dict
+from mmengine.runner import CheckpointLoader, load_state_dict
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -43,7 +43,7 @@ def check_pretrained(cfg: Config) -> None:
             f'train without by --cfg-options {path}=None, '
             f'or from a local file by --cfg-options {path}.checkpoint=FILE'
         )
-        checkpoint = _read(f'{path}.checkpoint', node['checkpoint'], remedy)
+        checkpoint = read_checkpoint(f'{path}.checkpoint', node['checkpoint'], remedy)
         place = re.fullmatch(r'model\.(?:(.+)\.)?init_cfg(?:\.\d+)?', path)
         if place is not None:
             model = model or _build(cfg)
@@ -85,14 +85,14 @@ def check_start(cfg: Config) -> None:
     number of classes is what it is for.
 
     Args:
-        cfg (Config): The resolved config.
+        cfg (Config): The resolved config, to resume from its ``load_from``.
 
     Raises:
         CommandError: It is missing, broken, of another depth or norm, or cannot be resumed.
     """
     if not cfg.get('resume'):
         if cfg.get('load_from'):
-            weights = _weights(_read('load_from', cfg.load_from, 'give the path of a .pth file'))
+            weights = _weights(read_checkpoint('load_from', cfg.load_from))
             differences = _of_backbone(_norm_differences(_build(cfg), weights))
             if any(differences.values()):
                 raise CommandError(
@@ -101,10 +101,10 @@ def check_start(cfg: Config) -> None:
                     'norm type, or one with BatchNorm'
                 )
         return
-    source = cfg.get('load_from') or find_latest_checkpoint(cfg.work_dir)
+    source = cfg.get('load_from')
     if source is None:
-        return  # mmengine says so and starts anew
-    checkpoint = _read('--resume', source, 'give the path of a .pth file')
+        return  # there is none yet: mmengine says so and starts anew
+    checkpoint = read_checkpoint('--resume', source)
     if 'meta' not in checkpoint or 'iter' not in checkpoint['meta']:
         raise CommandError(
             f'--resume: {source} holds weights alone; start from it by '
@@ -122,11 +122,21 @@ def check_weights(cfg: Config) -> None:
     Raises:
         CommandError: It is missing, broken, or of another model.
     """
-    checkpoint = _read('checkpoint', cfg.load_from, 'give the path of a .pth file')
+    checkpoint = read_checkpoint('checkpoint', cfg.load_from)
     _check_fit('checkpoint', cfg.load_from, checkpoint, cfg)
 
 
-def _read(key: str, source: str, remedy: str) -> dict:
+def read_checkpoint(key: str, source: str, remedy: str = 'give the path of a .pth file') -> dict:
+    """The content of a checkpoint file or address.
+
+    Args:
+        key (str): What the user named it by.
+        source (str): Path or address.
+        remedy (str): What to do where there is none.
+
+    Raises:
+        CommandError: It is unreachable, missing or broken.
+    """
     try:
         checkpoint = CheckpointLoader.load_checkpoint(source, map_location='cpu', logger='silent')
     except FileNotFoundError as error:

@@ -6,6 +6,7 @@ import sys
 from typing import Callable, Optional, Sequence
 
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 
 
 class CommandError(Exception):
@@ -15,7 +16,8 @@ class CommandError(Exception):
 def command(main: Callable[[Optional[Sequence[str]]], None]) -> Callable[..., None]:
     """Ends ``main`` with ``error: ...`` on stderr and exit code 1 on a :class:`CommandError`.
 
-    Any other exception keeps its traceback. Of several processes the first one speaks.
+    Any other exception keeps its traceback, which torchrun repeats as the one that ended
+    the job. Of several processes the first one speaks.
 
     Args:
         main: The command; takes the arguments after the program's name, None for
@@ -27,13 +29,14 @@ def command(main: Callable[[Optional[Sequence[str]]], None]) -> Callable[..., No
         try:
             main(argv)
         except CommandError as error:
-            if os.environ.get('RANK', '0') == '0':
+            rank = os.environ.get('RANK') or os.environ.get('SLURM_PROCID') or '0'
+            if rank == '0':
                 print(f'error: {error}', file=sys.stderr)
             _leave_group()
             sys.exit(1)
         _leave_group()
 
-    return wrapper
+    return record(wrapper) if 'TORCHELASTIC_ERROR_FILE' in os.environ else wrapper
 
 
 def _leave_group() -> None:

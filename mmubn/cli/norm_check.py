@@ -7,12 +7,10 @@ from mmcv.cnn import build_norm_layer
 from mmengine.config import Config
 from mmengine.registry import HOOKS, MODELS
 
-from ..layers import BNET, IEBN, RBN, UBN
+from .. import layers
 from ..layers.base import RectifiedBatchNorm
 from .errors import CommandError
 from .walk import walk
-
-_OURS = [layer.__name__ for layer in (UBN, RBN, BNET, IEBN)]
 
 
 def check_norms(cfg: Config) -> None:
@@ -24,8 +22,8 @@ def check_norms(cfg: Config) -> None:
     Raises:
         CommandError: The type is unknown, or refuses a setting.
     """
-    for path, norm in _norm_cfgs(cfg):
-        if _layer_class(norm) is None:
+    for path, norm in norm_cfgs(cfg):
+        if layer_class(norm) is None:
             raise CommandError(_unknown_type_message(path, norm['type']))
         try:
             build_norm_layer(norm, norm.get('num_groups', 1))
@@ -38,21 +36,21 @@ def add_ubn_check(cfg: Config) -> None:
     hooks = cfg.get('custom_hooks') or []
     if any(hook.get('type') == 'UBNCheckHook' for hook in hooks):
         return
-    layers = [_layer_class(norm) for _, norm in _norm_cfgs(cfg)]
-    asks = any(
-        isinstance(layer, type) and issubclass(layer, RectifiedBatchNorm) for layer in layers
-    )
+    classes = [layer_class(norm) for _, norm in norm_cfgs(cfg)]
+    asks = any(isinstance(c, type) and issubclass(c, RectifiedBatchNorm) for c in classes)
     if asks and HOOKS.get('UBNCheckHook') is not None:
         cfg.custom_hooks = [*hooks, dict(type='UBNCheckHook')]
 
 
-def _norm_cfgs(cfg: Config) -> Iterator[Tuple[str, dict]]:
+def norm_cfgs(cfg: Config) -> Iterator[Tuple[str, dict]]:
+    """Every ``norm_cfg`` in the model, with its dotted path."""
     for path, node in walk(cfg.model, 'model'):
         if path.endswith('norm_cfg') and 'type' in node:
             yield path, node
 
 
-def _layer_class(norm: dict) -> Union[type, None]:
+def layer_class(norm: dict) -> Union[type, None]:
+    """What the registry builds for a ``norm_cfg``; None where it knows no such type."""
     kind = norm['type']
     if not isinstance(kind, str):
         return kind
@@ -65,12 +63,14 @@ def _unknown_type_message(path: str, kind: str) -> str:
 
 
 def _hint(kind: str) -> str:
-    ours = [name for name in _OURS if name in kind.upper()]
+    ours = [name for name in layers.__all__ if name.upper() in kind.upper()]
     if ours and 'SYNC' in kind.upper():
-        return (
-            f'there is no synchronised {ours[0]} yet: '
-            f"type='{ours[0]}' has each process's own statistics"
-        )
+        if 'UBN' not in ours:
+            return (
+                f'there is no synchronised {ours[0]}: '
+                f"type='{ours[0]}' has each process's own statistics"
+            )
+        ours = ['SyncUBN']
     with MODELS.switch_scope_and_registry(None) as registry:
         known = ours or {*registry.module_dict, *MODELS.module_dict}
     nearest = difflib.get_close_matches(kind, known, n=1, cutoff=0 if ours else 0.6)

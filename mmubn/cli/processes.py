@@ -1,7 +1,8 @@
 """Several processes, with GPUs or without."""
 
 import os
-from typing import Callable, List, Optional
+from datetime import timedelta
+from typing import Any, Callable, List
 
 import torch.distributed as dist
 from mmengine.config import Config
@@ -28,12 +29,14 @@ def start_processes(cfg: Config) -> None:
         return
     if cfg.launcher == 'pytorch' and 'RANK' not in os.environ:
         raise CommandError('--launcher pytorch: start by torchrun or tools/dist_train.sh')
+    settings = cfg.get('env_cfg', {}).get('dist_cfg', {})
     if get_device() != 'cpu':
-        init_dist(cfg.launcher, **cfg.get('env_cfg', {}).get('dist_cfg', {}))
+        init_dist(cfg.launcher, **settings)
         return
     if cfg.launcher != 'pytorch':
         raise CommandError(f'--launcher {cfg.launcher} needs a GPU; on a CPU use pytorch')
-    dist.init_process_group('gloo')
+    timeout = settings.get('timeout')
+    dist.init_process_group('gloo', timeout=timeout and timedelta(seconds=timeout))
     wrapper = dict(
         type='MMDistributedDataParallel',
         broadcast_buffers=False,
@@ -42,14 +45,15 @@ def start_processes(cfg: Config) -> None:
     cfg.model_wrapper_cfg = {**(cfg.get('model_wrapper_cfg') or wrapper), 'device_ids': None}
 
 
-def on_main_process(check: Callable[[], None]) -> None:
-    """Runs ``check`` once; its :class:`CommandError` is raised in every process."""
-    failure: List[Optional[str]] = [None]
+def on_main_process(check: Callable[[], Any]) -> Any:
+    """Runs ``check`` once; every process gets what it returns, or its :class:`CommandError`."""
+    outcome: List[Any] = [None, None]
     if is_main_process():
         try:
-            check()
+            outcome[0] = check()
         except CommandError as error:
-            failure = [str(error)]
-    broadcast_object_list(failure)
-    if failure[0] is not None:
-        raise CommandError(failure[0])
+            outcome[1] = str(error)
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise CommandError(outcome[1])
+    return outcome[0]

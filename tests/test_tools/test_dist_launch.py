@@ -1,4 +1,4 @@
-"""tools/dist_train.sh and dist_test.sh, by a python that tells its arguments."""
+"""The launch scripts, by a python or srun that tells its arguments."""
 
 import os
 import shutil
@@ -48,7 +48,26 @@ def test_test_on_two_machines(tmp_path):
     ]
 
 
-@pytest.mark.parametrize('script', SCRIPTS[1:])
+def test_slurm(tmp_path):
+    srun = tmp_path / 'srun'
+    srun.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$PYTHONPATH" "$@"\n')
+    srun.chmod(0o755)
+    env = {k: v for k, v in os.environ.items() if k not in ('GPUS_PER_NODE', 'PYTHONPATH')}
+    env['PATH'] = f'{tmp_path}{os.pathsep}{env["PATH"]}'
+    env.update(GPUS='16', SRUN_ARGS='--time=1:00 --exclusive', PYTHON='my python')
+    command = [str(ROOT / 'tools' / 'slurm_train.sh'), 'gpu', 'ubn', 'my config.py', 'my run']
+    command += ['--resume', '--amp']
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    assert done.stdout.splitlines() == [
+        f'{ROOT}/tools/..',
+        *('--partition=gpu', '--job-name=ubn', '--gres=gpu:8', '--ntasks=16'),
+        *('--ntasks-per-node=8', '--cpus-per-task=5', '--kill-on-bad-exit=1'),
+        *('--time=1:00', '--exclusive', 'my python', '-u', f'{ROOT}/tools/train.py'),
+        *('my config.py', '--work-dir', 'my run', '--launcher', 'slurm', '--resume', '--amp'),
+    ]
+
+
+@pytest.mark.parametrize('script', [*SCRIPTS[1:], 'slurm_train.sh'])
 def test_usage(script):
     done = subprocess.run([ROOT / 'tools' / script, 'x.py'], capture_output=True, text=True)
     assert done.returncode == 2

@@ -1,0 +1,66 @@
+"""Finds the checkpoint that a training goes on from."""
+
+import sys
+from pathlib import Path
+from typing import Any, Dict, List
+
+from mmengine.config import Config
+from mmengine.runner import find_latest_checkpoint
+
+from .checkpoint_check import read_checkpoint
+from .errors import CommandError
+
+
+def resume_settings(cfg: Config) -> Dict[str, Any]:
+    """What a resumed training takes from its checkpoint, for ``cfg.merge_from_dict``.
+
+    ``load_from``: the last checkpoint of the work directory, or, where that one is
+    missing or cut short, the newest that is whole, which is told on stderr; nothing
+    where there was none yet. ``randomness.seed``: that of the checkpoint where the
+    config has none, since samplers are built before mmengine reads it.
+
+    Args:
+        cfg (Config): The resolved config, with ``resume=True``.
+
+    Raises:
+        CommandError: The checkpoint to go on from cannot be read, or none is whole.
+    """
+    settings, source = {}, cfg.get('load_from')
+    if source:
+        checkpoint = read_checkpoint('--resume', source)
+    else:
+        source, checkpoint = _newest_whole(cfg.work_dir)
+        if source is None:
+            return {}  # mmengine says so and starts anew
+        settings['load_from'] = source
+    seed = checkpoint.get('meta', {}).get('seed')
+    if seed is not None and (cfg.get('randomness') or {}).get('seed') is None:
+        settings['randomness.seed'] = seed
+    return settings
+
+
+def _newest_whole(work_dir: str) -> tuple:
+    """Path and content, or twice None."""
+    last = find_latest_checkpoint(work_dir)
+    files = [path for path in Path(work_dir).glob('*.pth') if not path.name.startswith('best_')]
+    files.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    sources = [str(path) for path in files]
+    if last is not None:
+        sources = [last, *(source for source in sources if Path(source).name != Path(last).name)]
+    broken: List[str] = []
+    for source in sources:
+        try:
+            checkpoint = read_checkpoint('--resume', source)
+        except CommandError as error:
+            broken.append(str(error))
+            continue
+        if source != last and 'optimizer' not in checkpoint:
+            continue  # no checkpoint of a training
+        for line in broken:
+            print(f'warning: {line}: resuming from {source}', file=sys.stderr)
+        return source, checkpoint
+    if last is not None:
+        raise CommandError(f'{broken[0]}; no checkpoint in {work_dir} is whole: start anew')
+    for line in broken:
+        print(f'warning: {line}: starting anew', file=sys.stderr)
+    return None, None

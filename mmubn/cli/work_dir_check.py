@@ -1,0 +1,87 @@
+"""Checks that the work directory can take the checkpoints of a training."""
+
+import copy
+import errno
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+
+from .errors import CommandError
+
+_OTHER = 'give another folder by --work-dir'
+
+
+def check_work_dir(cfg: Config) -> None:
+    """Writes where the checkpoints will be, and reserves the room for one of them.
+
+    What is written goes away at once. A folder that does not exist yet is judged by
+    the nearest one above it.
+
+    Args:
+        cfg (Config): The resolved config.
+
+    Raises:
+        CommandError: Nothing can be written there, no file of a checkpoint's size, or
+            fewer checkpoints than the training keeps.
+    """
+    hook = cfg.get('default_hooks', {}).get('checkpoint') or {}
+    folders = {'work_dir': cfg.work_dir}
+    if hook.get('out_dir') and '://' not in hook['out_dir']:
+        folders['default_hooks.checkpoint.out_dir'] = hook['out_dir']
+    size = _checkpoint_bytes(cfg)
+    for key, folder in folders.items():
+        _reserve(key, folder, size)
+    key, folder = list(folders.items())[-1]
+    wanted = _checkpoints_to_come(cfg, hook, Path(folder))
+    free = shutil.disk_usage(_existing(folder)).free
+    if free < wanted * size:
+        raise CommandError(
+            f'{key}: {folder} has {free / 1e6:.1f} MB free, room for {free // size} of the '
+            f'{wanted} checkpoints to come, of at least {size / 1e6:.1f} MB each; keep fewer by '
+            f'--cfg-options default_hooks.checkpoint.max_keep_ckpts=2, or {_OTHER}'
+        )
+
+
+def _reserve(key: str, folder: str, size: int) -> None:
+    existing = _existing(folder)
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise CommandError(
+                f'{key}: no room in {existing} for a checkpoint of {size / 1e6:.1f} MB '
+                f'({error.strerror}); {_OTHER}'
+            ) from error
+        raise CommandError(
+            f'{key}: cannot write to {existing} ({error.strerror}); {_OTHER}'
+        ) from error
+
+
+def _existing(folder: str) -> Path:
+    path = Path(folder).absolute()
+    return next(place for place in (path, *path.parents) if os.path.lexists(place))
+
+
+def _checkpoint_bytes(cfg: Config) -> int:
+    """The model's bytes and those of the optimizer's state, as far as its type tells."""
+    with torch.random.fork_rng():
+        model = MODELS.build(copy.deepcopy(cfg.model))
+    optimizer = cfg.optim_wrapper.get('optimizer', {})
+    states = 2 if 'Adam' in str(optimizer.get('type')) else bool(optimizer.get('momentum'))
+    weights = sum(value.nbytes for value in model.state_dict().values())
+    return weights + states * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+
+
+def _checkpoints_to_come(cfg: Config, hook: dict, folder: Path) -> int:
+    by_epoch = hook.get('by_epoch', True)
+    length = cfg.train_cfg.get('max_epochs' if by_epoch else 'max_iters') or 1
+    saved = max(1, length // max(1, hook.get('interval', 1)))
+    kept = hook.get('max_keep_ckpts', -1)
+    present = len(list(folder.glob('*.pth')))
+    return max(1, (saved if kept < 1 else min(saved, kept)) - present)

@@ -1,0 +1,287 @@
+"""What happens to long trainings: killed, cut short, no room, NaN, a process that dies."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_project import ROOT, load_tool
+
+DATA = ('tiny.py', '--data-root', 'images', '--work-dir', 'run')
+
+
+def train(*argv, epochs=3):
+    load_tool('train').main([*DATA, *argv, '--cfg-options', f'train_cfg.max_epochs={epochs}'])
+
+
+def end(work_dir='run', name='epoch_3.pth') -> dict:
+    """Everything that a checkpoint holds of model and optimizer, by name."""
+    checkpoint = torch.load(Path(work_dir) / name, map_location='cpu', weights_only=False)
+    momenta = checkpoint['optimizer']['state']
+    optimizer = {f'{p} {k}': v for p in momenta for k, v in momenta[p].items()}
+    return {**checkpoint['state_dict'], **optimizer}
+
+
+def same(a: dict, b: dict) -> bool:
+    pairs = [(torch.as_tensor(a[key]), torch.as_tensor(b[key])) for key in a]
+    return a.keys() == b.keys() and all(torch.equal(*pair) for pair in pairs)
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+@pytest.fixture
+def trained(project):
+    """The tiny project after three epochs in ``run``."""
+    train()
+    return project
+
+
+def test_a_checkpoint_cut_short_is_reported_and_the_one_before_it_used(trained, capsys):
+    expected = end()
+    cut_short(trained / 'run' / 'epoch_3.pth')
+    time_of_two = (trained / 'run' / 'epoch_2.pth').stat().st_mtime
+    os.utime(trained / 'run' / 'epoch_1.pth', (time_of_two - 9, time_of_two - 9))
+    torch.save({}, 'run/weights.pth')  # newer, but no checkpoint
+    train('--resume')
+    (line,) = [ln for ln in capsys.readouterr().err.splitlines() if ln.startswith('warning: --res')]
+    last = trained / 'run' / 'epoch_3.pth'
+    assert line.startswith(f'warning: --resume: {last} is not a whole checkpoint (')
+    assert line.endswith('): resuming from run/epoch_2.pth')
+    assert same(end(), expected)
+
+
+def test_a_checkpoint_that_is_gone(trained, capsys):
+    """Killed between the removal of the old checkpoint and the end of the new one."""
+    expected = end()
+    (trained / 'run' / 'epoch_3.pth').unlink()
+    cut_short(trained / 'run' / 'epoch_1.pth')
+    train('--resume')
+    assert 'resuming from run/epoch_2.pth' in capsys.readouterr().err
+    assert same(end(), expected)
+
+
+def test_no_whole_checkpoint_is_one_line(trained, capsys):
+    for path in (trained / 'run').glob('*.pth'):
+        cut_short(path)
+    with pytest.raises(SystemExit):
+        train('--resume')
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.endswith('; no checkpoint in run is whole: start anew')
+
+
+def test_killed_in_its_first_checkpoint_it_starts_anew(trained, capsys):
+    expected = end()
+    for name in ('epoch_2.pth', 'epoch_3.pth', 'last_checkpoint'):
+        (trained / 'run' / name).unlink()
+    cut_short(trained / 'run' / 'epoch_1.pth')
+    train('--resume')
+    assert 'epoch_1.pth is not a whole checkpoint' in capsys.readouterr().err
+    assert same(end(), expected)
+
+
+def test_the_seed_of_a_run_without_one_is_resumed(project):
+    config = project / 'tiny.py'
+    config.write_text(config.read_text().replace('seed=0', 'seed=None'))
+    train()
+    expected = end()
+    (project / 'run' / 'epoch_3.pth').unlink()
+    (project / 'run' / 'last_checkpoint').write_text('run/epoch_2.pth')
+    train('--resume')
+    assert same(end(), expected)
+
+
+@pytest.mark.parametrize('work_dir', ['tiny.py/run', '/proc/run'])
+def test_a_work_dir_that_cannot_be_written(project, fails, work_dir):
+    line = fails('train', *DATA[:3], '--work-dir', work_dir)
+    place = project / 'tiny.py' if work_dir.startswith('tiny') else '/proc'
+    assert line.startswith(f'error: work_dir: cannot write to {place} (')
+    assert line.endswith('); give another folder by --work-dir')
+
+
+def test_no_room_for_a_checkpoint(project, fails):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+    try:
+        line = fails('train', *DATA)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert line == (
+        f'error: work_dir: no room in {project} for a checkpoint of 0.7 MB (File too large); '
+        'give another folder by --work-dir'
+    )
+    assert sorted(path.name for path in project.iterdir()) == ['images', 'tiny.py']
+
+
+def test_no_room_for_all_checkpoints(project, fails, monkeypatch):
+    usage = namedtuple('usage', 'free')
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage(free=3_000_000))
+    line = fails('train', *DATA, '--cfg-options', 'train_cfg.max_epochs=12')
+    assert line == (
+        'error: work_dir: run has 3.0 MB free, room for 4 of the 12 checkpoints to come, of at '
+        'least 0.7 MB each; keep fewer by --cfg-options '
+        'default_hooks.checkpoint.max_keep_ckpts=2, or give another folder by --work-dir'
+    )
+    load_tool('train').main([*DATA, '--cfg-options', 'default_hooks.checkpoint.max_keep_ckpts=2'])
+
+
+def test_nan_stops_unless_the_config_skips(project, capsys):
+    option = ('--cfg-options', 'optim_wrapper.optimizer.lr=1e30', 'train_cfg.max_epochs=3')
+    with pytest.raises(FloatingPointError, match=r'the first layer with such output is backbone\.'):
+        load_tool('train').main([*DATA, *option])
+    config = project / 'tiny.py'
+    hook = "custom_hooks = [dict(type='NonFiniteHook', action='skip', max_skips=99)]\n"
+    config.write_text(config.read_text() + hook)
+    load_tool('train').main([*DATA, *option])
+    log = max(Path('run').glob('*/*.log')).read_text()
+    assert log.count('Skipped this step.') == 5  # of 6: the first made the weights what they are
+
+
+# --- Several processes.
+
+DYING = """
+import os, signal
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+@HOOKS.register_module()
+class Dying(Hook):
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter == 2 and get_rank() == 1:
+            if 'HOW' in os.environ:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError('this rank has had enough')
+"""
+
+
+def processes_with(mark: str) -> list:
+    """Those that inherited a mark in their environment."""
+    found = []
+    for process in Path('/proc').glob('[0-9]*'):
+        try:
+            if mark.encode() in (process / 'environ').read_bytes():
+                found.append((process / 'cmdline').read_bytes())
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('how', ['raises', 'killed'])
+def test_one_process_dying_ends_the_job(project, how):
+    (project / 'dying.py').write_text(DYING)
+    config = project / 'tiny.py'
+    config.write_text(
+        config.read_text().replace("['mmubn']", "['mmubn', 'dying']")
+        + "custom_hooks = [dict(type='Dying')]\n"
+    )
+    mark = f'MARK={uuid.uuid4()}'
+    env = {**os.environ, 'PYTHON': sys.executable, 'PYTHONPATH': str(project), 'MARK': mark[5:]}
+    if how == 'killed':
+        env['HOW'] = how
+    command = [str(ROOT / 'tools' / 'dist_train.sh'), 'tiny.py', '2', *DATA[1:], '--cfg-options']
+    command += ['train_cfg.max_epochs=9', 'train_dataloader.num_workers=1']
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
+    assert done.returncode == 1
+    expected = 'ValueError: this rank has had enough' if how == 'raises' else 'Signal 9 (SIGKILL)'
+    summary = done.stderr[done.stderr.index('Root Cause') :]
+    assert expected in summary
+    assert 'rank      : 1 ' in summary
+    deadline = time.monotonic() + 20  # workers look for their parent every five seconds
+    while processes_with(mark) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert processes_with(mark) == []
+
+
+# --- The demo.
+
+DEMO = ROOT / 'configs' / 'demo' / 'mask_rcnn_r18_ubn_scenes.py'
+
+
+@pytest.fixture
+def scenes(tmp_path, monkeypatch) -> Path:
+    """A handful of the demo's images, beside the working directory."""
+    pytest.importorskip('mmdet')
+    from mmubn.datasets import make_scenes
+
+    monkeypatch.chdir(tmp_path)
+    make_scenes('scenes', num_train=24, num_val=6, size=128, seed=0)
+    return tmp_path
+
+
+def demo(work_dir: str, *argv: str) -> list:
+    """A command that trains three epochs of six iterations."""
+    options = ['train_cfg.max_epochs=3', 'train_cfg.val_interval=3']
+    options += ['default_hooks.logger.interval=1', 'default_hooks.checkpoint.max_keep_ckpts=2']
+    script = [sys.executable, str(ROOT / 'tools' / 'train.py'), str(DEMO)]
+    return [
+        *script,
+        '--data-root',
+        'scenes',
+        '--work-dir',
+        work_dir,
+        *argv,
+        '--cfg-options',
+        *options,
+    ]
+
+
+@pytest.mark.slow
+def test_killed_in_mid_epoch_and_resumed_the_demo_ends_with_the_same_bits(scenes):
+    subprocess.run(demo('whole'), check=True, capture_output=True)
+    with subprocess.Popen(demo('killed'), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
+        for line in run.stdout:
+            if b'Epoch(train) [2][4/6]' in line:
+                run.send_signal(signal.SIGKILL)
+                break
+        else:
+            pytest.fail('the training ended before it was killed')
+    assert run.returncode == -signal.SIGKILL
+    assert (scenes / 'killed' / 'last_checkpoint').read_text().endswith('epoch_1.pth')
+    subprocess.run(demo('killed', '--resume'), check=True, capture_output=True)
+    assert same(end('killed'), end('whole'))
+    assert 'backbone.bn1.running_similarity' in end('whole')
+    tables = [(scenes / run / 'condensation.csv').read_text() for run in ('killed', 'whole')]
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.slow
+def test_four_processes_on_few_cores_finish_the_demo(scenes):
+    env = {**os.environ, 'PYTHON': sys.executable}
+    command = [str(ROOT / 'tools' / 'dist_train.sh'), str(DEMO), '4', *demo('four')[3:]]
+    command.append('model.backbone.norm_cfg.type=SyncUBN')
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert end('four')['backbone.bn1.num_batches_tracked'] == 6  # 24 images, 16 at once
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_demo_to_the_ap_of_one(tmp_path, monkeypatch):
+    """At full length: a quarter of an hour on two cores, or more."""
+    pytest.importorskip('mmdet')
+    from mmubn.datasets import make_scenes
+
+    monkeypatch.chdir(tmp_path)
+    make_scenes('scenes')
+    env = {**os.environ, 'PYTHON': sys.executable}
+    command = [str(ROOT / 'tools' / 'dist_train.sh'), str(DEMO), '2', '--data-root', 'scenes']
+    command += ['--work-dir', 'two', '--cfg-options', 'train_dataloader.batch_size=2']
+    command.append('model.backbone.norm_cfg.type=SyncUBN')
+    subprocess.run(command, env=env, check=True, capture_output=True)
+    last = [json.loads(line) for line in next(Path('two').glob('*/vis_data/scalars.json')).open()][
+        -1
+    ]
+    # One process reaches a box AP of 0.636 and a mask AP of 0.675.
+    assert last['coco/bbox_mAP'] > 0.58
+    assert last['coco/segm_mAP'] > 0.62
