@@ -188,7 +188,7 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         return ops.Statistics(mean, var, self._from_batch)
 
     def _similarity(self, x: Tensor, image_mean: Tensor, image_var: Tensor) -> Optional[Tensor]:
-        """s of this batch, a scalar; None in a step that does not measure it."""
+        """Similarity of this batch, a scalar; None in a step that does not measure it."""
         if self.fct_interval > 1:  # no counter to guard on for torch.compile otherwise
             self._steps_to_similarity = (self._steps_to_similarity or self.fct_interval) - 1
             if self._steps_to_similarity != self.fct_interval - 1:

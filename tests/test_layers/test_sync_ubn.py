@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import inspect
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ SETTINGS = {
     'no affine': dict(affine=False),
     'no running': dict(fct=None, track_running_stats=False),
     'precise': dict(momentum=1.0),
+    'stride': dict(fct_stride=2),
 }
 
 
@@ -308,7 +310,8 @@ def literal(norm, batches):
     momentum = 1.0 if norm.momentum is None else norm.momentum
     if norm.track_running_stats:
         gated = (norm.fct is not None and momentum != 1) or norm.momentum is None
-        tau = 1 - 0.1 * gated * (1 - weighted_similarity([x for x, _ in batches]))
+        seen = [x[:, :, :: norm.fct_stride, :: norm.fct_stride] for x, _ in batches]
+        tau = 1 - 0.1 * gated * (1 - weighted_similarity(seen))
         result['buffers'] = dict(
             running_mean=momentum * mean.detach(),
             running_var=1 - momentum + momentum * values.detach().var(1),
@@ -400,7 +403,9 @@ def test_on_one_process_it_is_ubn(name):
     assert repr(layers[0]) == repr(layers[1]).replace('UBN', 'SyncUBN')
 
 
-def test_refuses_what_ubn_refuses():
+def test_takes_what_ubn_takes_and_refuses_what_it_refuses():
+    keys, more = (inspect.signature(layer).parameters.values() for layer in (UBN, SyncUBN))
+    assert [key for key in more if key.name != 'process_group'] == list(keys)
     with pytest.raises(TypeError, match="SyncUBN got an unknown key 'fctt', did you mean 'fct'"):
         SyncUBN(3, fctt=1)
     with pytest.raises(ValueError, match='more than 1 value per channel'):
