@@ -46,11 +46,10 @@ def set_data_root(cfg: Config, folder: str) -> None:
 
 
 def _read_class_folders(cifar: dict) -> None:
-    """Has a dataset of the standard archive read class folders, where they are."""
-    split = cifar.get('split', 'train')  # mmpretrain's default
-    if osp.isdir(osp.join(cifar['data_root'], split)):
-        cifar.pop('split', None)
+    """Has a dataset of the standard archive read class folders, where there are any."""
+    if any(osp.isdir(osp.join(cifar['data_root'], split)) for split in ('train', 'test')):
         cifar.pop('download', None)
+        split = cifar.pop('split', 'train')  # mmpretrain's default
         cifar.update(type='CachedImageFolder', data_prefix=split)
 
 

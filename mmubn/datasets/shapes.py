@@ -62,15 +62,15 @@ def draw_shape(rng: Generator, name: str, size: int = 32) -> np.ndarray:
     Returns:
         np.ndarray: uint8 (size, size, 3).
     """
-    radius = size * rng.uniform(0.2, 0.4)
+    radius = size * rng.uniform(0.25, 0.42)
     centre = rng.uniform(radius, size - radius, 2)
     turned = radius * _rotation(rng)
     outlines = [outline @ turned + centre for outline in _outlines(name)]
     bar = size * (_BAR @ _rotation(rng) + rng.uniform(0.2, 0.8, 2))
     image = _background(rng, size)
     for cover in (_cover(outlines, size), _cover([bar], size)):
-        image += cover * (rng.uniform(0, 255, 3) - image)
-    image += rng.normal(0, rng.uniform(5, 50), image.shape)
+        image += cover * (_contrasting_colour(rng, image.mean((0, 1))) - image)
+    image += rng.normal(0, rng.uniform(5, 25), image.shape)
     return image.clip(0, 255).astype(np.uint8)
 
 
@@ -110,5 +110,12 @@ def _cover(outlines: List[np.ndarray], size: int) -> np.ndarray:
 
 def _background(rng: Generator, size: int) -> np.ndarray:
     """Blotches of similar colours, float32 (size, size, 3)."""
-    blotches = rng.uniform(0, 255, 3) + rng.normal(0, 30, (5, 5, 3))
+    blotches = rng.uniform(0, 255, 3) + rng.normal(0, 25, (5, 5, 3))
     return cv2.resize(blotches.astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
+
+
+def _contrasting_colour(rng: Generator, other: np.ndarray) -> np.ndarray:
+    while True:
+        colour = rng.uniform(0, 255, 3)
+        if np.abs(colour - other).max() > 80:
+            return colour

@@ -117,3 +117,33 @@ def test_evaluation_on_the_training_images(tmp_path, capsys):
     assert capsys.readouterr().err == (
         'warning: evaluating on the training images (--eval-on-train)\n'
     )
+
+
+def cifar100() -> Config:
+    pytest.importorskip('mmpretrain')
+    return Config.fromfile(CONFIGS / 'cifar100' / 'resnet50_bn_cifar100.py')
+
+
+def test_cifar_archive(tmp_path):
+    (tmp_path / 'cifar-100-python').mkdir()
+    (tmp_path / 'cifar-100-python' / 'train').touch()
+    cfg, before = cifar100(), cifar100()
+    set_data_root(cfg, str(tmp_path))
+    for split in ('train', 'val', 'test'):
+        dataset = before[f'{split}_dataloader'].dataset
+        assert cfg[f'{split}_dataloader'].dataset == {**dataset, 'data_root': str(tmp_path)}
+
+
+def test_cifar_in_class_folders(tmp_path):
+    for split in ('train', 'test'):
+        (tmp_path / split / 'apple').mkdir(parents=True)
+    cfg, before = cifar100(), cifar100()
+    set_data_root(cfg, str(tmp_path))
+    for split, folder in (('train', 'train'), ('val', 'test'), ('test', 'test')):
+        dataset = cfg[f'{split}_dataloader'].dataset
+        assert dataset.type == 'CachedImageFolder'
+        assert (dataset.data_root, dataset.data_prefix) == (str(tmp_path), folder)
+        assert dataset.pipeline == before[f'{split}_dataloader'].dataset.pipeline
+        assert not {'split', 'download'} & dataset.keys()
+    evaluate_on_train(cfg)
+    assert cfg.val_dataloader.dataset.data_prefix == 'train'

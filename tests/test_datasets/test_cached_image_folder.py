@@ -1,5 +1,7 @@
 """Class folders in memory: the pixels, the labels, the order, the limits."""
 
+import zipfile
+
 import cv2
 import numpy as np
 import pytest
@@ -65,3 +67,21 @@ def test_too_large_for_memory(pixels, tmp_path):
     assert len(build(tmp_path, max_gib=size)) == 12
     with pytest.raises(MemoryError, match=r"raise max_gib, or use type='CustomDataset'"):
         build(tmp_path, max_gib=size * 0.99)
+
+
+@pytest.mark.slow
+def test_cifar100_in_class_folders(real_data, tmp_path):
+    """The folders' order is that of CIFAR-100's labels; mean and deviation are mmpretrain's."""
+    from mmpretrain.datasets.categories import CIFAR100_CATEGORIES
+
+    file = real_data / 'cifar100_test.zip'
+    if not file.is_file():
+        pytest.skip(f'no {file}')
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(tmp_path)
+    dataset = build(tmp_path / 'cifar100', data_prefix='test')
+    assert dataset.metainfo['classes'] == tuple(CIFAR100_CATEGORIES)
+    assert np.bincount(dataset.get_gt_labels()).tolist() == [100] * 100
+    images = np.stack([dataset.get_data_info(i)['img'] for i in range(len(dataset))])
+    assert images.mean((0, 1, 2)) == pytest.approx([129.304, 124.070, 112.434], abs=1)
+    assert images.std((0, 1, 2)) == pytest.approx([68.170, 65.392, 70.418], abs=1)

@@ -1,16 +1,12 @@
 # A small ResNet on drawn images of shapes: a few minutes on a CPU, no download.
 _base_ = [
-    'mmpretrain::_base_/models/resnet18_cifar.py',
     'mmpretrain::_base_/datasets/cifar10_bs16.py',
     'mmpretrain::_base_/schedules/cifar10_bs128.py',
+    '../../_base_/resnet18_small.py',
     '../../_base_/classification.py',
 ]
 
-# Strides that halve the work of every stage; 14 of 20 norm layers see 8x8 or less.
-model = dict(
-    backbone=dict(stem_channels=16, base_channels=16, strides=(2, 2, 2, 1)),
-    head=dict(num_classes=8, in_channels=128),
-)
+model = dict(head=dict(num_classes=8))
 data_preprocessor = dict(num_classes=8, mean=[127.5] * 3, std=[63.75] * 3)
 
 train_dataloader = dict(
@@ -41,6 +37,7 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 
 train_cfg = dict(max_epochs=10)
+optim_wrapper = dict(optimizer=dict(lr=0.05))
 param_scheduler = dict(
     _delete_=True,
     type='CosineAnnealingLR',
