@@ -1,11 +1,11 @@
-# make demo | test | test-slow | lint | env. Everything runs in one virtual environment, built
+# make demo | compare | test | test-slow | lint | env. Everything runs in one virtual environment, built
 # on first use and again when requirements.txt changes; VENV=... puts it elsewhere.
 VENV ?= .venv
 PYTHON ?= python3.11
 NORM ?= ubn
 BIN := $(VENV)/bin
 
-.PHONY: env install demo test test-slow lint clean
+.PHONY: env install demo compare test test-slow lint clean
 
 # The package itself is linked in every time: another checkout may share the environment.
 env:
@@ -33,6 +33,13 @@ demo: env
 	"$(BIN)/python" tools/test.py $(DEMO_CONFIG) "$$(cat $(DEMO)/last_checkpoint)" \
 		--work-dir $(DEMO)/test --show-dir $(DEMO)/predictions
 	"$(BIN)/python" tools/demo.py $(DEMO)
+
+# The demo with both norms, one after the other, and their condensation side by side.
+compare:
+	$(MAKE) demo NORM=bn
+	$(MAKE) demo NORM=ubn
+	"$(BIN)/python" tools/plot_condensation.py work_dirs/demo_bn work_dirs/demo_ubn \
+		--out work_dirs/plots
 
 test: env
 	"$(BIN)/python" -m pytest -m 'not slow'

@@ -45,7 +45,7 @@ model = dict(
     train_cfg=dict(
         rpn=dict(sampler=dict(num=128)),
         rpn_proposal=dict(nms_pre=200, max_per_img=100),
-        rcnn=dict(sampler=dict(num=32, pos_fraction=0.5)),
+        rcnn=dict(sampler=dict(num=24, pos_fraction=0.5)),
     ),
     test_cfg=dict(
         rpn=dict(nms_pre=200, max_per_img=100),
@@ -96,7 +96,8 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')
 test_evaluator = val_evaluator
 
-train_cfg = dict(max_epochs=8, val_interval=4)  # 1200 iterations
+# 1050 iterations; evaluates after epochs 3, 6 and 7, the last.
+train_cfg = dict(max_epochs=7, val_interval=3)
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=1e-3, weight_decay=0.01),
 )
@@ -106,7 +107,7 @@ param_scheduler = [
         type='CosineAnnealingLR',
         by_epoch=True,
         begin=0,
-        end=8,
+        end=7,
         convert_to_iter_based=True,
         eta_min_ratio=0.02,
     ),
