@@ -14,7 +14,7 @@ _SPLITS = ('train', 'test')
 
 
 class Shapes(BaseDataset):
-    """Shapes of eight classes on uneven backgrounds, under noise and behind a bar.
+    """Light shapes of eight classes on dark backgrounds, under noise and behind a bar.
 
     Samples have ``img``, uint8 (size, size, 3) in RGB, and ``gt_label``, the index into
     :data:`CLASSES`. The classes take turns. An image depends on ``split``, ``seed`` and
@@ -69,7 +69,7 @@ def draw_shape(rng: Generator, name: str, size: int = 32) -> np.ndarray:
     bar = size * (_BAR @ _rotation(rng) + rng.uniform(0.2, 0.8, 2))
     image = _background(rng, size)
     for cover in (_cover(outlines, size), _cover([bar], size)):
-        image += cover * (_contrasting_colour(rng, image.mean((0, 1))) - image)
+        image += cover * (rng.uniform(90, 255, 3) - image)
     image += rng.normal(0, rng.uniform(5, 25), image.shape)
     return image.clip(0, 255).astype(np.uint8)
 
@@ -109,13 +109,6 @@ def _cover(outlines: List[np.ndarray], size: int) -> np.ndarray:
 
 
 def _background(rng: Generator, size: int) -> np.ndarray:
-    """Blotches of similar colours, float32 (size, size, 3)."""
-    blotches = rng.uniform(0, 255, 3) + rng.normal(0, 25, (5, 5, 3))
+    """Blotches of similar dark colours, float32 (size, size, 3)."""
+    blotches = rng.uniform(0, 120, 3) + rng.normal(0, 25, (5, 5, 3))
     return cv2.resize(blotches.astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
-
-
-def _contrasting_colour(rng: Generator, other: np.ndarray) -> np.ndarray:
-    while True:
-        colour = rng.uniform(0, 255, 3)
-        if np.abs(colour - other).max() > 80:
-            return colour
