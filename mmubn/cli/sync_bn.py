@@ -35,10 +35,11 @@ def replace_sync_bn(cfg: Config) -> None:
     for path, norm, layer in norms:
         if layer is UBN:
             norm['type'] = 'SyncUBN'
-        elif issubclass(layer, RectifiedBatchNorm) and layer is not SyncUBN:
-            raise CommandError(
-                f'{path}: there is no synchronised {layer.__name__}; remove sync_bn={kind!r}'
-            )
+        elif issubclass(layer, RectifiedBatchNorm):
+            if layer is not SyncUBN:
+                raise CommandError(
+                    f'{path}: there is no synchronised {layer.__name__}; remove sync_bn={kind!r}'
+                )
         elif issubclass(layer, _BatchNorm) and not issubclass(layer, nn.SyncBatchNorm):
             norm['type'] = _BATCH_NORMS[kind]
     cfg.sync_bn = None

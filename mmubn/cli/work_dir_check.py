@@ -72,7 +72,7 @@ def _checkpoint_bytes(cfg: Config) -> int:
     """The model's bytes and those of the optimizer's state, as far as its type tells."""
     with torch.random.fork_rng():
         model = MODELS.build(copy.deepcopy(cfg.model))
-    optimizer = cfg.optim_wrapper.get('optimizer', {})
+    optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer', {})
     states = 2 if 'Adam' in str(optimizer.get('type')) else bool(optimizer.get('momentum'))
     weights = sum(value.nbytes for value in model.state_dict().values())
     return weights + states * sum(p.nbytes for p in model.parameters() if p.requires_grad)
@@ -80,8 +80,9 @@ def _checkpoint_bytes(cfg: Config) -> int:
 
 def _checkpoints_to_come(cfg: Config, hook: dict, folder: Path) -> int:
     by_epoch = hook.get('by_epoch', True)
-    length = cfg.train_cfg.get('max_epochs' if by_epoch else 'max_iters') or 1
-    saved = max(1, length // max(1, hook.get('interval', 1)))
+    length = (cfg.get('train_cfg') or {}).get('max_epochs' if by_epoch else 'max_iters') or 1
+    interval = hook.get('interval', -1)  # as in mmengine, the last alone
+    saved = 1 if interval < 1 else max(1, length // interval)
     kept = hook.get('max_keep_ckpts', -1)
     present = len(list(folder.glob('*.pth')))
     return max(1, (saved if kept < 1 else min(saved, kept)) - present)

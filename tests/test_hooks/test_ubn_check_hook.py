@@ -37,13 +37,19 @@ def checked(tmp_path, model):
     for handler in [runner.logger, *runner.logger.handlers]:
         handler.setLevel('INFO')
     runner.train()
-    return re.search(r'- (\w+) - ((?:RBN, )?UBN: .*)', log_of(runner)).groups()
+    return re.search(r'- (\w+) - ((?:\w+, )*UBN: .*)', log_of(runner)).groups()
 
 
 def test_all_train(tmp_path):
     model = ToyNet()
     model.stem[1] = mmubn.UBN(8)
     assert checked(tmp_path, model) == ('INFO', 'UBN: 2 layers built, 2 train')
+
+
+def test_sync_ubn_counts(tmp_path):
+    model = ToyNet()
+    model.stem[1] = mmubn.SyncUBN(8)
+    assert checked(tmp_path, model) == ('INFO', 'SyncUBN, UBN: 2 layers built, 2 train')
 
 
 def test_batch_norms_beside_ours_are_listed(tmp_path):
