@@ -1,11 +1,34 @@
 """Runs a function in several processes that form a gloo group."""
 
+import collections
+import functools
 from datetime import timedelta
 
 import torch
 from torch import distributed, multiprocessing
 
 LIMIT = timedelta(seconds=60)  # what hangs fails
+
+
+class Traffic:
+    """Counts the collectives inside the context, and the numbers that go into them."""
+
+    def __enter__(self):
+        self.calls = collections.Counter()
+        self.numbers = collections.Counter()
+        self.originals = {name: getattr(distributed, name) for name in ('all_gather', 'all_reduce')}
+        for name, function in self.originals.items():
+            setattr(distributed, name, functools.partial(self.count, name, function))
+        return self
+
+    def count(self, name, function, *args, **kwargs):
+        self.calls[name] += 1
+        self.numbers[name] += args[name == 'all_gather'].numel()
+        return function(*args, **kwargs)
+
+    def __exit__(self, *error):
+        for name, function in self.originals.items():
+            setattr(distributed, name, function)
 
 
 def in_processes(function, world, folder):

@@ -1,12 +1,11 @@
 """SyncUBN in 2 and 4 processes against one that has the whole batch."""
 
-import collections
 import functools
 import inspect
 
 import pytest
 import torch
-from processes import LIMIT, in_processes
+from processes import LIMIT, Traffic, in_processes
 from torch import distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -112,27 +111,6 @@ def sizes(rank, world):
         gradients = {key: p.grad for key, p in norm.named_parameters()}
         results[name] = dict(y=y.detach(), dx=x.grad, gradients=gradients, state=norm.state_dict())
     return results
-
-
-class Traffic:
-    """Counts the collectives inside the context, and the numbers that go into them."""
-
-    def __enter__(self):
-        self.calls = collections.Counter()
-        self.numbers = collections.Counter()
-        self.originals = {name: getattr(distributed, name) for name in ('all_gather', 'all_reduce')}
-        for name, function in self.originals.items():
-            setattr(distributed, name, functools.partial(self.count, name, function))
-        return self
-
-    def count(self, name, function, *args, **kwargs):
-        self.calls[name] += 1
-        self.numbers[name] += args[name == 'all_gather'].numel()
-        return function(*args, **kwargs)
-
-    def __exit__(self, *error):
-        for name, function in self.originals.items():
-            setattr(distributed, name, function)
 
 
 def traffic(rank, world):
