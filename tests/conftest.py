@@ -6,11 +6,12 @@ from pathlib import Path
 # One thread: the tensors are small, and threads that wait for one another spin. Read when
 # torch is imported, here and in the subprocesses of the tests.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-# The Triton kernels run in Triton's interpreter, on the CPU. Read when triton is imported.
-os.environ.setdefault('TRITON_INTERPRET', '1')
 
 import pytest
 import torch
+
+# Without a GPU the Triton kernels run in Triton's interpreter. Read when triton is imported.
+os.environ.setdefault('TRITON_INTERPRET', '0' if torch.cuda.is_available() else '1')
 
 
 @pytest.fixture(autouse=True)
@@ -25,3 +26,16 @@ def real_data() -> Path:
     if folder is None:
         pytest.skip('no real data: MMUBN_DATA names no folder')
     return Path(folder)
+
+
+@pytest.fixture(scope='session')
+def kernel_device() -> str:
+    """Where the Triton kernels run in these tests."""
+    return 'cpu' if os.environ['TRITON_INTERPRET'] == '1' else 'cuda'
+
+
+@pytest.fixture
+def on_kernel_device(kernel_device):
+    """Makes tensors there unless a test says otherwise."""
+    with torch.device(kernel_device):
+        yield

@@ -9,7 +9,7 @@ from types import ModuleType
 from torch import Tensor
 
 from . import passes_torch
-from .utils import compiling
+from .utils import tracing
 
 logger = logging.getLogger('mmubn')
 
@@ -23,8 +23,9 @@ def choose(backend: str, x: Tensor, kernel_size: int = 1) -> ModuleType:
 
     Args:
         backend (str): ``'torch'``; ``'triton'``; or ``'auto'``, which is Triton for
-            tensors on a GPU and torch for others, under torch.compile, and where
-            Triton cannot serve, which it says once.
+            tensors on a GPU and torch for others, in compilation and export (whose
+            compilers make kernels of their own), and where Triton cannot serve, which
+            it says once.
         x (Tensor): X.
         kernel_size (int): k.
 
@@ -38,7 +39,7 @@ def choose(backend: str, x: Tensor, kernel_size: int = 1) -> ModuleType:
     """
     if backend not in BACKENDS:
         raise ValueError(f'backend must be one of {", ".join(BACKENDS)}, got {backend!r}')
-    if backend == 'torch' or (backend == 'auto' and (not x.is_cuda or compiling())):
+    if backend == 'torch' or (backend == 'auto' and (not x.is_cuda or tracing())):
         return passes_torch
     if not x.numel():  # no program to launch
         return passes_torch
@@ -59,8 +60,8 @@ def _why_not_triton(x: Tensor, kernel_size: int) -> str:
         return f'its kernels have kernel_size {sizes}, not {kernel_size}'
     if not x.is_cuda and os.environ.get('TRITON_INTERPRET') != '1':
         return f'the input is on {x.device}, not on a GPU'
-    if compiling():
-        return 'torch.compile makes its own kernels from the torch passes'
+    if tracing():
+        return 'the model is being compiled or exported'
     return ''
 
 

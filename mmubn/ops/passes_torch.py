@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .utils import batch_slices, over_batch, plane, statistics_dtype
+from .utils import batch_slices, over_batch, plane, slices, statistics_dtype
 
 
 class Gradients(NamedTuple):
@@ -49,10 +49,12 @@ def squared_sum(x: Tensor, weight: Tensor) -> Tensor:
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)
     flat = x.flatten(1)
-    total = torch.zeros_like(flat[0], dtype=weight.dtype)
-    for part in batch_slices(x):
-        total.addmv_(flat[part].to(weight.dtype).t(), weight[part])
-    return total.square().sum()
+    # Slices of coordinates, each summed over the whole batch: nothing of size D is kept.
+    parts = [
+        torch.mv(flat[:, part].to(weight.dtype).t(), weight).square().sum()
+        for part in slices(x, flat.shape[1])
+    ]
+    return torch.stack(parts).sum()
 
 
 def forward(

@@ -297,7 +297,7 @@ def _squared_sum(
 
 
 @triton.jit
-def _program(channels, width, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr):
+def _program(channels, width, rows, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr):
     """Image (or group of them), channels, columns and first row of this program.
 
     The first and the last of 64 bits, as what is multiplied with strides must be.
@@ -306,7 +306,7 @@ def _program(channels, width, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W
     n = (tl.program_id(0) // blocks_c).to(tl.int64)
     c = (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
     w = (tl.program_id(1) % blocks_w) * BLOCK_W + tl.arange(0, BLOCK_W)
-    return n, c, w, (tl.program_id(1) // blocks_w).to(tl.int64) * ROWS
+    return n, c, w, (tl.program_id(1) // blocks_w).to(tl.int64) * rows
 
 
 @triton.jit
@@ -350,12 +350,12 @@ def _forward(
     stride_c,
     stride_h,
     stride_w,
-    ROWS: tl.constexpr,
+    rows,
     BLOCK_C: tl.constexpr,
     BLOCK_W: tl.constexpr,
     K: tl.constexpr,
 ):
-    n, c, w, first = _program(channels, width, ROWS, BLOCK_C, BLOCK_W)
+    n, c, w, first = _program(channels, width, rows, BLOCK_C, BLOCK_W)
     shift = tl.load(shift_ptr + n * channels + c, mask=c < channels, other=0.0)[:, None]
     scale = tl.load(scale_ptr + n * channels + c, mask=c < channels, other=0.0)[:, None]
     taps = _load_taps(taps_ptr, c, channels, scale.dtype, K, FLIP=False)
@@ -364,7 +364,7 @@ def _forward(
         bias = tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(scale.dtype)[:, None]
     image = n * stride_n + c[:, None].to(tl.int64) * stride_c
     carried = (tl.zeros([BLOCK_C, BLOCK_W], scale.dtype),) * (K - 1)
-    last = tl.minimum(first + ROWS, height)
+    last = tl.minimum(first + rows, height)
     for step in range(last - first + 2 * (K // 2)):
         q = first - K // 2 + step
         row = image + q * stride_h
@@ -403,12 +403,12 @@ def _backward_input(
     stride_c,
     stride_h,
     stride_w,
-    ROWS: tl.constexpr,
+    rows,
     BLOCK_C: tl.constexpr,
     BLOCK_W: tl.constexpr,
     K: tl.constexpr,
 ):
-    n, c, w, first = _program(channels, width, ROWS, BLOCK_C, BLOCK_W)
+    n, c, w, first = _program(channels, width, rows, BLOCK_C, BLOCK_W)
     at = n * channels + c
     mean = tl.load(mean_ptr + at, mask=c < channels, other=0.0)[:, None]
     scale = tl.load(scale_ptr + at, mask=c < channels, other=0.0)[:, None]
@@ -418,7 +418,7 @@ def _backward_input(
     taps = _load_taps(taps_ptr, c, channels, scale.dtype, K, FLIP=True)
     image = n * stride_n + c[:, None].to(tl.int64) * stride_c
     carried = (tl.zeros([BLOCK_C, BLOCK_W], scale.dtype),) * (K - 1)
-    last = tl.minimum(first + ROWS, height)
+    last = tl.minimum(first + rows, height)
     for step in range(last - first + 2 * (K // 2)):
         q = first - K // 2 + step
         row = image + q * stride_h
@@ -461,15 +461,15 @@ def _backward_sums(
     stride_c,
     stride_h,
     stride_w,
-    ROWS: tl.constexpr,
+    rows,
     BLOCK_C: tl.constexpr,
     BLOCK_W: tl.constexpr,
     K: tl.constexpr,
 ):
     """A program's pixels of X meet all dY within p of them, image after image of its share."""
-    group, c, w, first = _program(channels, width, ROWS, BLOCK_C, BLOCK_W)
+    group, c, w, first = _program(channels, width, rows, BLOCK_C, BLOCK_W)
     tile = tl.program_id(1).to(tl.int64)
-    last = tl.minimum(first + ROWS, height)
+    last = tl.minimum(first + rows, height)
     known = c[:, None] < channels
     DTYPE: tl.constexpr = d_scale_ptr.dtype.element_ty
     zero = tl.zeros([BLOCK_C, BLOCK_W], DTYPE)

@@ -144,7 +144,8 @@ def ubn_step(
         if condensed:
             mean = x_c.mean(dim=(0, 2, 3))
             var = x_c.var(dim=(0, 2, 3), unbiased=False)
-            batch_mean, batch_var = mean.detach(), x_c.detach().var(dim=(0, 2, 3), unbiased=True)
+            values = x_c.numel() // x_c.shape[1]
+            batch_mean, batch_var = mean.detach(), var.detach() * (values / (values - 1))
             if torch.isfinite(batch_mean).all() and torch.isfinite(batch_var).all():
                 count = buffers['num_batches_tracked'] + 1
                 factor = 1 / float(count) if momentum is None else momentum

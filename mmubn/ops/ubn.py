@@ -164,13 +164,17 @@ class _UBNFunction(torch.autograd.Function):
         ctx.how = how  # a bool and scalars that nothing changes in place
         ctx.scale_from_input = scale_from_input
         ctx.passes = passes
-        ctx.save_for_backward(x, image_mean, mean, rstd, taps, *rectifiers)
+        # Where the planes are so small that m would weigh, backward takes it from X again.
+        kept_mean = None if _weighs(image_mean, x) else image_mean
+        ctx.save_for_backward(x, kept_mean, mean, rstd, taps, *rectifiers)
         return passes.forward(x, shift, scale, taps, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, image_mean, mean, rstd, taps, *rectifiers = ctx.saved_tensors
+        if image_mean is None:
+            image_mean = ctx.passes.image_mean(x)
         center_weight, scale_weight, scale_bias = rectifiers
         from_batch, count, group = ctx.how
         batch, _, height, width = x.shape
@@ -215,6 +219,12 @@ class _UBNFunction(torch.autograd.Function):
         d_parameters = d_center_weight, d_scale_weight, d_scale_bias
         d_affine = d_taps, d_bias if ctx.has_bias else None
         return dx, *[None] * 3, *d_affine, *d_parameters, *[None] * 4
+
+
+def _weighs(image_mean: Tensor, x: Tensor) -> bool:
+    """Whether m has more than 2 % of the bytes of X."""
+    plane_bytes = x.shape[2] * x.shape[3] * x.element_size()
+    return 50 * image_mean.element_size() > plane_bytes
 
 
 def _shift(image_mean: Tensor, mean: Tensor, center_weight: Optional[Tensor]) -> Tensor:

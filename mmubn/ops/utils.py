@@ -14,6 +14,11 @@ _CHUNK_BYTES = 2 << 20
 compiling = getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_compiling
 
 
+def tracing() -> bool:
+    """Whether what runs is being written down: only torch's own operations can be."""
+    return compiling() or torch.jit.is_tracing()
+
+
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that statistics of an input of ``dtype`` are computed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -21,11 +26,16 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def batch_slices(x: Tensor) -> List[slice]:
     """Slices of the first dimension: cache-sized in eager mode on the CPU, else a single one."""
-    if x.device.type != 'cpu' or compiling() or torch.jit.is_tracing() or not x.numel():
+    return slices(x, x.shape[0])
+
+
+def slices(x: Tensor, length: int) -> List[slice]:
+    """Slices of a dimension of ``x``, of that length, as :func:`batch_slices`."""
+    if x.device.type != 'cpu' or tracing() or not x.numel():
         return [slice(None)]
-    item_bytes = x[0].numel() * statistics_dtype(x.dtype).itemsize
+    item_bytes = x.numel() // length * statistics_dtype(x.dtype).itemsize
     step = max(1, _CHUNK_BYTES // item_bytes)
-    return [slice(start, start + step) for start in range(0, x.shape[0], step)]
+    return [slice(start, start + step) for start in range(0, length, step)]
 
 
 def over_batch(x: Tensor, function: Callable[[slice], Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from mmubn.ops import backend, mean_cosine_similarity, passes_torch
 passes_triton = pytest.importorskip('mmubn.ops.passes_triton', exc_type=ImportError)
 
 
+@pytest.mark.usefixtures('on_kernel_device')
 @pytest.mark.parametrize('name', ['ubn', 'ubn_center', 'ubn_gate', 'bnet', 'iebn'])
 def test_layer_with_triton_equals_reference(name):
     layer = LAYERS[name](3, backend='triton').double()
@@ -26,12 +27,14 @@ def test_layer_with_triton_equals_reference(name):
     assert_equals_reference(layer, oracle, x, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.usefixtures('on_kernel_device')
 def test_similarity_with_triton():
     x = torch.randn(5, 3, 4, 7, dtype=torch.double) + 1
     expected = mean_cosine_similarity(x, backend='torch')
     torch.testing.assert_close(mean_cosine_similarity(x, backend='triton'), expected)
 
 
+@pytest.mark.usefixtures('on_kernel_device')
 def test_empty_batch_with_triton():
     layer = UBN(3, backend='triton')
     layer(torch.randn(0, 3, 4, 4)).sum().backward()
@@ -39,16 +42,17 @@ def test_empty_batch_with_triton():
 
 
 def test_auto_is_torch_on_the_cpu():
-    assert backend.choose('auto', torch.randn(2, 3, 4, 4)) is passes_torch
+    assert backend.choose('auto', torch.randn(2, 3, 4, 4, device='cpu')) is passes_torch
 
 
 def test_triton_on_the_cpu_is_refused(monkeypatch):
-    monkeypatch.delenv('TRITON_INTERPRET')
+    monkeypatch.setenv('TRITON_INTERPRET', '0')
     layer = UBN(3, backend='triton')
     with pytest.raises(RuntimeError, match='input is on cpu, not on a GPU'):
         layer(torch.randn(2, 3, 4, 4))
 
 
+@pytest.mark.usefixtures('on_kernel_device')
 def test_wide_kernel_with_triton_is_refused():
     layer = UBN(3, backend='triton', kernel_size=9)
     with pytest.raises(RuntimeError, match='have kernel_size 1, 3, 5, 7, not 9'):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mmubn.layers import UBN
+from mmubn.ops import reference
 
 
 @st.composite
@@ -144,6 +145,27 @@ def test_warmup_follows_momentum(momentum, batches):
         assert bool(layer.batch_statistics_used) is batch_statistics
 
 
+def test_similarity_of_every_third_step():
+    """Between measurements the running similarity rests; it forgets as fast as with every one."""
+    layer = UBN(4, fct_interval=3, fct_momentum=0.2)
+    tau = layer.running_similarity.clone()
+    for step in range(7):
+        x = torch.randn(8, 4, 6, 6) + step % 2
+        layer(x)
+        if step % 3 == 0:
+            tau = 0.8**3 * tau + (1 - 0.8**3) * reference.mean_cosine_similarity(x)
+        torch.testing.assert_close(layer.running_similarity, tau)
+
+
+def test_similarity_of_every_second_row_and_column():
+    layer = UBN(4, fct_stride=2, fct_momentum=1.0)
+    x = torch.randn(8, 4, 7, 6) + torch.arange(6.0)
+    layer(x)
+    expected = reference.mean_cosine_similarity(x[:, :, ::2, ::2])
+    torch.testing.assert_close(layer.running_similarity, expected)
+    assert (expected - reference.mean_cosine_similarity(x)).abs() > 1e-3
+
+
 def test_evaluation_updates_nothing(make_layer):
     layer = make_layer(4)
     layer(torch.randn(4, 4, 5, 5) + 1)
@@ -152,6 +174,23 @@ def test_evaluation_updates_nothing(make_layer):
     layer(torch.randn(4, 4, 5, 5) - 2)
     for name, value in layer.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_training_step_between_evaluation_and_its_backward(make_layer):
+    """Backward reads the running statistics that the evaluation saw."""
+    layer = make_layer(4)
+    layer(torch.randn(4, 4, 5, 5) + 1)
+    x, upstream = torch.randn(2, 4, 5, 5), torch.randn(2, 4, 5, 5)
+    gradients = []
+    for in_between in (False, True):
+        evaluated = copy.deepcopy(layer).eval()
+        x.requires_grad_().grad = None
+        y = evaluated(x)
+        if in_between:
+            evaluated.train()(torch.randn(4, 4, 5, 5))
+        y.backward(upstream)
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
 
 
 def test_gradients_accumulate_after_an_empty_batch(make_layer):
@@ -206,6 +245,8 @@ def test_state_dict_names():
         (dict(fct=15), r'fct is a cosine similarity in \[-1, 1\]'),
         (dict(fct_momentum=2), r'fct_momentum must lie in \[0, 1\], got 2'),
         (dict(fct_warmup=-1), 'fct_warmup counts batches'),
+        (dict(fct_interval=0), 'fct_interval must be a positive integer, got 0'),
+        (dict(fct_stride=0.5), 'fct_stride must be a positive integer, got 0.5'),
         (dict(track_running_stats=False), 'fct needs running statistics'),
     ],
 )

@@ -1,0 +1,96 @@
+"""What only a GPU can show of the kernels."""
+
+import pytest
+import torch
+from torch import nn
+
+from mmubn.layers import UBN
+from mmubn.ops import passes_torch
+
+passes_triton = pytest.importorskip('mmubn.ops.passes_triton', exc_type=ImportError)
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
+
+
+def step(layer, x, upstream):
+    """Output and gradients of one training step."""
+    x.grad = None
+    layer.zero_grad()
+    y = layer(x)
+    y.backward(upstream)
+    return [y, x.grad, *(parameter.grad for parameter in layer.parameters())]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('shape', [(32, 64, 56, 56), (16, 512, 7, 7), (2, 256, 100, 152)])
+def test_layer_equals_torch_passes(shape, layout, dtype):
+    x = torch.randn(shape, device='cuda').to(dtype).contiguous(memory_format=layout) + 1
+    upstream = torch.randn_like(x)
+    results = []
+    for backend in ('torch', 'triton'):
+        layer = UBN(shape[1], backend=backend).cuda()
+        results.append(step(layer, x.clone().requires_grad_(), upstream))
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-3
+    for by_torch, by_triton in zip(*results):
+        difference = (by_triton - by_torch).abs().max() / by_torch.abs().max()
+        assert difference <= tolerance
+
+
+def test_no_step_waits_for_the_device():
+    layer = UBN(8, fct_warmup=0).cuda()
+    x = torch.randn(4, 8, 9, 9, device='cuda', requires_grad=True)
+    upstream = torch.randn_like(x)
+    step(layer, x, upstream)
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        step(layer, x, upstream)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+
+
+def test_step_in_a_cuda_graph():
+    """Replayed, it does what the eager step does, the running statistics included."""
+    torch.manual_seed(0)
+    captured, eager = UBN(8).cuda(), UBN(8).cuda()
+    x = torch.randn(4, 8, 9, 9, device='cuda', requires_grad=True)
+    upstream = torch.randn_like(x)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(captured, x, upstream)
+            step(eager, x, upstream)
+    torch.cuda.current_stream().wait_stream(stream)
+    captured.zero_grad(set_to_none=True)
+    x.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = captured(x)
+        y.backward(upstream)
+    with torch.no_grad():
+        x.normal_()
+    graph.replay()
+    torch.testing.assert_close(y, step(eager, x, upstream)[0])
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(captured.state_dict()[name], value, msg=name)
+
+
+def test_more_than_31_bits_of_elements():
+    """2.2 billion elements, 4.3 GB in half precision; the last image is looked at."""
+    shape = (33, 64, 1024, 1024)
+    x = torch.randn(1, *shape[1:], device='cuda', dtype=torch.bfloat16).expand(shape).contiguous()
+    mean, var = passes_triton.image_moments(x)
+    expected = passes_torch.image_moments(x[-1:])
+    torch.testing.assert_close(mean[-1:], expected[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(var[-1:], expected[1], rtol=1e-4, atol=1e-4)
+    taps = torch.randn(64, 3, 3, device='cuda')
+    y = passes_triton.forward(x, -mean, var.rsqrt(), taps, None)
+    last = passes_torch.forward(x[-1:], -mean[-1:], var[-1:].rsqrt(), taps, None)
+    torch.testing.assert_close(y[-1:], last, rtol=2e-2, atol=2e-2)
+
+
+def test_autocast_network_trains():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), UBN(8), nn.ReLU(), nn.Conv2d(8, 4, 3), UBN(4)).cuda()
+    with torch.autocast('cuda', dtype=torch.bfloat16):
+        loss = net(torch.randn(4, 3, 16, 16, device='cuda')).square().mean()
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in net.parameters())

@@ -1,0 +1,47 @@
+"""tools/similarity_options.py: what it simulates is what the layer does; a short real run."""
+
+import csv
+
+import pytest
+import torch
+from tiny_project import ROOT, load_tool
+
+from mmubn.layers import UBN
+from mmubn.ops import mean_cosine_similarity
+
+
+@pytest.mark.parametrize('interval', [1, 3])
+@pytest.mark.parametrize('stride', [1, 2])
+def test_follows_as_the_layer(interval, stride):
+    layer = UBN(4, fct_interval=interval, fct_stride=stride, fct_momentum=0.3)
+    similarities, taus = [], []
+    for step in range(8):
+        x = torch.randn(8, 4, 6, 6) + step % 3
+        layer(x)
+        similarities.append(mean_cosine_similarity(x[:, :, ::stride, ::stride]))
+        taus.append(layer.running_similarity.clone())
+    followed = load_tool('similarity_options').follow(torch.stack(similarities), 0.3, interval)
+    torch.testing.assert_close(followed, torch.stack(taus))
+
+
+def test_table_of_a_training(tmp_path, capsys):
+    load_tool('similarity_options').main(
+        [f'{ROOT}/configs/demo/resnet18_ubn_shapes.py', '--work-dir', str(tmp_path / 'run')]
+        + ['--iterations', '6', '--intervals', '1', '4', '--strides', '1', '4']
+        + ['--csv', str(tmp_path / 'table.csv'), '--cfg-options', 'train_dataloader.batch_size=8']
+        + ['train_dataloader.dataset.count=48', 'train_dataloader.num_workers=0']
+    )
+    rows = list(csv.DictReader((tmp_path / 'table.csv').open()))
+    found = {(row['fct_interval'], row['fct_stride']): row for row in rows}
+    assert set(found) == {('1', '1'), ('1', '4'), ('4', '1'), ('4', '4')}
+    assert float(found['1', '1']['largest_difference']) == 0
+    for setting in (('1', '4'), ('4', '1')):
+        assert 0 < float(found[setting]['mean_difference']) < 0.5
+    assert ' UBN layers, 6 steps of ' in capsys.readouterr().out
+
+
+def test_a_config_without_ubn(tmp_path, capsys):
+    arguments = [f'{ROOT}/configs/demo/resnet18_bn_shapes.py', '--work-dir', str(tmp_path)]
+    with pytest.raises(SystemExit):
+        load_tool('similarity_options').main(arguments)
+    assert "no UBN layer to measure; set norm_cfg=dict(type='UBN')" in capsys.readouterr().err
