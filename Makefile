@@ -1,11 +1,11 @@
-# make demo | compare | test | test-slow | lint | env. Everything runs in one virtual environment, built
-# on first use and again when requirements.txt changes; VENV=... puts it elsewhere.
+# make demo | compare | demo-cls | test | test-slow | lint | env. Everything runs in one virtual
+# environment, built on first use and again when requirements.txt changes; VENV=... puts it elsewhere.
 VENV ?= .venv
 PYTHON ?= python3.11
 NORM ?= ubn
 BIN := $(VENV)/bin
 
-.PHONY: env install demo compare test test-slow lint clean
+.PHONY: env install demo compare demo-cls test test-slow lint clean
 
 # The package itself is linked in every time: another checkout may share the environment.
 env:
@@ -25,7 +25,7 @@ DEMO := work_dirs/demo_$(NORM)
 DEMO_CONFIG := configs/demo/mask_rcnn_r18_$(NORM)_scenes.py
 
 # Threads that wait spin less than they would: other programs may want the two cores.
-demo: export GOMP_SPINCOUNT = 10000
+demo demo-cls: export GOMP_SPINCOUNT = 10000
 demo: env
 	"$(BIN)/python" tools/make_scenes.py data/scenes
 	rm -rf $(DEMO)
@@ -40,6 +40,13 @@ compare:
 	$(MAKE) demo NORM=ubn
 	"$(BIN)/python" tools/plot_condensation.py work_dirs/demo_bn work_dirs/demo_ubn \
 		--out work_dirs/plots
+
+# A small classifier on drawn shapes with both norms, side by side too.
+demo-cls: env
+	for norm in bn ubn; do "$(BIN)/python" tools/train.py configs/demo/resnet18_$${norm}_shapes.py \
+		--work-dir work_dirs/demo_shapes_$$norm || exit 1; done
+	"$(BIN)/python" tools/plot_condensation.py work_dirs/demo_shapes_bn work_dirs/demo_shapes_ubn \
+		--out work_dirs/demo_shapes
 
 test: env
 	"$(BIN)/python" -m pytest -m 'not slow'
