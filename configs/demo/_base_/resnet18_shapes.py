@@ -36,7 +36,7 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-train_cfg = dict(max_epochs=10)
+train_cfg = dict(max_epochs=8)
 optim_wrapper = dict(optimizer=dict(lr=0.05))
 param_scheduler = dict(
     _delete_=True,
@@ -44,7 +44,7 @@ param_scheduler = dict(
     eta_min_ratio=0.01,
     by_epoch=True,
     begin=0,
-    end=10,
+    end=8,
     convert_to_iter_based=True,
 )
 default_hooks = dict(logger=dict(interval=25))
