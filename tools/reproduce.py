@@ -1,0 +1,193 @@
+"""Trains the rows of the paper's tables and figures, and sets them beside the paper's values.
+
+    python tools/reproduce.py list
+    python tools/reproduce.py run table3 --rows BN UBN --budget 0.1 --seeds 3 --data-root DIR
+    python tools/reproduce.py report table3
+
+Without the paper's GPUs: ``--small`` trains the same norms in a network for a CPU, that of
+configs/cifar100/resnet18_small_cifar100.py; ``--config`` names another. Give ``list`` and
+``report`` the same option.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence
+
+import reproduce_plot
+from reproduce_logs import read_run
+from reproduce_report import Line, write_tables
+from reproduce_rows import TITLES, Row, select
+from reproduce_run import (
+    ROOT,
+    Setting,
+    as_arguments,
+    load_config,
+    make_jobs,
+    make_setting,
+    run_jobs,
+    work_dirs,
+)
+
+from mmubn.cli.errors import CommandError, command
+
+SMALL = ROOT / 'configs' / 'cifar100' / 'resnet18_small_cifar100.py'
+
+
+def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest='command', required=True)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        'experiments', nargs='*', metavar='EXPERIMENT', help=f'{", ".join(TITLES)} (all)'
+    )
+    shared.add_argument(
+        '--rows',
+        nargs='+',
+        default=[],
+        metavar='PATTERN',
+        help='norms or whole labels, as `list` shows them, or shell patterns of these',
+    )
+    network = shared.add_mutually_exclusive_group()
+    network.add_argument(
+        '--config', type=Path, help="train this network, with each row's norm, in place of its own"
+    )
+    network.add_argument(
+        '--small', dest='config', action='store_const', const=SMALL, help=f'--config {SMALL.stem}'
+    )
+    shared.add_argument(
+        '--work-dir',
+        type=Path,
+        metavar='ROOT',
+        help='folder of all work dirs (work_dirs/reproduce/<paper or config name>)',
+    )
+    commands.add_parser('list', parents=[shared], help='rows, their configs, values and states')
+    run = commands.add_parser('run', parents=[shared], help='train rows; resumes, skips finished')
+    length = run.add_mutually_exclusive_group()
+    length.add_argument('--budget', type=_positive, help="length of a training by the config's")
+    length.add_argument('--epochs', type=_count, help='length of a training')
+    run.add_argument('--seeds', type=_count, default=3, help='seeds of each row (%(default)s)')
+    run.add_argument('--jobs', type=_count, default=1, help='trainings at a time (%(default)s)')
+    run.add_argument('--gpus', type=_count, default=0, help='processes of each, by dist_train.sh')
+    run.add_argument(
+        '--no-condensation',
+        action='store_true',
+        help='train without CondensationHook: a little faster, no condensation curves',
+    )
+    for name in ('--data-root', '--cfg-options'):
+        nargs = '+' if name == '--cfg-options' else None
+        run.add_argument(name, nargs=nargs, help='as of train.py, for every run')
+    for name in ('--amp', '--auto-scale-lr', '--eval-on-train'):
+        run.add_argument(name, action='store_true', help='as of train.py, for every run')
+    report = commands.add_parser('report', parents=[shared], help='tables and pictures of the runs')
+    report.add_argument('--out', type=Path, help='folder of the report (<work dir>/report)')
+    args = parser.parse_args(argv)
+    if args.work_dir is None:
+        name = args.config.stem if args.config else 'paper'
+        args.work_dir = Path('work_dirs') / 'reproduce' / name
+    return args
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f'must be positive, got {text}')
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'must be at least 1, got {text}')
+    return value
+
+
+def find_lines(args: argparse.Namespace) -> Dict[str, List[Line]]:
+    """The chosen rows with what the work dirs have of them, by experiment."""
+    found: Dict[str, List[Line]] = {}
+    for row in _rows(args):
+        setting = make_setting(row, args.config)
+        runs = {int(d.name[4:]): read_run(d) for d in work_dirs(args.work_dir, setting)}
+        found.setdefault(row.experiment, []).append(Line(row, setting, runs))
+    return found
+
+
+def _rows(args: argparse.Namespace) -> List[Row]:
+    return select(args.experiments, args.rows, one_network=args.config is not None)
+
+
+def list_rows(args: argparse.Namespace) -> None:
+    """Prints the rows."""
+    for experiment, lines in find_lines(args).items():
+        print(f'\n{experiment}  {TITLES[experiment]}')
+        for line in lines:
+            paper = ', '.join(f'{key} {value:g}' for key, value in line.row.paper.items())
+            options = ' '.join(as_arguments(line.setting.options))
+            print(f'  {line.row.label}  [{line.state}]  paper: {paper or "a curve"}')
+            print(f'    {_shown(line.setting.config)} {options}'.rstrip())
+
+
+def _shown(config: Path) -> str:
+    return str(config.relative_to(ROOT)) if config.is_relative_to(ROOT) else str(config)
+
+
+def run_rows(args: argparse.Namespace) -> None:
+    """Trains the rows."""
+    if not args.experiments:
+        raise CommandError('run: name the experiments, such as table3')
+    rows = _rows(args)
+    if args.config is not None:
+        detects = load_config(args.config).get('default_scope') == 'mmdet'
+        for row in rows:
+            if detects != (row.dataset == 'COCO'):
+                kinds = ('detection', 'classification')
+                one, other = kinds if detects else reversed(kinds)
+                raise CommandError(f'{args.config} is for {one}, {row.experiment} is {other}')
+    settings: Dict[str, Setting] = {}
+    for row in rows:
+        setting = make_setting(row, args.config)
+        settings[setting.name] = setting
+    flags = ('amp', 'auto_scale_lr', 'eval_on_train')
+    arguments = [f'--{flag.replace("_", "-")}' for flag in flags if getattr(args, flag)]
+    if args.data_root is not None:
+        arguments += ['--data-root', args.data_root]
+    jobs = make_jobs(
+        list(settings.values()),
+        args.work_dir,
+        args.seeds,
+        args.budget,
+        args.epochs,
+        args.cfg_options or [],
+        arguments,
+        condensation=not args.no_condensation,
+    )
+    data = Path(args.data_root).resolve().name if args.data_root else None
+    failed = run_jobs(jobs, args.jobs, args.gpus, data)
+    if failed:
+        print(f'{len(failed)} of {len(jobs)} runs failed:', *failed, sep='\n  ', file=sys.stderr)
+        sys.exit(1)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Writes tables and pictures."""
+    lines = find_lines(args)
+    if not any(line.runs for found in lines.values() for line in found):
+        raise CommandError(f'{args.work_dir}: no run of these rows; `run` trains them')
+    out = args.out or args.work_dir / 'report'
+    written = write_tables(lines, out, args.config is not None)
+    for path in [*written, *reproduce_plot.draw(lines, out)]:
+        print(path)
+
+
+@command
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Does what the command line says."""
+    args = parse_args(argv)
+    {'list': list_rows, 'run': run_rows, 'report': report}[args.command](args)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,165 @@
+"""Pictures of the report: accuracy by epoch and time, differences, thresholds, batch sizes."""
+
+from pathlib import Path
+from typing import Callable, Dict, List, Optional, Sequence
+
+import matplotlib
+
+matplotlib.use('Agg')
+
+import matplotlib.pyplot as plt
+import numpy as np
+import plot_condensation
+from matplotlib.figure import Figure
+from reproduce_logs import Run
+from reproduce_report import Line, baseline, mean_sd, paired
+from reproduce_rows import TITLES
+
+CURVES = ('table2', 'table3', 'table4', 'table5', 'table6', 'table8', 'figure4', 'figure5', 'ours')
+DIFFERENCES = ('table2', 'table3', 'table4', 'table5', 'table6', 'figure5', 'figure37-40', 'ours')
+THRESHOLDS = ('figure6', 'figure11-16')
+BATCH_SIZES = ('table7', 'figure17-36')
+CONDENSATION = ('figure2', 'figure7-10')
+DASHES = ['-', '--', ':', '-.', (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3))]
+
+
+def draw(by_experiment: Dict[str, List[Line]], out: Path) -> List[Path]:
+    """Draws what the runs suffice for.
+
+    Returns:
+        list[Path]: The PNG files.
+    """
+    written = []
+    for experiment, lines in by_experiment.items():
+        have = [line for line in lines if line.done]
+        figures: Dict[str, Optional[Figure]] = {}
+        if experiment in CURVES:
+            for by, unit in (('epochs', 'epoch'), ('time', 'seconds of training')):
+                figures[by] = _curves(have, by, unit)
+        if experiment in DIFFERENCES:
+            figures['differences'] = _differences(have)
+        if experiment in THRESHOLDS:
+            figures['thresholds'] = _against(have, 'threshold FCT', _threshold, log=False)
+        if experiment in BATCH_SIZES:
+            figures['batch_sizes'] = _against(
+                have, 'batch size', lambda line: line.row.batch_size, log=True
+            )
+        if experiment in CONDENSATION:
+            figures.update(_condensation(have))
+        for name, figure in figures.items():
+            if figure is not None:
+                if not figure.get_suptitle():
+                    figure.suptitle(TITLES[experiment], fontsize=9)
+                path = out / f'{experiment}_{name}.png'
+                figure.savefig(path, dpi=110)
+                plt.close(figure)
+                written.append(path)
+    return written
+
+
+def _name(line: Line, lines: Sequence[Line]) -> str:
+    many = len({(other.row.dataset, other.row.model) for other in lines}) > 1
+    return f'{line.row.model} {line.row.norm}' if many else line.row.norm
+
+
+def _seconds(run: Run, epochs: Sequence[int]) -> List[float]:
+    return [run.seconds[epoch] for epoch in epochs]
+
+
+def _curves(lines: Sequence[Line], by: str, unit: str) -> Optional[Figure]:
+    """Mean over the seeds, and their range as a band."""
+    if not lines:
+        return None
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout='constrained')
+    for number, line in enumerate(lines):
+        metric = line.metrics[0]
+        runs = list(line.done.values())
+        epochs = sorted(set.intersection(*(set(run.curves[metric]) for run in runs)))
+        values = np.array([[run.curves[metric][epoch] for epoch in epochs] for run in runs])
+        x = epochs if by == 'epochs' else np.mean([_seconds(r, epochs) for r in runs], axis=0)
+        style = dict(color=f'C{number % 10}', linestyle=DASHES[number % len(DASHES)])
+        axis.plot(x, values.mean(0), label=_name(line, lines), linewidth=1.3, **style)
+        axis.fill_between(x, values.min(0), values.max(0), alpha=0.12, color=style['color'])
+    axis.set(xlabel=unit, ylabel=f'{metric}, % (mean and range of the seeds)')
+    axis.legend(frameon=False, fontsize=7)
+    axis.spines[['top', 'right']].set_visible(False)
+    return figure
+
+
+def _differences(lines: Sequence[Line]) -> Optional[Figure]:
+    """Norm minus BN: ours with its interval of confidence, and the paper's."""
+    found = [(line, bn) for line in lines if (bn := baseline(line, lines)) is not None]
+    if not found:
+        return None
+    figure, axis = plt.subplots(figsize=(6.4, 0.9 + 0.35 * len(found)), layout='constrained')
+    for number, (line, bn) in enumerate(found):
+        metric = line.metrics[0]
+        mean, half, pairs = paired(line.finals(metric), bn.finals(metric))
+        if not pairs:
+            continue
+        label = 'ours, 95 % interval' if not number else None
+        axis.errorbar(mean, number, xerr=half, fmt='o', color='black', capsize=3, label=label)
+        if metric in line.row.paper and metric in bn.row.paper:
+            paper = line.row.paper[metric] - bn.row.paper[metric]
+            label = 'paper' if not number else None
+            axis.plot(paper, number, 'D', color='C3', markerfacecolor='white', label=label)
+    axis.axvline(0, color='0.6', linewidth=0.8)
+    axis.set_yticks(range(len(found)), [_name(line, lines) for line, _ in found], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel(f'{metric} minus that of BN, percentage points')
+    axis.legend(frameon=False, fontsize=7)
+    axis.spines[['top', 'right']].set_visible(False)
+    return figure
+
+
+def _threshold(line: Line) -> Optional[float]:
+    return line.row.norm_cfg['fct'] if line.row.base == 'UBN' else None
+
+
+def _against(
+    lines: Sequence[Line], unit: str, place: Callable[[Line], Optional[float]], log: bool
+) -> Optional[Figure]:
+    """The final metric over a setting; a line without it, BN, lies across."""
+    if not lines:
+        return None
+    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout='constrained')
+    groups: Dict[str, List[Line]] = {}
+    for line in lines:
+        groups.setdefault(f'{line.row.dataset}, {line.row.model}, {line.row.base}', []).append(line)
+    for number, (name, group) in enumerate(groups.items()):
+        color = f'C{number % 10}'
+        points = [(place(line), *mean_sd(list(_finals(line).values()))) for line in group]
+        if points[0][0] is None:
+            axis.axhline(points[0][1], color=color, linestyle='--', label=name)
+            continue
+        x, mean, sd = zip(*sorted(points))
+        axis.errorbar(x, mean, sd, marker='o', capsize=3, color=color, label=f'{name} (± sd)')
+    if log:
+        axis.set_xscale('log', base=2)
+    axis.set(xlabel=unit, ylabel=f'{lines[0].metrics[0]}, %')
+    axis.legend(frameon=False, fontsize=7)
+    axis.spines[['top', 'right']].set_visible(False)
+    return figure
+
+
+def _finals(line: Line) -> Dict[int, float]:
+    return line.finals(line.metrics[0])
+
+
+def _condensation(lines: Sequence[Line]) -> Dict[str, Figure]:
+    """The first seed of each row, as plot_condensation.py draws it."""
+    runs = []
+    for line in lines:
+        folder = next(iter(line.done.values())).folder
+        if (folder / 'condensation.csv').is_file():
+            run = plot_condensation.Run(folder)
+            run.name = _name(line, lines)
+            runs.append(run)
+    if not runs:
+        return {}
+    shown = 'fixed/input', 0.3
+    metric = plot_condensation.choose_metric(runs)
+    return {
+        'condensation': plot_condensation.draw_curves(runs, *shown, metric),
+        'layers': plot_condensation.draw_layers(runs, *shown),
+    }

@@ -1,0 +1,248 @@
+"""Tables of the paper's figures beside ours, as Markdown and CSV."""
+
+import csv
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence, Tuple
+
+from reproduce_logs import Run
+from reproduce_rows import TITLES, Row
+from reproduce_run import Setting
+from scipy.stats import t as student
+
+CSV_COLUMNS = (
+    *('experiment', 'paper_dataset', 'paper_model', 'norm', 'batch_size', 'metric'),
+    *('paper', 'paper_minus_bn', 'state', 'mean', 'sd', 'n'),
+    *('minus_bn', 'ci95_low', 'ci95_high', 'pairs'),
+    *('config', 'options', 'epochs', 'data', 'device'),
+)
+
+
+@dataclass
+class Line:
+    """A row with its runs by seed."""
+
+    row: Row
+    setting: Setting
+    runs: Dict[int, Run]
+
+    @property
+    def metrics(self) -> List[str]:
+        """Those of the paper, else the usual one of the data."""
+        found = [metric for metric in self.row.paper if metric not in ('train_seconds', 'epochs')]
+        return found or ['bbox_AP' if self.row.dataset == 'COCO' else 'top1']
+
+    @property
+    def state(self) -> str:
+        """``3 done, 1 part`` or ``not run``."""
+        states = [run.state for run in self.runs.values() if run.state != 'not run']
+        counts = {state: states.count(state) for state in ('done', 'part')}
+        return ', '.join(f'{n} {state}' for state, n in counts.items() if n) or 'not run'
+
+    @property
+    def done(self) -> Dict[int, Run]:
+        """The finished runs."""
+        return {seed: run for seed, run in self.runs.items() if run.state == 'done'}
+
+    def finals(self, metric: str) -> Dict[int, float]:
+        """Seed -> the metric after the last epoch."""
+        return {s: run.final(metric) for s, run in self.done.items() if metric in run.curves}
+
+
+def baseline(line: Line, lines: Sequence[Line]) -> Optional[Line]:
+    """The line of the same with BN; None for BN itself or where there is none."""
+    if line.row.norm == 'BN':
+        return None
+    return next((other for other in lines if other.row.is_baseline_of(line.row)), None)
+
+
+def mean_sd(values: Sequence[float]) -> Tuple[float, float]:
+    """Mean and standard deviation of the sample; NaN where they are not defined."""
+    mean = statistics.fmean(values) if values else math.nan
+    return mean, statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def paired(ours: Dict[int, float], other: Dict[int, float]) -> Tuple[float, float, int]:
+    """Difference of the values of the same seeds.
+
+    Returns:
+        tuple: Mean, half the width of its 95 % interval of confidence (Student's t over
+        the seeds; NaN for a single pair), number of pairs.
+    """
+    differences = [ours[seed] - other[seed] for seed in ours.keys() & other.keys()]
+    n = len(differences)
+    mean, sd = mean_sd(differences)
+    half = float(student.ppf(0.975, n - 1)) * sd / math.sqrt(n) if n > 1 else math.nan
+    return mean, half, n
+
+
+def cells(lines: Sequence[Line]) -> List[Dict[str, object]]:
+    """A dict of :data:`CSV_COLUMNS` for each row and metric."""
+    found = []
+    for line in lines:
+        bn = baseline(line, lines)
+        for metric in line.metrics:
+            row = line.row
+            cell: Dict[str, object] = dict.fromkeys(CSV_COLUMNS, '')
+            cell.update(experiment=row.experiment, paper_dataset=row.dataset, norm=row.norm)
+            cell.update(paper_model=row.model, batch_size=row.batch_size or '', metric=metric)
+            cell.update(state=line.state, config=line.setting.config.stem)
+            paper = row.paper.get(metric)
+            if paper is not None:
+                cell['paper'] = paper
+                if bn is not None and metric in bn.row.paper:
+                    cell['paper_minus_bn'] = round(paper - bn.row.paper[metric], 2)
+            finals = line.finals(metric)
+            if finals:
+                cell['mean'], cell['sd'] = map(_rounded, mean_sd(list(finals.values())))
+                cell['n'] = len(finals)
+                settings = next(iter(line.done.values())).settings
+                cell['options'] = ' '.join(settings['options'])
+                cell.update({key: settings[key] for key in ('epochs', 'data', 'device')})
+            if finals and bn is not None:
+                mean, half, n = paired(finals, bn.finals(metric))
+                if n:
+                    cell.update(minus_bn=_rounded(mean), pairs=n)
+                    cell.update(ci95_low=_rounded(mean - half), ci95_high=_rounded(mean + half))
+            found.append(cell)
+    return found
+
+
+def _rounded(value: float) -> object:
+    return '' if math.isnan(value) else round(value, 2)
+
+
+def speed(lines: Sequence[Line]) -> List[str]:
+    """Table 8 as Markdown: time and epochs until BN's final accuracy, seed by seed."""
+    text = [
+        '| network of the paper | paper: BN | paper: UBN | ours: BN | BN itself first at '
+        '| UBN first at | UBN seconds by BN seconds |',
+        '|---|---|---|---|---|---|---|',
+    ]
+    for line in lines:
+        bn = baseline(line, lines)
+        if bn is None:
+            continue
+        values = [f'{line.row.dataset}, {line.row.model}']
+        for side in (bn, line):
+            paper = side.row.paper
+            values.append(f'{paper["epochs"]:g} epochs, {paper["train_seconds"]:g} s')
+        seeds = sorted(line.done.keys() & bn.done.keys())
+        values += _speed_cells(bn, line, seeds) if seeds else ['not run'] * 4
+        text.append('| ' + ' | '.join(values) + ' |')
+    return text
+
+
+def _speed_cells(bn: Line, line: Line, seeds: Sequence[int]) -> List[str]:
+    metric = line.metrics[0]
+    firsts: Dict[str, List[Tuple[int, float]]] = {'own': [], 'other': []}
+    whole = []
+    for seed in seeds:
+        target = bn.runs[seed].final(metric)
+        last = bn.runs[seed].settings['epochs']
+        whole.append((last, bn.runs[seed].seconds[last]))
+        for key, run in (('own', bn.runs[seed]), ('other', line.runs[seed])):
+            epoch = run.epoch_reaching(metric, target)
+            if epoch:
+                firsts[key].append((epoch, run.seconds[epoch]))
+    ratios = [
+        line.runs[s].seconds[line.runs[s].epoch] / bn.runs[s].seconds[bn.runs[s].epoch]
+        for s in seeds
+    ]
+    return [
+        _epochs_and_seconds(whole, len(seeds)),
+        _epochs_and_seconds(firsts['own'], len(seeds)),
+        _epochs_and_seconds(firsts['other'], len(seeds)),
+        f'{statistics.fmean(ratios):.2f} an epoch',
+    ]
+
+
+def _epochs_and_seconds(found: Sequence[Tuple[int, float]], n: int) -> str:
+    if not found:
+        return f'in none of {n}'
+    epochs, seconds = zip(*found)
+    among = '' if len(found) == n else f' (in {len(found)} of {n})'
+    return f'{statistics.fmean(epochs):.1f} epochs, {statistics.fmean(seconds):.1f} s{among}'
+
+
+def markdown(by_experiment: Dict[str, List[Line]], one_network: bool) -> str:
+    """The whole report."""
+    text = [
+        '# The paper and ours',
+        '',
+        'Ours: mean ± standard deviation over the seeds of the value after the last epoch. '
+        'Minus BN: mean of the differences of the same seeds, in brackets its 95 % interval of '
+        'confidence by Student’s t.',
+    ]
+    for experiment, lines in by_experiment.items():
+        text += ['', f'## {TITLES[experiment]}', '', *_conditions(lines), '']
+        if experiment == 'table8':
+            text += speed(lines)
+            continue
+        text += [
+            '| row | metric | paper | minus BN | ours | runs | minus BN |',
+            '|---|---|---|---|---|---|---|',
+        ]
+        for line, cell in _with_lines(lines):
+            row = line.row
+            batch = f', batch {row.batch_size}' if row.batch_size else ''
+            label = row.norm + batch if one_network else row.label
+            ours = f'{cell["mean"]} ± {cell["sd"]}' if cell['sd'] != '' else f'{cell["mean"]}'
+            difference = f'{cell["minus_bn"]:+}' if cell['minus_bn'] != '' else ''
+            if cell['ci95_low'] != '':
+                difference += f' [{cell["ci95_low"]:+}, {cell["ci95_high"]:+}]'
+            paper = f'{cell["paper_minus_bn"]:+}' if cell['paper_minus_bn'] != '' else ''
+            values = (label, cell['metric'], cell['paper'], paper)
+            values += (ours or '', cell['state'], difference)
+            text.append('| ' + ' | '.join(map(str, values)) + ' |')
+    return '\n'.join(text) + '\n'
+
+
+def _with_lines(lines: Sequence[Line]) -> List[Tuple[Line, Dict[str, object]]]:
+    owners = [line for line in lines for _ in line.metrics]
+    return list(zip(owners, cells(lines)))
+
+
+def _conditions(lines: Sequence[Line]) -> List[str]:
+    """What the paper's values and ours were measured on."""
+    paper = dict.fromkeys(f'{line.row.model} on {line.row.dataset}' for line in lines)
+    text = [f'Paper: {", ".join(paper)}.']
+    groups: Dict[Tuple, set] = {}
+    for line in lines:
+        for seed, run in line.done.items():
+            s = run.settings
+            common = [option for option in s['options'] if '.norm_cfg.' not in option]
+            key = s['config'] if '-' in line.setting.name else '', s['epochs'], s['data']
+            key += s['device'], s['torch'], s['commit'], ' '.join(common)
+            groups.setdefault(key, set()).add(seed)
+    for (config, epochs, data, device, torch, commit, options), seeds in groups.items():
+        parts = [f'`{config}`' if config else 'each row its config', f'{epochs} epochs']
+        parts += [f'data `{data}`', f'seeds {", ".join(map(str, sorted(seeds)))}', device]
+        parts += [f'torch {torch}', f'commit {commit}']
+        parts += [f'options `{options}`'] if options else []
+        text += ['', f'Ours: {"; ".join(parts)}.']
+    return text if groups else [*text, '', 'Ours: not run.']
+
+
+def write_tables(by_experiment: Dict[str, List[Line]], out: Path, one_network: bool) -> List[Path]:
+    """``report.md``, ``report.csv`` and ``curves.csv``, which has every run's every epoch."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / 'report.md').write_text(markdown(by_experiment, one_network))
+    with (out / 'report.csv').open('w', newline='') as file:
+        writer = csv.DictWriter(file, CSV_COLUMNS, lineterminator='\n')
+        writer.writeheader()
+        for lines in by_experiment.values():
+            writer.writerows(cells(lines))
+    settings = {line.setting.name: line for lines in by_experiment.values() for line in lines}
+    with (out / 'curves.csv').open('w', newline='') as file:
+        writer = csv.writer(file, lineterminator='\n')
+        writer.writerow(('setting', 'seed', 'epoch', 'train_seconds', 'metric', 'value'))
+        for name, line in settings.items():
+            for seed, run in line.runs.items():
+                for metric, curve in run.curves.items():
+                    for epoch, value in curve.items():
+                        seconds = f'{run.seconds.get(epoch, math.nan):.2f}'
+                        writer.writerow((name, seed, epoch, seconds, metric, f'{value:.4g}'))
+    return [out / name for name in ('report.md', 'report.csv', 'curves.csv')]

@@ -1,0 +1,212 @@
+"""The paper's tables and figures as rows: what to train, and what the paper found.
+
+The figures' curves are given without numbers, and for several the paper names neither the
+network nor the thresholds; what is assumed then is said in :data:`TITLES`.
+"""
+
+import csv
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
+
+from mmubn.cli.errors import CommandError
+
+PAPER = Path(__file__).with_name('paper_tables.csv')
+# What the configs of the project set for each norm.
+NORM_CFGS = {
+    'BN': dict(type='BN'),
+    'IN': dict(type='IN', affine=True),
+    'GN': dict(type='GN', num_groups=32),
+    'RBN': dict(type='RBN'),
+    'BNET': dict(type='BNET'),
+    'IEBN': dict(type='IEBN'),
+    'UBN': dict(type='UBN', fct=0.15),
+}
+STEMS = {
+    'Inception-v4': 'inception_v4',
+    'Faster R-CNN R50': 'faster_rcnn_r50',
+    'Faster R-CNN R101': 'faster_rcnn_r101',
+    'Mask R-CNN R50': 'mask_rcnn_r50',
+    'Mask R-CNN R101': 'mask_rcnn_r101',
+}
+THRESHOLDS = (0.1, 0.15, 0.2, 0.3, 0.5)
+BATCH_SIZES = (32, 64, 128, 256, 512)
+ABLATION = {
+    'BN + running statistics rectification': dict(kernel_size=1, center=False, scale=False),
+    'BN + normalization rectification': dict(fct=None, kernel_size=1),
+    'BN + affine rectification': dict(fct=None, center=False, scale=False),
+}
+TITLES = {
+    'table2': 'Table 2: ImageNet',
+    'table3': 'Table 3: CIFAR-100',
+    'table4': 'Table 4: CIFAR-10',
+    'table5': 'Table 5: object detection on COCO',
+    'table6': 'Table 6: instance segmentation on COCO',
+    'table7': 'Table 7: batch sizes',
+    'table8': "Table 8: time and epochs until BN's final accuracy",
+    'figure2': 'Figure 2: condensation under BN (network not named: ResNet-50, CIFAR-100)',
+    'figure4': 'Figure 4: norms over the epochs of CIFAR-100',
+    'figure5': 'Figure 5: each rectification by itself, CIFAR-10',
+    'figure6': 'Figure 6: thresholds, CIFAR-10 (values not named: ours)',
+    'figure7-10': 'Figures 7 to 10: condensation on ImageNet (networks not named: Table 2)',
+    'figure11-16': 'Figures 11 to 16: thresholds (networks and values not named: ours)',
+    'figure17-36': 'Figures 17 to 36: batch sizes, BN and UBN',
+    'figure37-40': 'Figures 37 to 40: each rectification by itself',
+    'ours': 'Not in the paper: the gate of the literal equations, no gate, initial kernels',
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table or a curve of a figure.
+
+    Attributes:
+        experiment (str): A key of :data:`TITLES`.
+        dataset, model (str): As the paper names them.
+        norm (str): The label of the norm, in which the rows of a model differ.
+        base (str): A key of :data:`NORM_CFGS`; the config has this norm.
+        changes (dict): Of that norm's settings.
+        batch_size (int, optional): For each GPU, where the row changes it.
+        paper (dict): Metric -> the paper's value; empty for a curve.
+    """
+
+    experiment: str
+    dataset: str
+    model: str
+    norm: str
+    base: str
+    changes: Dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 0
+    paper: Dict[str, float] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """Unique in its experiment."""
+        batch = f', batch {self.batch_size}' if self.batch_size else ''
+        return f'{self.dataset}, {self.model}, {self.norm}{batch}'
+
+    @property
+    def config(self) -> str:
+        """Path in ``configs/``."""
+        stem = STEMS.get(self.model) or self.model.lower().replace('-', '')
+        if self.dataset == 'COCO':
+            return f'{stem}_{self.base.lower()}_1x_coco.py'
+        data = self.dataset.lower().replace('-', '')
+        return f'{data}/{stem}_{self.base.lower()}_{data}.py'
+
+    @property
+    def norm_cfg(self) -> Dict[str, Any]:
+        """All of the norm's settings."""
+        return {**NORM_CFGS[self.base], **self.changes}
+
+    @property
+    def extra(self) -> Dict[str, Any]:
+        """Settings beside the norm's, by their dotted keys."""
+        return {'train_dataloader.batch_size': self.batch_size} if self.batch_size else {}
+
+    def is_baseline_of(self, other: 'Row') -> bool:
+        """Whether it is the same with BN."""
+        keys = ('experiment', 'dataset', 'model', 'batch_size')
+        return self.norm == 'BN' and all(getattr(self, k) == getattr(other, k) for k in keys)
+
+
+def _tables() -> Iterator[Row]:
+    """Rows of the paper's tables, with the values of its CSV."""
+    found: Dict[Tuple, Dict[str, float]] = {}
+    with PAPER.open(newline='') as file:
+        for line in csv.DictReader(file):
+            metric, _, batch = line['metric'].partition('_bs')
+            key = 'table' + line['table'], line['dataset'], line['model'], line['norm'], batch
+            found.setdefault(key, {})[metric] = float(line['value'])
+    for (table, dataset, model, norm, batch), paper in found.items():
+        yield Row(table, dataset, model, norm, norm, batch_size=int(batch or 0), paper=paper)
+
+
+def _pairs(experiment: str, dataset: str, models: Sequence[str], batches=(0,)) -> Iterator[Row]:
+    for model in models:
+        for batch in batches:
+            for norm in ('BN', 'UBN'):
+                yield Row(experiment, dataset, model, norm, norm, batch_size=batch)
+
+
+def _ablation(experiment: str, dataset: str, models: Sequence[str]) -> Iterator[Row]:
+    for model in models:
+        yield Row(experiment, dataset, model, 'BN', 'BN')
+        for label, changes in ABLATION.items():
+            yield Row(experiment, dataset, model, label, 'UBN', changes)
+        yield Row(experiment, dataset, model, 'UBN', 'UBN')
+
+
+def _thresholds(experiment: str, dataset: str, models: Sequence[str]) -> Iterator[Row]:
+    for model in models:
+        yield Row(experiment, dataset, model, 'BN', 'BN')
+        for fct in THRESHOLDS:
+            changes = {} if fct == NORM_CFGS['UBN']['fct'] else dict(fct=fct)
+            yield Row(experiment, dataset, model, f'UBN, FCT {fct:g}', 'UBN', changes)
+
+
+def _figures() -> Iterator[Row]:
+    resnets = ('ResNet-50', 'ResNet-101')
+    yield from _pairs('figure2', 'CIFAR-100', resnets[:1])
+    for norm in NORM_CFGS:
+        yield Row('figure4', 'CIFAR-100', 'ResNet-50', norm, norm)
+    yield from _ablation('figure5', 'CIFAR-10', resnets)
+    yield from _thresholds('figure6', 'CIFAR-10', resnets[1:])
+    yield from _pairs('figure7-10', 'ImageNet', (*resnets, 'ResNeXt-50', 'Res2Net-50'))
+    yield from _thresholds('figure11-16', 'CIFAR-10', ('ResNet-18', 'ResNet-34', 'ResNet-50'))
+    yield from _thresholds('figure11-16', 'CIFAR-100', (*resnets, 'ResNet-152'))
+    for dataset in ('CIFAR-10', 'CIFAR-100'):
+        yield from _pairs('figure17-36', dataset, resnets, BATCH_SIZES)
+    for dataset in ('CIFAR-10', 'CIFAR-100'):
+        yield from _ablation('figure37-40', dataset, resnets)
+
+
+def _ours() -> Iterator[Row]:
+    place = 'ours', 'CIFAR-100', 'ResNet-50'
+    yield Row(*place, 'BN', 'BN')
+    yield Row(*place, 'UBN', 'UBN')
+    yield Row(*place, 'UBN, literal gate', 'UBN', dict(fct_warmup=0))
+    yield Row(*place, 'UBN, no gate', 'UBN', dict(fct=None))
+    yield Row(*place, 'BNET, published kernel', 'BNET')
+    yield Row(*place, 'BNET, identity kernel', 'BNET', dict(kernel_init='identity'))
+
+
+ROWS: List[Row] = [*_tables(), *_figures(), *_ours()]
+
+
+def select(experiments: Sequence[str], patterns: Sequence[str], one_network: bool) -> List[Row]:
+    """The rows asked for.
+
+    Args:
+        experiments (Sequence[str]): Keys of :data:`TITLES`; empty for all.
+        patterns (Sequence[str]): Shell patterns of which a row's norm or label matches
+            one; empty for all rows.
+        one_network (bool): Keep of the rows that differ in network and data alone only
+            the first, as another config gives these.
+
+    Raises:
+        CommandError: An unknown experiment, or no row matches.
+    """
+    for name in experiments:
+        if name not in TITLES:
+            raise CommandError(f'no experiment {name}; there are {", ".join(TITLES)}')
+    rows = [row for row in ROWS if not experiments or row.experiment in experiments]
+    if one_network:
+        first: Dict[Tuple, Row] = {}
+        for row in rows:
+            first.setdefault((row.experiment, row.norm, row.batch_size), row)
+        rows = list(first.values())
+    if patterns:
+        chosen = [
+            r for r in rows if any(fnmatch(n, p) for n in (r.norm, r.label) for p in patterns)
+        ]
+        if not chosen:
+            names = ', '.join(dict.fromkeys(row.norm for row in rows))
+            raise CommandError(f'--rows {" ".join(patterns)}: no such row; the norms are {names}')
+        rows = chosen
+    return rows
+
+
+def _matches(row: Row, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for name in (row.norm, row.label) for pattern in patterns)

@@ -1,0 +1,289 @@
+"""Trains the settings of rows, several seeds each, through train.py."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence
+
+import torch
+from benchmark_rows import describe_run
+from mmengine.config import Config
+from reproduce_logs import SETTINGS, read_run
+from reproduce_rows import Row
+from tqdm import tqdm
+
+import mmubn  # noqa: F401  configs may have mmubn:: in their _base_
+from mmubn.cli.errors import CommandError
+
+ROOT = Path(__file__).resolve().parents[1]
+BATCH_NORMS = ('BN', 'RBN', 'BNET', 'IEBN', 'UBN')
+SCALED = ('begin', 'end', 'milestones', 'step_size', 'T_max')
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What rows may share: a config with options, trained once for each seed.
+
+    Attributes:
+        name (str): Of its folder in the root of the work dirs.
+        config (Path): The config file.
+        norm (str): Key of ``NORM_CFGS``.
+        options (dict): For ``--cfg-options``, without schedule and seed.
+    """
+
+    name: str
+    config: Path
+    norm: str
+    options: Dict[str, Any]
+
+
+def make_setting(row: Row, config: Optional[Path] = None) -> Setting:
+    """The setting of a row: its own config, or another network's with the row's norm.
+
+    Args:
+        row (Row): The row.
+        config (Path, optional): The other network's.
+    """
+    changes = {**row.changes, **row.extra}
+    parts = [f'{key.split(".")[-1]}={value}' for key, value in changes.items()]
+    prefix = 'model.backbone.norm_cfg.'
+    if config is None:
+        options = {prefix + key: value for key, value in row.changes.items()}
+        path = ROOT / 'configs' / row.config
+        name = path.stem
+    else:
+        norm_cfg = {'_delete_': True, **row.norm_cfg}
+        if row.base == 'GN':
+            norm_cfg['num_groups'] = _groups(config)
+        options = {prefix + key: value for key, value in norm_cfg.items()}
+        path = config
+        name = f'{config.stem}-{row.base}'
+    return Setting('-'.join([name, *parts]), path, row.base, {**options, **row.extra})
+
+
+def _groups(config: Path) -> int:
+    """32, or half of the channels of a stem that is too narrow for these."""
+    channels = load_config(config).model.backbone.get('stem_channels', 64)
+    return max(1, min(32, channels // 2))
+
+
+def as_arguments(options: Dict[str, Any]) -> List[str]:
+    """Options as ``--cfg-options`` takes them."""
+    return [f'{key}={value}'.replace(' ', '') for key, value in options.items()]
+
+
+def scaled_schedule(cfg: Config, epochs: int) -> Dict[str, Any]:
+    """The options that shorten a config's schedule.
+
+    Each scheduler's times are multiplied by the ratio of the lengths and rounded to whole
+    epochs (iterations, where it counts these), at least one unless zero.
+
+    Args:
+        cfg (Config): With an epoch-based training.
+        epochs (int): The new length.
+    """
+    ratio = epochs / cfg.train_cfg.max_epochs
+
+    def scaled(value):
+        if isinstance(value, (list, tuple)):
+            return [scaled(item) for item in value]
+        return max(1, round(value * ratio)) if value else value
+
+    options: Dict[str, Any] = {'train_cfg.max_epochs': epochs}
+    schedulers = cfg.get('param_scheduler') or []
+    if isinstance(schedulers, dict):
+        named = [('param_scheduler', schedulers)]
+    else:
+        named = [(f'param_scheduler.{i}', item) for i, item in enumerate(schedulers)]
+    for name, scheduler in named:
+        for key in SCALED:
+            if scheduler.get(key) is not None:
+                options[f'{name}.{key}'] = scaled(scheduler[key])
+    return options
+
+
+@dataclass
+class Job:
+    """One training to come: a setting with a seed in a folder."""
+
+    setting: Setting
+    folder: Path
+    arguments: List[str]
+    settings: Dict[str, Any]  # what run.json says
+
+    @property
+    def title(self) -> str:
+        """Setting and seed, for messages."""
+        return f'{self.folder.parent.name}/{self.folder.name}'
+
+
+def make_jobs(
+    settings: Sequence[Setting],
+    root: Path,
+    seeds: int,
+    budget: Optional[float],
+    epochs: Optional[int],
+    user_options: Sequence[str],
+    train_arguments: Sequence[str],
+    condensation: bool,
+) -> List[Job]:
+    """The jobs of all settings, seed by seed, so that a broken-off series has whole pairs.
+
+    Args:
+        settings (Sequence[Setting]): What to train.
+        root (Path): Holds ``<setting>/seed<number>``.
+        seeds (int): How many, from 0.
+        budget (float, optional): Length by that of the config; 1 without both.
+        epochs (int, optional): Length.
+        user_options (Sequence[str]): ``KEY=VALUE`` laid over all.
+        train_arguments (Sequence[str]): Others of train.py.
+        condensation (bool): Whether to record it, where there is a batch norm.
+
+    Raises:
+        CommandError: A config cannot be read, or trains by iterations; a work dir holds a
+            run with other settings.
+    """
+    jobs = []
+    lengths = {}
+    for setting in settings:
+        cfg = load_config(setting.config)
+        total = cfg.train_cfg.get('max_epochs')
+        if total is None:
+            raise CommandError(f'{setting.config}: trains by iterations, no epochs to scale')
+        length = epochs or max(1, round((budget or 1) * total))
+        options = {**setting.options, **scaled_schedule(cfg, length)}
+        # Whole epochs in the log, every line the mean of as many iterations as it stands for.
+        options.update({'default_hooks.logger.interval': 10})
+        options.update({'default_hooks.logger.ignore_last': False})
+        options.update(_condensation_options(cfg, setting.norm, condensation))
+        lengths[setting.name] = length, options
+    for seed in range(seeds):
+        for setting in settings:
+            length, options = lengths[setting.name]
+            folder = root / setting.name / f'seed{seed}'
+            listed = [*as_arguments({**options, 'randomness.seed': seed}), *user_options]
+            # By name, so that a table made elsewhere tells the same and no path of a machine.
+            record = dict(
+                config=setting.config.stem,
+                options=[*as_arguments(setting.options), *user_options],
+                epochs=length,
+                seed=seed,
+            )
+            _check_same(folder, record)
+            arguments = [str(setting.config), '--work-dir', str(folder), '--resume']
+            arguments += [*train_arguments, '--cfg-options', *listed]
+            jobs.append(Job(setting, folder, arguments, record))
+    return jobs
+
+
+def load_config(path: Path) -> Config:
+    """The config of a file.
+
+    Raises:
+        CommandError: There is no such file.
+    """
+    if not path.is_file():
+        raise CommandError(f'no config {path}')
+    return Config.fromfile(path)
+
+
+def _condensation_options(cfg: Config, norm: str, wanted: bool) -> Dict[str, Any]:
+    present = [hook.get('type') for hook in cfg.get('custom_hooks') or []]
+    wanted = wanted and norm in BATCH_NORMS  # the hook refuses a network without any
+    if wanted and 'CondensationHook' not in present:
+        return {'default_hooks.condensation.type': 'CondensationHook'}
+    if not wanted and present == ['CondensationHook']:
+        return {'custom_hooks': '[]'}
+    return {}
+
+
+def _check_same(folder: Path, record: Dict[str, Any]) -> None:
+    old = read_run(folder).settings
+    for key, value in record.items():
+        if old and old[key] != value:
+            raise CommandError(
+                f'{folder}: holds a run with {key} {old[key]}, not {value}; '
+                'give another --work-dir, or remove it'
+            )
+
+
+def run_jobs(jobs: Sequence[Job], parallel: int, gpus: int, data: Optional[str]) -> List[str]:
+    """Trains what is not finished, ``parallel`` at a time, with a line of progress.
+
+    Args:
+        jobs (Sequence[Job]): Finished ones are skipped, begun ones resumed.
+        parallel (int): Trainings at a time.
+        gpus (int): Processes of each, through dist_train.sh; 0 for train.py.
+        data (str, optional): Name of the data, for the reports.
+
+    Returns:
+        list[str]: A line for each that failed.
+    """
+    waiting = [job for job in jobs if read_run(job.folder).state != 'done']
+    print(f'{len(jobs) - len(waiting)} of {len(jobs)} runs are finished', flush=True)
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    machine = describe_run(device, ROOT)
+    running: Dict[int, tuple] = {}
+    failed: List[str] = []
+    done = {job.title: read_run(job.folder).epoch for job in jobs}
+    total = sum(job.settings['epochs'] for job in jobs)
+    progress = tqdm(
+        total=total,
+        initial=sum(done.values()),
+        unit='epoch',
+        mininterval=1 if sys.stderr.isatty() else 30,
+    )
+    try:
+        while waiting or running:
+            while waiting and len(running) < max(1, parallel):
+                job = waiting.pop(0)
+                record = {**job.settings, 'data': data, 'gpus': gpus, **machine}
+                job.folder.mkdir(parents=True, exist_ok=True)
+                (job.folder / SETTINGS).write_text(json.dumps(record, indent=1))
+                process = _start(job, gpus)
+                running[process.pid] = job, process
+            for pid, (job, process) in list(running.items()):
+                ended = process.poll() is not None
+                epoch = read_run(job.folder).epoch
+                progress.update(epoch - done[job.title])
+                done[job.title] = epoch
+                if ended:
+                    del running[pid]
+                    if process.returncode or read_run(job.folder).state != 'done':
+                        line = f'{job.title}: {_last_line(job.folder)}'
+                        failed.append(line)
+                        progress.write(f'FAILED {line}', file=sys.stderr)
+            names = ', '.join(job.title for job, _ in running.values())
+            progress.set_postfix_str(f'{len(waiting)} runs waiting, {len(failed)} failed; {names}')
+            time.sleep(0.5)
+    finally:
+        for _, process in running.values():  # broken off by the user
+            process.terminate()
+        progress.close()
+    return failed
+
+
+def _start(job: Job, gpus: int) -> subprocess.Popen:
+    if gpus:
+        config, *others = job.arguments
+        command = [str(ROOT / 'tools' / 'dist_train.sh'), config, str(gpus), *others]
+    else:
+        command = [sys.executable, str(ROOT / 'tools' / 'train.py'), *job.arguments]
+    env = {**os.environ, 'PYTHON': sys.executable}
+    with (job.folder / 'output.log').open('a') as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
+
+
+def _last_line(folder: Path) -> str:
+    lines = (folder / 'output.log').read_text(errors='replace').split('\n')
+    return next((line.strip() for line in reversed(lines) if line.strip()), 'no output')
+
+
+def work_dirs(root: Path, setting: Setting) -> Iterator[Path]:
+    """The folders of a setting's seeds, in their order."""
+    folders = (root / setting.name).glob('seed*')
+    return iter(sorted(folders, key=lambda path: int(path.name[4:])))
