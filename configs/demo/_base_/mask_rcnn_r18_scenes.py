@@ -114,7 +114,7 @@ param_scheduler = [
 ]
 default_hooks = dict(
     logger=dict(interval=25),
-    checkpoint=dict(max_keep_ckpts=1),
+    checkpoint=dict(max_keep_ckpts=2),  # one stays whole while the other is written
 )
 custom_hooks = [dict(type='CondensationHook')]
 randomness = dict(seed=0)
