@@ -43,6 +43,7 @@ compare:
 
 # A small classifier on drawn shapes with both norms, side by side too.
 demo-cls: env
+	rm -rf work_dirs/demo_shapes_bn work_dirs/demo_shapes_ubn
 	for norm in bn ubn; do "$(BIN)/python" tools/train.py configs/demo/resnet18_$${norm}_shapes.py \
 		--work-dir work_dirs/demo_shapes_$$norm || exit 1; done
 	"$(BIN)/python" tools/plot_condensation.py work_dirs/demo_shapes_bn work_dirs/demo_shapes_ubn \

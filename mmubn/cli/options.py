@@ -27,7 +27,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         '--data-root',
         metavar='DIR',
         help='folder of the data, in the layout the config expects; for COCO that is '
-        'annotations/instances_{train,val}2017.json, train2017/ and val2017/',
+        'annotations/instances_{train,val}2017.json, train2017/ and val2017/, for CIFAR the '
+        'unpacked archive, or train/ and test/ with a folder for each class',
     )
     parser.add_argument(
         '--eval-on-train',
