@@ -95,6 +95,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     cfg = load_config(args)
     cfg.train_cfg = dict(by_epoch=False, max_iters=args.iterations)
+    cfg.log_processor = dict(by_epoch=False)
     cfg.param_scheduler = None
     for key in ('val_cfg', 'val_dataloader', 'val_evaluator'):
         cfg[key] = None
