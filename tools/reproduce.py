@@ -10,6 +10,7 @@ configs/cifar100/resnet18_small_cifar100.py; ``--config`` names another. Give ``
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
@@ -165,6 +166,8 @@ def run_rows(args: argparse.Namespace) -> None:
         condensation=not args.no_condensation,
     )
     data = Path(args.data_root).resolve().name if args.data_root else None
+    # Ended by a signal, it ends its trainings too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     failed = run_jobs(jobs, args.jobs, args.gpus, data)
     if failed:
         print(f'{len(failed)} of {len(jobs)} runs failed:', *failed, sep='\n  ', file=sys.stderr)

@@ -258,11 +258,14 @@ def run_jobs(jobs: Sequence[Job], parallel: int, gpus: int, data: Optional[str])
                         failed.append(line)
                         progress.write(f'FAILED {line}', file=sys.stderr)
             names = ', '.join(job.title for job, _ in running.values())
-            progress.set_postfix_str(f'{len(waiting)} runs waiting, {len(failed)} failed; {names}')
+            postfix = f'{len(waiting)} runs waiting, {len(failed)} failed; {names}'
+            progress.set_postfix_str(postfix, refresh=False)
             time.sleep(0.5)
     finally:
         for _, process in running.values():  # broken off by the user
             process.terminate()
+        for _, process in running.values():
+            process.wait()
         progress.close()
     return failed
 
