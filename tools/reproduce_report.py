@@ -114,6 +114,10 @@ def _rounded(value: float) -> object:
     return '' if math.isnan(value) else round(value, 2)
 
 
+def _shown(value: object, form: str) -> str:
+    return format(value, form) if value != '' else ''
+
+
 def speed(lines: Sequence[Line]) -> List[str]:
     """Table 8 as Markdown: time and epochs until BN's final accuracy, seed by seed."""
     text = [
@@ -176,8 +180,14 @@ def markdown(by_experiment: Dict[str, List[Line]], one_network: bool) -> str:
         'Minus BN: mean of the differences of the same seeds, in brackets its 95 % interval of '
         'confidence by Student’s t.',
     ]
+    before: List[str] = []
     for experiment, lines in by_experiment.items():
-        text += ['', f'## {TITLES[experiment]}', '', *_conditions(lines), '']
+        paper = dict.fromkeys(f'{line.row.model} on {line.row.dataset}' for line in lines)
+        text += ['', f'## {TITLES[experiment]}', '', f'Paper: {", ".join(paper)}.', '']
+        conditions = _conditions(lines)
+        text += ['Ours: as above.'] if conditions == before else conditions
+        text += ['']
+        before = conditions
         if experiment == 'table8':
             text += speed(lines)
             continue
@@ -189,13 +199,14 @@ def markdown(by_experiment: Dict[str, List[Line]], one_network: bool) -> str:
             row = line.row
             batch = f', batch {row.batch_size}' if row.batch_size else ''
             label = row.norm + batch if one_network else row.label
-            ours = f'{cell["mean"]} ± {cell["sd"]}' if cell['sd'] != '' else f'{cell["mean"]}'
-            difference = f'{cell["minus_bn"]:+}' if cell['minus_bn'] != '' else ''
+            ours = _shown(cell['mean'], '.2f')
+            if cell['sd'] != '':
+                ours += f' ± {cell["sd"]:.2f}'
+            difference = _shown(cell['minus_bn'], '+.2f')
             if cell['ci95_low'] != '':
-                difference += f' [{cell["ci95_low"]:+}, {cell["ci95_high"]:+}]'
-            paper = f'{cell["paper_minus_bn"]:+}' if cell['paper_minus_bn'] != '' else ''
-            values = (label, cell['metric'], cell['paper'], paper)
-            values += (ours or '', cell['state'], difference)
+                difference += f' [{cell["ci95_low"]:+.2f}, {cell["ci95_high"]:+.2f}]'
+            values = label, cell['metric'], _shown(cell['paper'], '.4g')
+            values += _shown(cell['paper_minus_bn'], '+.2f'), ours, cell['state'], difference
             text.append('| ' + ' | '.join(map(str, values)) + ' |')
     return '\n'.join(text) + '\n'
 
@@ -206,9 +217,7 @@ def _with_lines(lines: Sequence[Line]) -> List[Tuple[Line, Dict[str, object]]]:
 
 
 def _conditions(lines: Sequence[Line]) -> List[str]:
-    """What the paper's values and ours were measured on."""
-    paper = dict.fromkeys(f'{line.row.model} on {line.row.dataset}' for line in lines)
-    text = [f'Paper: {", ".join(paper)}.']
+    """What ours were measured on."""
     groups: Dict[Tuple, set] = {}
     for line in lines:
         for seed, run in line.done.items():
@@ -217,13 +226,14 @@ def _conditions(lines: Sequence[Line]) -> List[str]:
             key = s['config'] if '-' in line.setting.name else '', s['epochs'], s['data']
             key += s['device'], s['torch'], s['commit'], ' '.join(common)
             groups.setdefault(key, set()).add(seed)
+    text = []
     for (config, epochs, data, device, torch, commit, options), seeds in groups.items():
         parts = [f'`{config}`' if config else 'each row its config', f'{epochs} epochs']
         parts += [f'data `{data}`', f'seeds {", ".join(map(str, sorted(seeds)))}', device]
         parts += [f'torch {torch}', f'commit {commit}']
         parts += [f'options `{options}`'] if options else []
-        text += ['', f'Ours: {"; ".join(parts)}.']
-    return text if groups else [*text, '', 'Ours: not run.']
+        text += [f'Ours: {"; ".join(parts)}.', '']
+    return text[:-1] or ['Ours: not run.']
 
 
 def write_tables(by_experiment: Dict[str, List[Line]], out: Path, one_network: bool) -> List[Path]:

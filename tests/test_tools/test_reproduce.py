@@ -221,7 +221,7 @@ def test_an_unfinished_run_counts_for_nothing(logs):
     path = small('UBN', 2) / reproduce_logs.SETTINGS
     path.write_text(path.read_text().replace('"epochs": 3', '"epochs": 5'))
     reproduce.main(REPORT)
-    assert '43.0 ± 2.83 | 2 done, 1 part | +2.0 [' in Path('out/report.md').read_text()
+    assert '43.00 ± 2.83 | 2 done, 1 part | +2.00 [' in Path('out/report.md').read_text()
 
 
 def test_pictures_of_the_report(logs, capsys):
