@@ -310,16 +310,47 @@ def _program(channels, width, rows, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr
 
 
 @triton.jit
-def _load_taps(taps_ptr, c, channels, DTYPE: tl.constexpr, K: tl.constexpr, FLIP: tl.constexpr):
-    """The k^2 taps, row by row, of (BLOCK_C, 1) each; FLIP begins with the last row."""
+def _load_taps(taps_ptr, c, channels, DTYPE: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr):
+    """The k^2 taps of (BLOCK_C, 1) each, row by row; REVERSE begins with the last."""
     taps = ()
     for index in tl.static_range(K * K):
-        row = index // K
-        if FLIP:
-            row = K - 1 - row
-        tap = tl.load(taps_ptr + c * (K * K) + row * K + index % K, mask=c < channels, other=0.0)
+        place = K * K - 1 - index if REVERSE else index
+        tap = tl.load(taps_ptr + c * (K * K) + place, mask=c < channels, other=0.0)
         taps = taps + (tap.to(DTYPE)[:, None],)
     return taps
+
+
+@triton.jit
+def _convolve_row(
+    row_ptr,
+    inside,
+    w,
+    width,
+    stride_w,
+    taps,
+    shift,
+    scale,
+    RECTIFY: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    K: tl.constexpr,
+):
+    """What a row adds to the k rows of the output that it touches, the lowest first.
+
+    ``inside`` masks channels and row; RECTIFY makes X_r of X.
+    """
+    new = (tl.zeros([BLOCK_C, BLOCK_W], scale.dtype),) * K
+    for j in tl.static_range(K):
+        column = w[None, :] + (j - K // 2)
+        mask = inside & (column >= 0) & (column < width)
+        x = tl.load(row_ptr + column * stride_w, mask=mask, other=0.0).to(scale.dtype)
+        if RECTIFY:
+            x = tl.where(mask, (x + shift) * scale, 0.0)
+        added = ()
+        for i in tl.static_range(K):
+            added = added + (new[i] + taps[i * K + j] * x,)
+        new = added
+    return new
 
 
 @triton.jit
@@ -358,7 +389,7 @@ def _forward(
     n, c, w, first = _program(channels, width, rows, BLOCK_C, BLOCK_W)
     shift = tl.load(shift_ptr + n * channels + c, mask=c < channels, other=0.0)[:, None]
     scale = tl.load(scale_ptr + n * channels + c, mask=c < channels, other=0.0)[:, None]
-    taps = _load_taps(taps_ptr, c, channels, scale.dtype, K, FLIP=False)
+    taps = _load_taps(taps_ptr, c, channels, scale.dtype, K, REVERSE=False)
     bias = tl.zeros([BLOCK_C, 1], scale.dtype)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(scale.dtype)[:, None]
@@ -367,18 +398,11 @@ def _forward(
     last = tl.minimum(first + rows, height)
     for step in range(last - first + 2 * (K // 2)):
         q = first - K // 2 + step
-        row = image + q * stride_h
-        new = (tl.zeros([BLOCK_C, BLOCK_W], scale.dtype),) * K
-        for j in tl.static_range(K):
-            column = w[None, :] + (j - K // 2)
-            inside = (column >= 0) & (column < width) & (q >= 0) & (q < height)
-            inside = inside & (c[:, None] < channels)
-            x = tl.load(x_ptr + row + column * stride_w, mask=inside, other=0.0).to(scale.dtype)
-            x_r = tl.where(inside, (x + shift) * scale, 0.0)
-            added = ()
-            for i in tl.static_range(K):
-                added = added + (new[i] + taps[i * K + j] * x_r,)
-            new = added
+        row_ptr = x_ptr + image + q * stride_h
+        inside = (c[:, None] < channels) & (q >= 0) & (q < height)
+        new = _convolve_row(
+            row_ptr, inside, w, width, stride_w, taps, shift, scale, True, BLOCK_C, BLOCK_W, K
+        )
         y, carried = _finish_row(carried, new, K)
         h = q - K // 2
         mask = (c[:, None] < channels) & (w[None, :] < width) & (h >= first)
@@ -414,24 +438,18 @@ def _backward_input(
     scale = tl.load(scale_ptr + at, mask=c < channels, other=0.0)[:, None]
     slope = tl.load(slope_ptr + at, mask=c < channels, other=0.0)[:, None]
     level = tl.load(level_ptr + at, mask=c < channels, other=0.0)[:, None]
-    # dX_r[h, w] sums K[i, j] dY[h - i + p, w - j + p]: the forward with K upside down.
-    taps = _load_taps(taps_ptr, c, channels, scale.dtype, K, FLIP=True)
+    # dX_r[h, w] sums K[i, j] dY[h - i + p, w - j + p]: the forward with K reversed.
+    taps = _load_taps(taps_ptr, c, channels, scale.dtype, K, REVERSE=True)
     image = n * stride_n + c[:, None].to(tl.int64) * stride_c
     carried = (tl.zeros([BLOCK_C, BLOCK_W], scale.dtype),) * (K - 1)
     last = tl.minimum(first + rows, height)
     for step in range(last - first + 2 * (K // 2)):
         q = first - K // 2 + step
-        row = image + q * stride_h
-        new = (tl.zeros([BLOCK_C, BLOCK_W], scale.dtype),) * K
-        for j in tl.static_range(K):
-            column = w[None, :] + (K // 2 - j)
-            inside = (column >= 0) & (column < width) & (q >= 0) & (q < height)
-            inside = inside & (c[:, None] < channels)
-            dy = tl.load(dy_ptr + row + column * stride_w, mask=inside, other=0.0).to(scale.dtype)
-            added = ()
-            for i in tl.static_range(K):
-                added = added + (new[i] + taps[i * K + j] * dy,)
-            new = added
+        row_ptr = dy_ptr + image + q * stride_h
+        inside = (c[:, None] < channels) & (q >= 0) & (q < height)
+        new = _convolve_row(
+            row_ptr, inside, w, width, stride_w, taps, scale, scale, False, BLOCK_C, BLOCK_W, K
+        )
         d_x_r, carried = _finish_row(carried, new, K)
         h = q - K // 2
         mask = (c[:, None] < channels) & (w[None, :] < width) & (h >= first)
@@ -473,7 +491,7 @@ def _backward_sums(
     known = c[:, None] < channels
     DTYPE: tl.constexpr = d_scale_ptr.dtype.element_ty
     zero = tl.zeros([BLOCK_C, BLOCK_W], DTYPE)
-    taps = _load_taps(taps_ptr, c, channels, DTYPE, K, FLIP=False)
+    taps = _load_taps(taps_ptr, c, channels, DTYPE, K, REVERSE=False)
     d_taps = (zero,) * (K * K)
     d_bias = zero
     for i in range(tl.minimum(share, batch - group * share)):

@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 
 from mmubn.ops import passes_triton
 
+KERNELS = ('_moments', '_squared_sum', '_forward', '_backward_sums', '_backward_input')
 CUOBJDUMP = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'cuobjdump'
 TYPES = {
     torch.float16: 'fp16',
@@ -61,9 +62,7 @@ class Compiled:
 
 
 def main(architecture, dtype, *kernel_sizes):
-    names = [n for n, v in vars(passes_triton).items() if isinstance(v, triton.JITFunction)]
-    kernels = {name: getattr(passes_triton, name) for name in names}
-    helpers = ('_program', '_load_taps', '_finish_row')
+    kernels = {name: getattr(passes_triton, name) for name in KERNELS}
     x = torch.empty(32, 64, 56, 56, dtype=getattr(torch, dtype))
     wide = torch.promote_types(x.dtype, torch.float32)
     small = torch.empty(32, 64, dtype=wide)
@@ -71,10 +70,8 @@ def main(architecture, dtype, *kernel_sizes):
         taps = torch.empty(64, size, size, dtype=wide)
         for memory_format in (torch.contiguous_format, torch.channels_last):
             label = dict(kernel_size=size, memory_format=str(memory_format))
-            for name in names:
-                if name not in helpers:
-                    compiled = Compiled(kernels[name], int(architecture), label)
-                    setattr(passes_triton, name, compiled)
+            for name, kernel in kernels.items():
+                setattr(passes_triton, name, Compiled(kernel, int(architecture), label))
             formatted = x.contiguous(memory_format=memory_format)
             passes_triton.image_moments(formatted)
             passes_triton.squared_sum(formatted, small[:, 0])
