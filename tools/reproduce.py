@@ -181,7 +181,7 @@ def report(args: argparse.Namespace) -> None:
         raise CommandError(f'{args.work_dir}: no run of these rows; `run` trains them')
     out = args.out or args.work_dir / 'report'
     written = write_tables(lines, out, args.config is not None)
-    for path in [*written, *reproduce_plot.draw(lines, out)]:
+    for path in [*written, *reproduce_plot.draw(lines, out, args.config is not None)]:
         print(path)
 
 

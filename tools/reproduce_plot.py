@@ -23,8 +23,14 @@ CONDENSATION = ('figure2', 'figure7-10')
 DASHES = ['-', '--', ':', '-.', (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3))]
 
 
-def draw(by_experiment: Dict[str, List[Line]], out: Path) -> List[Path]:
+def draw(by_experiment: Dict[str, List[Line]], out: Path, one_network: bool) -> List[Path]:
     """Draws what the runs suffice for.
+
+    Args:
+        by_experiment (dict): Experiment -> its lines.
+        out (Path): Folder of the PNG files.
+        one_network (bool): All runs are of one config: the titles name that, since
+            those of the experiments name the paper's data.
 
     Returns:
         list[Path]: The PNG files.
@@ -49,12 +55,20 @@ def draw(by_experiment: Dict[str, List[Line]], out: Path) -> List[Path]:
         for name, figure in figures.items():
             if figure is not None:
                 if not figure.get_suptitle():
-                    figure.suptitle(TITLES[experiment], fontsize=9)
+                    figure.suptitle(_title(experiment, have, one_network), fontsize=9)
                 path = out / f'{experiment}_{name}.png'
                 figure.savefig(path, dpi=110)
                 plt.close(figure)
                 written.append(path)
     return written
+
+
+def _title(experiment: str, lines: Sequence[Line], one_network: bool) -> str:
+    if not one_network:
+        return TITLES[experiment]
+    ours = next(iter(lines[0].done.values())).settings
+    what = TITLES[experiment].split(':')[0]
+    return f'{what}, with {ours["config"]}, data {ours["data"]}, {ours["epochs"]} epochs'
 
 
 def _name(line: Line, lines: Sequence[Line]) -> str:
