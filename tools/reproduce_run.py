@@ -239,7 +239,7 @@ def run_jobs(jobs: Sequence[Job], parallel: int, gpus: int, data: Optional[str])
     )
     try:
         while waiting or running:
-            while waiting and len(running) < max(1, parallel):
+            while waiting and len(running) < parallel:
                 job = waiting.pop(0)
                 record = {**job.settings, 'data': data, 'gpus': gpus, **machine}
                 job.folder.mkdir(parents=True, exist_ok=True)
@@ -248,12 +248,12 @@ def run_jobs(jobs: Sequence[Job], parallel: int, gpus: int, data: Optional[str])
                 running[process.pid] = job, process
             for pid, (job, process) in list(running.items()):
                 ended = process.poll() is not None
-                epoch = read_run(job.folder).epoch
-                progress.update(epoch - done[job.title])
-                done[job.title] = epoch
+                run = read_run(job.folder)
+                progress.update(run.epoch - done[job.title])
+                done[job.title] = run.epoch
                 if ended:
                     del running[pid]
-                    if process.returncode or read_run(job.folder).state != 'done':
+                    if process.returncode or run.state != 'done':
                         line = f'{job.title}: {_last_line(job.folder)}'
                         failed.append(line)
                         progress.write(f'FAILED {line}', file=sys.stderr)

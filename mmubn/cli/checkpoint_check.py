@@ -46,7 +46,7 @@ def check_pretrained(cfg: Config) -> None:
         checkpoint = read_checkpoint(f'{path}.checkpoint', node['checkpoint'], remedy)
         place = re.fullmatch(r'model\.(?:(.+)\.)?init_cfg(?:\.\d+)?', path)
         if place is not None:
-            model = model or _build(cfg)
+            model = model or build_model(cfg)
             _check_filled(path, node, checkpoint, model, place[1] or '', remedy)
 
 
@@ -93,7 +93,7 @@ def check_start(cfg: Config) -> None:
     if not cfg.get('resume'):
         if cfg.get('load_from'):
             weights = _weights(read_checkpoint('load_from', cfg.load_from))
-            differences = _of_backbone(_norm_differences(_build(cfg), weights))
+            differences = _of_backbone(_norm_differences(build_model(cfg), weights))
             if any(differences.values()):
                 raise CommandError(
                     f'load_from: {cfg.load_from} does not fit the norm layers of the backbone in '
@@ -163,13 +163,14 @@ def _weights(checkpoint: dict, prefix: Optional[str] = None) -> Dict[str, Tensor
     return {**{name: w for name, w in weights.items() if not name.startswith(start)}, **inside}
 
 
-def _build(cfg: Config) -> nn.Module:
+def build_model(cfg: Config) -> nn.Module:
+    """The config's model, to look at; the random generators stay as they are."""
     with torch.random.fork_rng():
         return MODELS.build(copy.deepcopy(cfg.model))
 
 
 def _check_fit(key: str, source: str, checkpoint: dict, cfg: Config) -> None:
-    differences = _differences(_build(cfg), _weights(checkpoint))
+    differences = _differences(build_model(cfg), _weights(checkpoint))
     if any(differences.values()):
         raise CommandError(
             f'{key}: {source} does not fit the model of {cfg.filename}: '

@@ -1,16 +1,14 @@
 """Checks that the work directory can take the checkpoints of a training."""
 
-import copy
 import errno
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
-import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS
 
+from .checkpoint_check import build_model
 from .errors import CommandError
 
 _OTHER = 'give another folder by --work-dir'
@@ -70,8 +68,7 @@ def _existing(folder: str) -> Path:
 
 def _checkpoint_bytes(cfg: Config) -> int:
     """The model's bytes and those of the optimizer's state, as far as its type tells."""
-    with torch.random.fork_rng():
-        model = MODELS.build(copy.deepcopy(cfg.model))
+    model = build_model(cfg)
     optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer', {})
     states = 2 if 'Adam' in str(optimizer.get('type')) else bool(optimizer.get('momentum'))
     weights = sum(value.nbytes for value in model.state_dict().values())

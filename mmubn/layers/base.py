@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import ops
-from ..ops.utils import compiling
+from ..ops.utils import compiling, statistics_dtype
 from .guards import BatchNormGuard
 
 logger = logging.getLogger('mmubn')
@@ -128,9 +128,7 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
         """m, or zeros where running statistics and no rectification leave it without effect."""
         if self.center or self.scale:
             return ops.image_mean(x, self.backend)
-        return torch.zeros(
-            x.shape[:2], device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)
-        )
+        return torch.zeros(x.shape[:2], device=x.device, dtype=statistics_dtype(x.dtype))
 
     @torch.no_grad()
     def _training_statistics(
