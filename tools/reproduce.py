@@ -5,7 +5,7 @@
     python tools/reproduce.py report table3
 
 Without the paper's GPUs: ``--small`` trains the same norms in a network for a CPU, that of
-configs/cifar100/resnet18_small_cifar100.py; ``--config`` names another. Give ``list`` and
+configs/cifar10/resnet18_small_cifar10.py; ``--config`` names another. Give ``list`` and
 ``report`` the same option.
 """
 
@@ -32,7 +32,7 @@ from reproduce_run import (
 
 from mmubn.cli.errors import CommandError, command
 
-SMALL = ROOT / 'configs' / 'cifar100' / 'resnet18_small_cifar100.py'
+SMALL = ROOT / 'configs' / 'cifar10' / 'resnet18_small_cifar10.py'
 
 
 def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:

@@ -53,7 +53,7 @@ TITLES = {
     'figure11-16': 'Figures 11 to 16: thresholds (networks and values not named: ours)',
     'figure17-36': 'Figures 17 to 36: batch sizes, BN and UBN',
     'figure37-40': 'Figures 37 to 40: each rectification by itself',
-    'ours': 'Not in the paper: the gate of the literal equations, no gate, initial kernels',
+    'ours': 'Not in the paper: the warm-up of the gate, no gate, initial kernels',
 }
 
 
@@ -167,6 +167,7 @@ def _ours() -> Iterator[Row]:
     yield Row(*place, 'BN', 'BN')
     yield Row(*place, 'UBN', 'UBN')
     yield Row(*place, 'UBN, literal gate', 'UBN', dict(fct_warmup=0))
+    yield Row(*place, 'UBN, long gate warm-up', 'UBN', dict(fct_warmup=400))
     yield Row(*place, 'UBN, no gate', 'UBN', dict(fct=None))
     yield Row(*place, 'BNET, published kernel', 'BNET')
     yield Row(*place, 'BNET, identity kernel', 'BNET', dict(kernel_init='identity'))
@@ -198,9 +199,7 @@ def select(experiments: Sequence[str], patterns: Sequence[str], one_network: boo
             first.setdefault((row.experiment, row.norm, row.batch_size), row)
         rows = list(first.values())
     if patterns:
-        chosen = [
-            r for r in rows if any(fnmatch(n, p) for n in (r.norm, r.label) for p in patterns)
-        ]
+        chosen = [row for row in rows if _matches(row, patterns)]
         if not chosen:
             names = ', '.join(dict.fromkeys(row.norm for row in rows))
             raise CommandError(f'--rows {" ".join(patterns)}: no such row; the norms are {names}')

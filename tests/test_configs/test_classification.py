@@ -52,7 +52,7 @@ NORMS = {
     'bnet': ('BNET', dict(type='BNET')),
 }
 ALL = [(network, norm) for network in NETWORKS for norm in ('bn', 'ubn')]
-SMALL = 'cifar100/resnet18_small_cifar100.py'
+SMALL = [f'{data}/resnet18_small_{data}.py' for data in ('cifar10', 'cifar100')]
 ALL += [('cifar100/resnet50', norm) for norm in ('in', 'gn', 'iebn', 'rbn', 'bnet')]
 
 
@@ -91,7 +91,7 @@ def test_every_config_is_tested():
         for dataset in ('imagenet', 'cifar100', 'cifar10')
         for file in (CONFIGS / dataset).glob('*.py')
     }
-    assert found == {*(relative(*names) for names in ALL), SMALL}
+    assert found == {*(relative(*names) for names in ALL), *SMALL}
 
 
 @pytest.mark.parametrize(('network', 'norm'), ALL)
@@ -285,8 +285,9 @@ model = dict(
 
 
 @pytest.mark.parametrize('norm', ['BN', 'UBN', 'RBN', 'BNET', 'IEBN'])
-def test_small_config_trains_with_any_norm(norm, images, tmp_path):
-    cfg = Config.fromfile(CONFIGS / SMALL)
+@pytest.mark.parametrize('small', SMALL)
+def test_small_config_trains_with_any_norm(norm, small, images, tmp_path):
+    cfg = Config.fromfile(CONFIGS / small)
     cfg.merge_from_dict({'model.backbone.norm_cfg.type': norm})
     set_data_root(cfg, str(images))
     assert 'accuracy/top1' in train_two_iterations(cfg, tmp_path)

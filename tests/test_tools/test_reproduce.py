@@ -82,7 +82,7 @@ def test_rows_that_say_the_same_share_their_runs():
 def test_the_small_network_takes_every_norm():
     rows = reproduce_rows.select(['table3', 'figure5', 'ours'], [], one_network=True)
     settings = {s.name: s for s in (reproduce_run.make_setting(r, reproduce.SMALL) for r in rows)}
-    groups = settings['resnet18_small_cifar100-GN'].options['model.backbone.norm_cfg.num_groups']
+    groups = settings['resnet18_small_cifar10-GN'].options['model.backbone.norm_cfg.num_groups']
     assert groups == 8  # of 16 channels
     base = Config.fromfile(reproduce.SMALL).to_dict()
     for setting in settings.values():
