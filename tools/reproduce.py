@@ -66,7 +66,11 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         help='folder of all work dirs (work_dirs/reproduce/<paper or config name>)',
     )
     commands.add_parser('list', parents=[shared], help='rows, their configs, values and states')
-    run = commands.add_parser('run', parents=[shared], help='train rows; resumes, skips finished')
+    outputs = argparse.ArgumentParser(add_help=False)
+    outputs.add_argument('--out', type=Path, help='folder of the report (<work dir>/report)')
+    run = commands.add_parser(
+        'run', parents=[shared, outputs], help='train rows and report; resumes, skips finished'
+    )
     length = run.add_mutually_exclusive_group()
     length.add_argument('--budget', type=_positive, help="length of a training by the config's")
     length.add_argument('--epochs', type=_count, help='length of a training')
@@ -83,8 +87,9 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         run.add_argument(name, nargs=nargs, help='as of train.py, for every run')
     for name in ('--amp', '--auto-scale-lr', '--eval-on-train'):
         run.add_argument(name, action='store_true', help='as of train.py, for every run')
-    report = commands.add_parser('report', parents=[shared], help='tables and pictures of the runs')
-    report.add_argument('--out', type=Path, help='folder of the report (<work dir>/report)')
+    commands.add_parser(
+        'report', parents=[shared, outputs], help='tables and pictures of the finished runs'
+    )
     args = parser.parse_args(argv)
     if args.work_dir is None:
         name = args.config.stem if args.config else 'paper'
@@ -136,7 +141,7 @@ def _shown(config: Path) -> str:
 
 
 def run_rows(args: argparse.Namespace) -> None:
-    """Trains the rows."""
+    """Trains the rows, and reports what is finished."""
     if not args.experiments:
         raise CommandError('run: name the experiments, such as table3')
     rows = _rows(args)
@@ -169,16 +174,18 @@ def run_rows(args: argparse.Namespace) -> None:
     # Ended by a signal, it ends its trainings too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     failed = run_jobs(jobs, args.jobs, args.gpus, data)
+    if len(failed) < len(jobs):
+        report(args)
     if failed:
         print(f'{len(failed)} of {len(jobs)} runs failed:', *failed, sep='\n  ', file=sys.stderr)
         sys.exit(1)
 
 
 def report(args: argparse.Namespace) -> None:
-    """Writes tables and pictures."""
+    """Writes tables and pictures of the finished runs."""
     lines = find_lines(args)
-    if not any(line.runs for found in lines.values() for line in found):
-        raise CommandError(f'{args.work_dir}: no run of these rows; `run` trains them')
+    if not any(line.done for found in lines.values() for line in found):
+        raise CommandError(f'{args.work_dir}: no finished run of these rows; `run` trains them')
     out = args.out or args.work_dir / 'report'
     written = write_tables(lines, out, args.config is not None)
     for path in [*written, *reproduce_plot.draw(lines, out, args.config is not None)]:

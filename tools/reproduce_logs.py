@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, List, Tuple
 
 SETTINGS = 'run.json'
 # The paper's names of metrics, mmengine's, and what the latter are multiplied by.
@@ -28,7 +28,8 @@ class Run:
     Attributes:
         folder (Path): The work dir.
         settings (dict): As ``reproduce.py run`` wrote them; empty if it never began.
-        curves (dict): Metric -> epoch -> value, in per cent.
+        curves (dict): Metric -> epoch -> value, in per cent; and ``loss``, the mean of an
+            epoch's iterations.
         seconds (dict): Epoch -> seconds of training until its end, without validation.
     """
 
@@ -40,7 +41,8 @@ class Run:
     @property
     def epoch(self) -> int:
         """The last one with a validation."""
-        return max((max(curve) for curve in self.curves.values()), default=0)
+        validated = (max(c) for metric, c in self.curves.items() if metric != 'loss')
+        return max(validated, default=0)
 
     @property
     def state(self) -> str:
@@ -79,9 +81,14 @@ def read_run(folder: Path) -> Run:
                 if key in line:
                     curves.setdefault(metric, {})[line['step']] = line[key] * factor
     seconds: Dict[int, float] = {}
+    losses: Dict[int, List[Tuple[int, float]]] = {}  # epoch -> (iterations, their mean)
     total, last = 0.0, 0
     for step, line in sorted(train.items()):
         total += (step - last) * line['time']
-        last = step
         seconds[line['epoch']] = total
+        losses.setdefault(line['epoch'], []).append((step - last, line['loss']))
+        last = step
+    for epoch, parts in losses.items():
+        mean = sum(n * loss for n, loss in parts) / sum(n for n, _ in parts)
+        curves.setdefault('loss', {})[epoch] = mean
     return Run(folder, settings, curves, seconds)

@@ -17,6 +17,7 @@ from reproduce_rows import TITLES
 
 CURVES = ('table2', 'table3', 'table4', 'table5', 'table6', 'table8', 'figure4', 'figure5', 'ours')
 DIFFERENCES = ('table2', 'table3', 'table4', 'table5', 'table6', 'figure5', 'figure37-40', 'ours')
+LOSSES = ('table5', 'table6')
 THRESHOLDS = ('figure6', 'figure11-16')
 BATCH_SIZES = ('table7', 'figure17-36')
 CONDENSATION = ('figure2', 'figure7-10')
@@ -42,6 +43,8 @@ def draw(by_experiment: Dict[str, List[Line]], out: Path, one_network: bool) -> 
         if experiment in CURVES:
             for by, unit in (('epochs', 'epoch'), ('time', 'seconds of training')):
                 figures[by] = _curves(have, by, unit)
+        if experiment in LOSSES:
+            figures['loss'] = _curves(have, 'epochs', 'epoch', 'loss')
         if experiment in DIFFERENCES:
             figures['differences'] = _differences(have)
         if experiment in THRESHOLDS:
@@ -80,13 +83,15 @@ def _seconds(run: Run, epochs: Sequence[int]) -> List[float]:
     return [run.seconds[epoch] for epoch in epochs]
 
 
-def _curves(lines: Sequence[Line], by: str, unit: str) -> Optional[Figure]:
-    """Mean over the seeds, and their range as a band."""
+def _curves(
+    lines: Sequence[Line], by: str, unit: str, metric: Optional[str] = None
+) -> Optional[Figure]:
+    """Mean over the seeds, and their range as a band, of a metric or the first one."""
     if not lines:
         return None
     figure, axis = plt.subplots(figsize=(6.4, 4), layout='constrained')
+    metric = metric or lines[0].metrics[0]
     for number, line in enumerate(lines):
-        metric = line.metrics[0]
         runs = list(line.done.values())
         epochs = sorted(set.intersection(*(set(run.curves[metric]) for run in runs)))
         values = np.array([[run.curves[metric][epoch] for epoch in epochs] for run in runs])
@@ -94,7 +99,8 @@ def _curves(lines: Sequence[Line], by: str, unit: str) -> Optional[Figure]:
         style = dict(color=f'C{number % 10}', linestyle=DASHES[number % len(DASHES)])
         axis.plot(x, values.mean(0), label=_name(line, lines), linewidth=1.3, **style)
         axis.fill_between(x, values.min(0), values.max(0), alpha=0.12, color=style['color'])
-    axis.set(xlabel=unit, ylabel=f'{metric}, % (mean and range of the seeds)')
+    what = 'training loss' if metric == 'loss' else f'{metric}, %'
+    axis.set(xlabel=unit, ylabel=f'{what} (mean and range of the seeds)')
     axis.legend(frameon=False, fontsize=7)
     axis.spines[['top', 'right']].set_visible(False)
     return figure

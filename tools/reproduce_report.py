@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from reproduce_logs import Run
-from reproduce_rows import TITLES, Row
+from reproduce_rows import CONTRASTS, TITLES, Row
 from reproduce_run import Setting
 from scipy.stats import t as student
 
@@ -30,9 +30,11 @@ class Line:
 
     @property
     def metrics(self) -> List[str]:
-        """Those of the paper, else the usual one of the data."""
+        """Those of the paper, else the usual one of the data; of detection the loss too."""
         found = [metric for metric in self.row.paper if metric not in ('train_seconds', 'epochs')]
-        return found or ['bbox_AP' if self.row.dataset == 'COCO' else 'top1']
+        if self.row.dataset == 'COCO':
+            return [*(found or ['bbox_AP']), 'loss']
+        return found or ['top1']
 
     @property
     def state(self) -> str:
@@ -202,13 +204,33 @@ def markdown(by_experiment: Dict[str, List[Line]], one_network: bool) -> str:
             ours = _shown(cell['mean'], '.2f')
             if cell['sd'] != '':
                 ours += f' ± {cell["sd"]:.2f}'
-            difference = _shown(cell['minus_bn'], '+.2f')
-            if cell['ci95_low'] != '':
-                difference += f' [{cell["ci95_low"]:+.2f}, {cell["ci95_high"]:+.2f}]'
             values = label, cell['metric'], _shown(cell['paper'], '.4g')
-            values += _shown(cell['paper_minus_bn'], '+.2f'), ours, cell['state'], difference
+            values += _shown(cell['paper_minus_bn'], '+.2f'), ours, cell['state']
+            values += (_difference(cell['minus_bn'], cell['ci95_low'], cell['ci95_high']),)
             text.append('| ' + ' | '.join(map(str, values)) + ' |')
+        if experiment == 'ours':
+            text += ['', *contrasts(lines)]
     return '\n'.join(text) + '\n'
+
+
+def contrasts(lines: Sequence[Line]) -> List[str]:
+    """Differences between rows neither of which is BN, as Markdown."""
+    text = ['| row | minus | metric | difference |', '|---|---|---|---|']
+    by_norm = {line.row.norm: line for line in lines}
+    for norm, other in CONTRASTS:
+        if norm not in by_norm or other not in by_norm:  # left out by --rows
+            continue
+        for metric in by_norm[norm].metrics:
+            mean, half, pairs = paired(by_norm[norm].finals(metric), by_norm[other].finals(metric))
+            bounds = mean, mean - half, mean + half
+            shown = _difference(*map(_rounded, bounds)) if pairs else 'not run'
+            text.append(f'| {norm} | {other} | {metric} | {shown} |')
+    return text
+
+
+def _difference(mean: object, low: object, high: object) -> str:
+    interval = f' [{low:+.2f}, {high:+.2f}]' if low != '' else ''
+    return _shown(mean, '+.2f') + interval
 
 
 def _with_lines(lines: Sequence[Line]) -> List[Tuple[Line, Dict[str, object]]]:

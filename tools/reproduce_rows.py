@@ -173,6 +173,13 @@ def _ours() -> Iterator[Row]:
     yield Row(*place, 'BNET, identity kernel', 'BNET', dict(kernel_init='identity'))
 
 
+# Of these rows, the questions that BN does not answer: a norm, and what it is set against.
+CONTRASTS = (
+    ('UBN, literal gate', 'UBN'),
+    ('UBN, long gate warm-up', 'UBN'),
+    ('UBN, no gate', 'UBN'),
+    ('BNET, identity kernel', 'BNET, published kernel'),
+)
 ROWS: List[Row] = [*_tables(), *_figures(), *_ours()]
 
 

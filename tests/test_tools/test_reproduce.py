@@ -117,7 +117,7 @@ def test_the_schedule_is_scaled_with_the_length():
 
 
 def write_run(folder: Path, epochs: int, parts, seed=0):
-    """``parts``: for each start of the training a list of (iteration time, top1) by epoch."""
+    """``parts``: for each start of the training a list of (epoch, iteration time, top1)."""
     folder.mkdir(parents=True)
     record = dict(config='net', options=[], epochs=epochs, seed=seed, data='d', gpus=0)
     record.update(device='cpu: none', torch='2', commit='abc')
@@ -129,9 +129,8 @@ def write_run(folder: Path, epochs: int, parts, seed=0):
         for epoch, seconds, top1 in part:
             for step in (10, 15):  # 15 iterations an epoch, a line every 10
                 iteration = 15 * (epoch - 1) + step
-                lines.append(
-                    dict(lr=0.1, time=seconds, epoch=epoch, iter=iteration, step=iteration)
-                )
+                line = dict(lr=0.1, time=seconds, epoch=epoch, iter=iteration, step=iteration)
+                lines.append({**line, 'loss': 6 / epoch + (step == 15)})
             lines.append({'condensation/all/train/input': 0.5, 'step': 15 * epoch})
             lines.append({'accuracy/top1': top1, 'time': 99.0, 'step': epoch})
         (logs / 'scalars.json').write_text('\n'.join(map(json.dumps, lines)) + '\n{"cut')
@@ -163,11 +162,23 @@ def test_a_resumed_run_replaces_what_it_repeats(tmp_path):
     second = [(3, 0.3, 33.0), (4, 0.3, 44.0)]
     write_run(tmp_path / 'seed0', 4, [first, second])
     run = reproduce_logs.read_run(tmp_path / 'seed0')
-    assert run.curves == {'top1': {1: 10.0, 2: 20.0, 3: 33.0, 4: 44.0}}
+    assert run.curves['top1'] == {1: 10.0, 2: 20.0, 3: 33.0, 4: 44.0}
     assert run.seconds == pytest.approx({1: 1.5, 2: 3.0, 3: 7.5, 4: 12.0})
     assert run.state == 'done'
     assert run.epoch_reaching('top1', 20) == 2
     assert run.epoch_reaching('top1', 44.1) == 0
+
+
+def test_the_loss_of_an_epoch_is_the_mean_of_its_iterations(tmp_path):
+    write_run(tmp_path / 'seed0', 3, [[(1, 0.1, 10.0), (2, 0.1, 20.0)]])
+    (log,) = tmp_path.glob('seed0/*/vis_data/scalars.json')
+    begun = dict(lr=0.1, time=0.1, epoch=3, iter=40, step=40, loss=9.0)
+    log.write_text(log.read_text().replace('{"cut', f'{json.dumps(begun)}\n'))
+    run = reproduce_logs.read_run(tmp_path / 'seed0')
+    # Ten iterations of the first value, five of one that is larger by 1.
+    assert run.curves['loss'] == pytest.approx({1: 6 + 1 / 3, 2: 3 + 1 / 3, 3: 9.0})
+    assert run.epoch == 2
+    assert run.state == 'part'
 
 
 def test_report_has_the_values_computed_by_hand(logs):
@@ -191,8 +202,10 @@ def test_report_has_the_values_computed_by_hand(logs):
     assert '`net`; 3 epochs; data `d`; seeds 0, 1, 2; cpu: none; torch 2; commit abc' in text
     with Path('out/curves.csv').open(newline='') as file:
         curves = list(csv.DictReader(file))
-    assert len(curves) == 18
-    assert curves[0].items() >= {'setting': 'net-BN', 'epoch': '1', 'train_seconds': '1.50'}.items()
+    assert len(curves) == 2 * 18
+    first = dict(setting='net-BN', epoch='1', train_seconds='1.50', metric='top1', value='30')
+    assert curves[0].items() >= first.items()
+    assert {c['metric'] for c in curves} == {'top1', 'loss'}
 
 
 def test_table_8_is_of_pairs(logs):
@@ -232,6 +245,32 @@ def test_pictures_of_the_report(logs, capsys):
         assert (logs / 'out' / f'{name}.png').stat().st_size > 5000
 
 
+def test_our_own_rows_are_set_against_each_other(logs):
+    for seed, top1 in enumerate((42.0, 45.0, 49.0)):  # UBN has 41, 45 and 48
+        name = 'UBN-fct_warmup=0'
+        write_run(small(name, seed), 3, [[(e, 0.1, top1) for e in (1, 2, 3)]], seed)
+    reproduce.main([*REPORT[:1], 'ours', *REPORT[3:]])
+    text = Path('out/report.md').read_text()
+    # Differences 1, 0, 1: mean 0.667, sd 0.577.
+    assert '| UBN, literal gate | UBN | top1 | +0.67 [-0.77, +2.10] |' in text
+    assert '| BNET, identity kernel | BNET, published kernel | top1 | not run |' in text
+
+
+def test_the_report_of_detection_has_the_loss(logs, capsys):
+    for log in Path('runs').glob('*/*/*/vis_data/scalars.json'):
+        text = log.read_text().replace('accuracy/top1', 'coco/bbox_mAP')
+        for value in (30, 39, 40, 41, 42, 43, 44, 45, 48, 20):
+            text = text.replace(f'"coco/bbox_mAP": {value}.0', f'"coco/bbox_mAP": 0.{value}')
+        log.write_text(text)
+    argv = list(REPORT)
+    argv[1:3] = ['table6']
+    reproduce.main(argv)
+    text = Path('out/report.md').read_text()
+    assert '| UBN | bbox_AP | 38.5 | +4.50 | 44.67 ± 3.51 | 3 done | +2.67 [-1.13, +6.46] |' in text
+    assert '| UBN | loss |  |  | 2.33 ± 0.00 | 3 done | +0.00 [+0.00, +0.00] |' in text
+    assert 'out/table6_loss.png' in capsys.readouterr().out
+
+
 def test_a_single_seed_has_no_interval():
     mean, half, pairs = reproduce_report.paired({0: 3.0, 1: 9.0}, {0: 1.0})
     assert (mean, pairs) == (2.0, 1)
@@ -269,6 +308,9 @@ def test_runs_skip_resume_and_refuse_another_length(project, capfd):
     run('--epochs', '2', '--jobs', '2', '--no-condensation')
     assert states(project) == {'tiny-BN': 'done', 'tiny-UBN': 'done'}
     assert 'resumed epoch: 1' in (folder / 'output.log').read_text()
+    assert (
+        '| UBN | top1 | 78.67 | +1.65 |' in (project / 'runs' / 'report' / 'report.md').read_text()
+    )
 
     capfd.readouterr()
     checkpoint = (folder / 'epoch_2.pth').stat().st_mtime_ns
@@ -309,6 +351,8 @@ def test_a_failing_run_is_told_and_the_others_go_on(project, monkeypatch, capfd)
     assert capfd.readouterr().err.endswith(f'1 of 2 runs failed:\n  {line}\n')
     # Beside the config's own hooks, condensation is recorded; the report draws it.
     assert (project / 'runs' / 'tiny-UBN' / 'seed0' / 'condensation.csv').is_file()
+    text = (project / 'runs' / 'report' / 'report.md').read_text()
+    assert '| UBN, FCT 0.2 | top1 |  |  |  | 1 part |  |' in text
     reproduce.main(['report', 'figure2', *TINY[1:5], '--out', 'out'])
     assert (project / 'out' / 'figure2_condensation.png').is_file()
 
@@ -321,7 +365,10 @@ def test_a_failing_run_is_told_and_the_others_go_on(project, monkeypatch, capfd)
         (('run',), 'run: name the experiments, such as table3'),
         (('run', 'table3', '--config', 'absent.py'), 'no config absent.py'),
         (('run', 'table5', '--config', str(reproduce.SMALL)), f'{reproduce.SMALL} is for classif'),
-        (('report', '--work-dir', 'nowhere'), 'nowhere: no run of these rows; `run` trains them'),
+        (
+            ('report', '--work-dir', 'nowhere'),
+            'nowhere: no finished run of these rows; `run` trains them',
+        ),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, argv, message):
