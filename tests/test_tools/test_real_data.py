@@ -1,5 +1,6 @@
 """The main config on real COCO images, at reduced size."""
 
+import re
 import tarfile
 from pathlib import Path
 
@@ -10,14 +11,20 @@ pytest.importorskip('mmdet')
 pytest.importorskip('pycocotools')
 
 
-@pytest.mark.slow
-def test_main_config_trains_and_evaluates(real_data, tmp_path, monkeypatch):
+@pytest.fixture
+def coco128(real_data, tmp_path, monkeypatch):
+    """The folder ``coco128`` in the working directory."""
     archive = real_data / 'coco128.tar'
     if not archive.is_file():
         pytest.skip(f'no {archive}')
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path, filter='data')
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('coco128')
+def test_main_config_trains_and_evaluates():
     config = str(ROOT / 'configs' / 'mask_rcnn_r50_ubn_1x_coco.py')
     options = [
         'model.backbone.init_cfg=None',
@@ -37,3 +44,19 @@ def test_main_config_trains_and_evaluates(real_data, tmp_path, monkeypatch):
     log = next(run.glob('*/*.log')).read_text()
     assert 'UBN: 53 layers built, 42 train' in log
     assert 'coco/segm_mAP' in next(run.glob('*/vis_data/scalars.json')).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('coco128')
+def test_both_norms_of_table_6_in_the_small_detector():
+    config = str(ROOT / 'configs' / 'mask_rcnn_r18_small_coco.py')
+    rows = ['table6', '--config', config, '--work-dir', 'runs']
+    options = ['train_dataloader.dataset.indices=8', 'val_dataloader.dataset.indices=4']
+    options += ['model.test_cfg.rcnn.score_thr=0.0']
+    arguments = ['--epochs', '1', '--seeds', '1', '--data-root', 'coco128', '--eval-on-train']
+    reproduce = load_tool('reproduce')
+    reproduce.main(['run', *rows, *arguments, '--cfg-options', *options])
+    reproduce.main(['report', *rows, '--out', 'out'])
+    text = Path('out/report.md').read_text()
+    assert re.search(r'\| UBN \| loss \|  \|  \| \d\.\d\d \| 1 done \|', text)
+    assert Path('out/table6_loss.png').is_file()
