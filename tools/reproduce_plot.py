@@ -48,11 +48,9 @@ def draw(by_experiment: Dict[str, List[Line]], out: Path, one_network: bool) -> 
         if experiment in DIFFERENCES:
             figures['differences'] = _differences(have)
         if experiment in THRESHOLDS:
-            figures['thresholds'] = _against(have, 'threshold FCT', _threshold, log=False)
+            figures['thresholds'] = _against(have, 'threshold FCT', _threshold, one_network)
         if experiment in BATCH_SIZES:
-            figures['batch_sizes'] = _against(
-                have, 'batch size', lambda line: line.row.batch_size, log=True
-            )
+            figures['batch_sizes'] = _against(have, 'batch size', _batch_size, one_network)
         if experiment in CONDENSATION:
             figures.update(_condensation(have))
         for name, figure in figures.items():
@@ -136,8 +134,12 @@ def _threshold(line: Line) -> Optional[float]:
     return line.row.norm_cfg['fct'] if line.row.base == 'UBN' else None
 
 
+def _batch_size(line: Line) -> int:
+    return line.row.batch_size
+
+
 def _against(
-    lines: Sequence[Line], unit: str, place: Callable[[Line], Optional[float]], log: bool
+    lines: Sequence[Line], unit: str, place: Callable[[Line], Optional[float]], one_network: bool
 ) -> Optional[Figure]:
     """The final metric over a setting; a line without it, BN, lies across."""
     if not lines:
@@ -145,7 +147,8 @@ def _against(
     figure, axis = plt.subplots(figsize=(6.4, 3.6), layout='constrained')
     groups: Dict[str, List[Line]] = {}
     for line in lines:
-        groups.setdefault(f'{line.row.dataset}, {line.row.model}, {line.row.base}', []).append(line)
+        paper = '' if one_network else f'{line.row.dataset}, {line.row.model}, '
+        groups.setdefault(paper + line.row.base, []).append(line)
     for number, (name, group) in enumerate(groups.items()):
         color = f'C{number % 10}'
         points = [(place(line), *mean_sd(list(_finals(line).values()))) for line in group]
@@ -154,7 +157,7 @@ def _against(
             continue
         x, mean, sd = zip(*sorted(points))
         axis.errorbar(x, mean, sd, marker='o', capsize=3, color=color, label=f'{name} (± sd)')
-    if log:
+    if place is _batch_size:
         axis.set_xscale('log', base=2)
     axis.set(xlabel=unit, ylabel=f'{lines[0].metrics[0]}, %')
     axis.legend(frameon=False, fontsize=7)

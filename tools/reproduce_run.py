@@ -226,6 +226,7 @@ def run_jobs(jobs: Sequence[Job], parallel: int, gpus: int, data: Optional[str])
     waiting = [job for job in jobs if read_run(job.folder).state != 'done']
     print(f'{len(jobs) - len(waiting)} of {len(jobs)} runs are finished', flush=True)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    torch.set_num_threads(threads_of_each(parallel))  # what the record of the machine says
     machine = describe_run(device, ROOT)
     running: Dict[int, tuple] = {}
     failed: List[str] = []
@@ -270,6 +271,12 @@ def run_jobs(jobs: Sequence[Job], parallel: int, gpus: int, data: Optional[str])
     return failed
 
 
+def threads_of_each(parallel: int) -> int:
+    """OpenMP threads of each of several trainings: its share, or what OMP_NUM_THREADS says."""
+    threads = torch.get_num_threads()
+    return threads if 'OMP_NUM_THREADS' in os.environ else max(1, threads // parallel)
+
+
 def _start(job: Job, gpus: int) -> subprocess.Popen:
     if gpus:
         config, *others = job.arguments
@@ -277,6 +284,8 @@ def _start(job: Job, gpus: int) -> subprocess.Popen:
     else:
         command = [sys.executable, str(ROOT / 'tools' / 'train.py'), *job.arguments]
     env = {**os.environ, 'PYTHON': sys.executable}
+    if not gpus:  # torchrun has a number of its own
+        env.setdefault('OMP_NUM_THREADS', str(torch.get_num_threads()))
     with (job.folder / 'output.log').open('a') as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
 

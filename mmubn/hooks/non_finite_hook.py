@@ -121,7 +121,10 @@ def _describe(runner, batch: Any) -> str:
     """Runs a batch through the model once more and tells where it ceases to be finite."""
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     found: List[str] = []
-    mixed_precision = runner.optim_wrapper.optim_context(model)
+    wrapper = runner.optim_wrapper
+    if isinstance(wrapper, OptimWrapperDict):  # which has no precision of its own
+        wrapper = next(iter(wrapper.values()))
+    mixed_precision = wrapper.optim_context(model)
     with _as_before(model), _watch(model, found), torch.no_grad(), mixed_precision:
         data = model.data_preprocessor(batch, True)
         losses = model._run_forward(data, mode='loss')

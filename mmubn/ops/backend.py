@@ -6,6 +6,7 @@ import logging
 import os
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from . import passes_torch
@@ -16,6 +17,8 @@ logger = logging.getLogger('mmubn')
 BACKENDS = ('auto', 'torch', 'triton')
 # What the kernels unroll; wider ones would spill registers.
 _TRITON_KERNEL_SIZES = (1, 3, 5, 7)
+# The first that compiles them: they carry tuples through loops.
+_TRITON_VERSION = (3, 3)
 
 
 def choose(backend: str, x: Tensor, kernel_size: int = 1) -> ModuleType:
@@ -62,6 +65,22 @@ def _why_not_triton(x: Tensor, kernel_size: int) -> str:
         return f'the input is on {x.device}, not on a GPU'
     if tracing():
         return 'the model is being compiled or exported'
+    return _why_no_launch(x.device) if x.is_cuda else ''
+
+
+@functools.cache
+def _why_no_launch(device: torch.device) -> str:
+    import triton
+
+    if tuple(map(int, triton.__version__.split('.')[:2])) < _TRITON_VERSION:
+        needed = '.'.join(map(str, _TRITON_VERSION))
+        return f'its kernels need triton {needed}, found {triton.__version__}'
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
+        return f'{device} is older than compute capability 7.0'
+    try:  # loads its link to the driver, for which it wants a C compiler and Python.h
+        triton.runtime.driver.active.get_current_device()
+    except Exception as error:  # whatever a compiler, a loader or the driver raises
+        return f'triton cannot start: {error}'
     return ''
 
 

@@ -50,10 +50,11 @@ def squared_sum(x: Tensor, weight: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1)
     flat = x.flatten(1)
     # Slices of coordinates, each summed over the whole batch: nothing of size D is kept.
-    parts = [
-        torch.mv(flat[:, part].to(weight.dtype).t(), weight).square().sum()
-        for part in slices(x, flat.shape[1])
-    ]
+    with torch.autocast(x.device.type, enabled=False):  # it would send mv to half
+        parts = [
+            torch.mv(flat[:, part].to(weight.dtype).t(), weight).square().sum()
+            for part in slices(x, flat.shape[1])
+        ]
     return torch.stack(parts).sum()
 
 

@@ -63,7 +63,7 @@ def image_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
             share,
             x.stride(0),
             x.stride(1),
-            x.stride(3),
+            x.stride(3) if width > 1 else x.stride(2),  # a size of 1 has any stride
             block_c,
             block_p,
         )

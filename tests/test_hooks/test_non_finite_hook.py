@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from mmengine.optim import OptimWrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import nn
 from toy_runner import ToyImages, ToyNet, loader, log_of, make_runner
@@ -153,6 +153,26 @@ def test_steps_that_a_loss_scaler_skips_count_where_a_loss_is_bad(tmp_path):
     assert run(tmp_path / 'finite', ubn_net(), optim_wrapper=wrapper).iter == 4
     with pytest.raises(FloatingPointError, match='iteration 3: the losses loss are not finite'):
         run(tmp_path / 'spoilt', ubn_net(), spoilt=[17], optim_wrapper=wrapper)
+
+
+class TwoOptimizers(ToyNet):
+    """Trains its last layer with an optimizer of its own."""
+
+    def train_step(self, data, optim_wrapper):
+        loss = self(**self.data_preprocessor(data, True), mode='loss')['loss']
+        loss.backward()
+        for wrapper in optim_wrapper.values():
+            wrapper.step()
+            wrapper.zero_grad()
+        return dict(loss=loss)
+
+
+def test_several_optimizers(tmp_path):
+    model = TwoOptimizers()
+    groups = dict(fc=model.fc.parameters(), stem=model.stem.parameters())
+    wrappers = {key: OptimWrapper(torch.optim.SGD(group, 0.1)) for key, group in groups.items()}
+    with pytest.raises(FloatingPointError, match='iteration 1: the losses loss are not finite'):
+        run(tmp_path, model, range(32), optim_wrapper=OptimWrapperDict(**wrappers))
 
 
 @pytest.mark.parametrize('bad', [dict(action='continue'), dict(max_skips=0)])

@@ -1,6 +1,7 @@
 """Which passes are chosen, what an explicit choice that cannot be met says."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from against_reference import LAYERS, Reference, assert_equals_reference, random
 from mmubn.layers import UBN
 from mmubn.ops import backend, mean_cosine_similarity, passes_torch
 
+triton = pytest.importorskip('triton')
 passes_triton = pytest.importorskip('mmubn.ops.passes_triton', exc_type=ImportError)
 
 
@@ -76,8 +78,49 @@ class OnGpu:
         return 1
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """As if there were one with compute capability 9.0 and a driver that Triton can use."""
+    backend._why_no_launch.cache_clear()
+    backend._say_once.cache_clear()
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0))
+    monkeypatch.setattr(triton.runtime, 'driver', driver)
+    yield driver
+    backend._why_no_launch.cache_clear()
+
+
+@pytest.mark.usefixtures('gpu')
 def test_auto_takes_triton_on_a_gpu():
     assert backend.choose('auto', OnGpu(), 3) is passes_triton
+
+
+@pytest.mark.usefixtures('gpu')
+def test_auto_is_torch_where_triton_is_too_old(monkeypatch, caplog):
+    monkeypatch.setattr(triton, '__version__', '3.1.0')
+    with caplog.at_level(logging.WARNING, logger='mmubn'):
+        assert backend.choose('auto', OnGpu(), 3) is passes_torch
+    assert 'its kernels need triton 3.3, found 3.1.0' in caplog.text
+    with pytest.raises(RuntimeError, match=r'need triton 3\.3, found 3\.1\.0'):
+        backend.choose('triton', OnGpu(), 3)
+
+
+@pytest.mark.usefixtures('gpu')
+def test_auto_is_torch_on_an_old_gpu(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (6, 1))
+    with caplog.at_level(logging.WARNING, logger='mmubn'):
+        assert backend.choose('auto', OnGpu(), 3) is passes_torch
+    assert 'cuda:0 is older than compute capability 7.0' in caplog.text
+
+
+def test_auto_is_torch_where_triton_cannot_start(gpu, caplog):
+    def fail():
+        raise RuntimeError('Failed to find C compiler')
+
+    gpu.active.get_current_device = fail
+    with caplog.at_level(logging.WARNING, logger='mmubn'):
+        assert backend.choose('auto', OnGpu(), 3) is passes_torch
+    assert 'triton cannot start: Failed to find C compiler' in caplog.text
 
 
 def test_auto_falls_back_and_says_so_once(caplog):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mmubn.layers import UBN
-from mmubn.ops import passes_torch
+from mmubn.ops import mean_cosine_similarity, passes_torch
 
 passes_triton = pytest.importorskip('mmubn.ops.passes_triton', exc_type=ImportError)
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
@@ -55,6 +55,7 @@ def test_step_in_a_cuda_graph():
     x = torch.randn(4, 8, 9, 9, device='cuda', requires_grad=True)
     upstream = torch.randn_like(x)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             step(captured, x, upstream)
@@ -94,3 +95,11 @@ def test_autocast_network_trains():
         loss = net(torch.randn(4, 3, 16, 16, device='cuda')).square().mean()
     loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
+
+
+def test_autocast_leaves_the_similarity_in_full_precision():
+    """Half precision would overflow at 1e5, and round at the size of a threshold."""
+    x = 1e5 + 1e4 * torch.randn(4, 8, 9, 9, device='cuda')
+    expected = mean_cosine_similarity(x, backend='torch')
+    with torch.autocast('cuda', dtype=torch.float16):
+        torch.testing.assert_close(mean_cosine_similarity(x, backend='torch'), expected)

@@ -64,6 +64,16 @@ def test_moments_and_similarity(passes, shape, layout):
 
 
 @pytest.mark.parametrize(
+    'x',
+    [torch.randn(3, 6, 5).transpose(1, 2).unsqueeze(-1), torch.randn(2, 3, 1, 9).mT],
+    ids=['tokens', 'strip'],
+)
+def test_moments_of_planes_one_pixel_wide(passes, x):
+    """The stride of a dimension of size 1 may be anything."""
+    torch.testing.assert_close(passes.image_moments(x), passes_torch.image_moments(x))
+
+
+@pytest.mark.parametrize(
     ('shape', 'kernel_size', 'layout'),
     [(shape, 3, layout) for shape in SHAPES for layout in ('contiguous', 'channels_last')]
     + [((2, 3, 18, 5), 1, 'channels_last'), ((2, 3, 5, 7), 1, 'contiguous')]

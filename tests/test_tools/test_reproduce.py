@@ -323,6 +323,14 @@ def test_runs_skip_resume_and_refuse_another_length(project, capfd):
     assert 'holds a run with epochs 2, not 3; give another --work-dir' in capfd.readouterr().err
 
 
+def test_trainings_side_by_side_share_the_threads(monkeypatch):
+    monkeypatch.setattr(reproduce_run.torch, 'get_num_threads', lambda: 8)
+    monkeypatch.delenv('OMP_NUM_THREADS')  # conftest.py sets it
+    assert [reproduce_run.threads_of_each(jobs) for jobs in (1, 3, 16)] == [8, 2, 1]
+    monkeypatch.setenv('OMP_NUM_THREADS', '8')
+    assert reproduce_run.threads_of_each(3) == 8
+
+
 REFUSES = """
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
