@@ -18,6 +18,10 @@ CSV_COLUMNS = (
     *('minus_bn', 'ci95_low', 'ci95_high', 'pairs'),
     *('config', 'options', 'epochs', 'data', 'device'),
 )
+LAYER_COLUMNS = (
+    *('setting', 'seed', 'epoch', 'layer', 'type'),
+    *('similarity', 'running_similarity', 'batch_statistics_used'),
+)
 
 
 @dataclass
@@ -259,7 +263,11 @@ def _conditions(lines: Sequence[Line]) -> List[str]:
 
 
 def write_tables(by_experiment: Dict[str, List[Line]], out: Path, one_network: bool) -> List[Path]:
-    """``report.md``, ``report.csv`` and ``curves.csv``, which has every run's every epoch."""
+    """Writes the report.
+
+    ``report.md`` and ``report.csv`` have the rows, ``curves.csv`` every epoch of every run,
+    ``layers.csv`` what CondensationHook saw of each layer's input in the last epoch.
+    """
     out.mkdir(parents=True, exist_ok=True)
     (out / 'report.md').write_text(markdown(by_experiment, one_network))
     with (out / 'report.csv').open('w', newline='') as file:
@@ -277,4 +285,20 @@ def write_tables(by_experiment: Dict[str, List[Line]], out: Path, one_network: b
                     for epoch, value in curve.items():
                         seconds = f'{run.seconds.get(epoch, math.nan):.2f}'
                         writer.writerow((name, seed, epoch, seconds, metric, f'{value:.4g}'))
-    return [out / name for name in ('report.md', 'report.csv', 'curves.csv')]
+    with (out / 'layers.csv').open('w', newline='') as file:
+        writer = csv.DictWriter(file, LAYER_COLUMNS, lineterminator='\n', extrasaction='ignore')
+        writer.writeheader()
+        for name, line in settings.items():
+            for seed, run in line.done.items():
+                for layer in _last_epoch(run.folder / 'condensation.csv'):
+                    writer.writerow({'setting': name, 'seed': seed, **layer})
+    return [out / name for name in ('report.md', 'report.csv', 'curves.csv', 'layers.csv')]
+
+
+def _last_epoch(path: Path) -> List[Dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline='') as file:
+        rows = [row for row in csv.DictReader(file) if row['where'] == 'train/input']
+    last = max((int(row['epoch']) for row in rows), default=0)
+    return [row for row in rows if int(row['epoch']) == last]

@@ -17,7 +17,7 @@ logger = logging.getLogger('mmubn')
 BACKENDS = ('auto', 'torch', 'triton')
 # What the kernels unroll; wider ones would spill registers.
 _TRITON_KERNEL_SIZES = (1, 3, 5, 7)
-# The first that compiles them: they carry tuples through loops.
+# The oldest that was seen to compile them: they carry tuples through loops.
 _TRITON_VERSION = (3, 3)
 
 

@@ -230,6 +230,16 @@ def test_table_8_says_who_never_got_there(logs):
     assert '| 2.0 epochs, 6.0 s (in 1 of 3) | 2.00 an epoch |' in Path('out/report.md').read_text()
 
 
+def test_the_report_has_the_layers_of_the_last_epoch(logs):
+    columns = 'epoch,iter,layer,type,where,similarity,running_similarity,batch_statistics_used'
+    rows = ['2,30,a,UBN,train/input,0.1,0.2,1', '3,45,a,UBN,train/input,0.3,0.4,0']
+    rows += ['3,45,a,UBN,fixed/input,0.5,0.4,']
+    (small('UBN', 1) / 'condensation.csv').write_text('\r\n'.join([columns, *rows, '']))
+    reproduce.main(REPORT)
+    _, row = Path('out/layers.csv').read_text().splitlines()
+    assert row == 'net-UBN,1,3,a,UBN,0.3,0.4,0'
+
+
 def test_an_unfinished_run_counts_for_nothing(logs):
     path = small('UBN', 2) / reproduce_logs.SETTINGS
     path.write_text(path.read_text().replace('"epochs": 3', '"epochs": 5'))
