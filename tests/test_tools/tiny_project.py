@@ -46,7 +46,8 @@ randomness = dict(seed=0)
 
 def make_project(folder: Path) -> None:
     """Writes ``tiny.py`` and ``images/{train,val}``: dark and bright noise, four of each."""
-    (folder / 'tiny.py').write_text(CONFIG)
+    # Runners of one name and second share a visualizer, so a log folder: a name for each test.
+    (folder / 'tiny.py').write_text(f'{CONFIG}experiment_name = {folder.name!r}\n')
     generator = np.random.default_rng(0)
     for split in ('train', 'val'):
         for name, level in (('bright', 200), ('dark', 50)):
