@@ -48,9 +48,13 @@ def draw(by_experiment: Dict[str, List[Line]], out: Path, one_network: bool) -> 
         if experiment in DIFFERENCES:
             figures['differences'] = _differences(have)
         if experiment in THRESHOLDS:
-            figures['thresholds'] = _against(have, 'threshold FCT', _threshold, one_network)
+            figures['thresholds'] = _against(
+                have, 'threshold FCT', _threshold, one_network, log=False
+            )
         if experiment in BATCH_SIZES:
-            figures['batch_sizes'] = _against(have, 'batch size', _batch_size, one_network)
+            figures['batch_sizes'] = _against(
+                have, 'batch size', lambda line: line.row.batch_size, one_network, log=True
+            )
         if experiment in CONDENSATION:
             figures.update(_condensation(have))
         for name, figure in figures.items():
@@ -134,12 +138,12 @@ def _threshold(line: Line) -> Optional[float]:
     return line.row.norm_cfg['fct'] if line.row.base == 'UBN' else None
 
 
-def _batch_size(line: Line) -> int:
-    return line.row.batch_size
-
-
 def _against(
-    lines: Sequence[Line], unit: str, place: Callable[[Line], Optional[float]], one_network: bool
+    lines: Sequence[Line],
+    unit: str,
+    place: Callable[[Line], Optional[float]],
+    one_network: bool,
+    log: bool,
 ) -> Optional[Figure]:
     """The final metric over a setting; a line without it, BN, lies across."""
     if not lines:
@@ -157,7 +161,7 @@ def _against(
             continue
         x, mean, sd = zip(*sorted(points))
         axis.errorbar(x, mean, sd, marker='o', capsize=3, color=color, label=f'{name} (± sd)')
-    if place is _batch_size:
+    if log:
         axis.set_xscale('log', base=2)
     axis.set(xlabel=unit, ylabel=f'{lines[0].metrics[0]}, %')
     axis.legend(frameon=False, fontsize=7)

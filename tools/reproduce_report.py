@@ -108,12 +108,16 @@ def cells(lines: Sequence[Line]) -> List[Dict[str, object]]:
                 cell['options'] = ' '.join(settings['options'])
                 cell.update({key: settings[key] for key in ('epochs', 'data', 'device')})
             if finals and bn is not None:
-                mean, half, n = paired(finals, bn.finals(metric))
-                if n:
-                    cell.update(minus_bn=_rounded(mean), pairs=n)
-                    cell.update(ci95_low=_rounded(mean - half), ci95_high=_rounded(mean + half))
+                names = 'minus_bn', 'ci95_low', 'ci95_high', 'pairs'
+                cell.update(zip(names, _interval(finals, bn.finals(metric))))
             found.append(cell)
     return found
+
+
+def _interval(ours: Dict[int, float], other: Dict[int, float]) -> Tuple[object, ...]:
+    """Of :func:`paired`: mean, low, high and number of pairs, rounded, empty where undefined."""
+    mean, half, n = paired(ours, other)
+    return *map(_rounded, (mean, mean - half, mean + half)), n or ''
 
 
 def _rounded(value: float) -> object:
@@ -212,24 +216,23 @@ def markdown(by_experiment: Dict[str, List[Line]], one_network: bool) -> str:
             values += _shown(cell['paper_minus_bn'], '+.2f'), ours, cell['state']
             values += (_difference(cell['minus_bn'], cell['ci95_low'], cell['ci95_high']),)
             text.append('| ' + ' | '.join(map(str, values)) + ' |')
-        if experiment == 'ours':
-            text += ['', *contrasts(lines)]
+        text += contrasts(lines)
     return '\n'.join(text) + '\n'
 
 
 def contrasts(lines: Sequence[Line]) -> List[str]:
-    """Differences between rows neither of which is BN, as Markdown."""
-    text = ['| row | minus | metric | difference |', '|---|---|---|---|']
+    """Differences between rows neither of which is BN, as Markdown; empty without such."""
+    text = []
     by_norm = {line.row.norm: line for line in lines}
     for norm, other in CONTRASTS:
-        if norm not in by_norm or other not in by_norm:  # left out by --rows
+        if norm not in by_norm or other not in by_norm:
             continue
         for metric in by_norm[norm].metrics:
-            mean, half, pairs = paired(by_norm[norm].finals(metric), by_norm[other].finals(metric))
-            bounds = mean, mean - half, mean + half
-            shown = _difference(*map(_rounded, bounds)) if pairs else 'not run'
+            finals = (by_norm[name].finals(metric) for name in (norm, other))
+            shown = _difference(*_interval(*finals)[:3]) or 'not run'
             text.append(f'| {norm} | {other} | {metric} | {shown} |')
-    return text
+    header = ['', '| row | minus | metric | difference |', '|---|---|---|---|']
+    return [*header, *text] if text else []
 
 
 def _difference(mean: object, low: object, high: object) -> str:

@@ -7,7 +7,7 @@ import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
-from mmengine.optim import OptimWrapperDict
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import Tensor, nn
 
 _SHOWN_IMAGES = 4
@@ -64,9 +64,7 @@ class NonFiniteHook(Hook):
         def check(optimizer, args, kwargs) -> None:
             self._check_gradients(runner, optimizer)
 
-        wrapper = runner.optim_wrapper
-        wrappers = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
-        self._handles = [w.optimizer.register_step_pre_hook(check) for w in wrappers]
+        self._handles = [w.optimizer.register_step_pre_hook(check) for w in _wrappers(runner)]
 
     def after_train(self, runner) -> None:
         """Stops looking."""
@@ -117,14 +115,16 @@ class NonFiniteHook(Hook):
         runner.logger.error(f'{report}. Skipped this step.')
 
 
+def _wrappers(runner) -> List[OptimWrapper]:
+    wrapper = runner.optim_wrapper
+    return list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+
+
 def _describe(runner, batch: Any) -> str:
     """Runs a batch through the model once more and tells where it ceases to be finite."""
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     found: List[str] = []
-    wrapper = runner.optim_wrapper
-    if isinstance(wrapper, OptimWrapperDict):  # which has no precision of its own
-        wrapper = next(iter(wrapper.values()))
-    mixed_precision = wrapper.optim_context(model)
+    mixed_precision = _wrappers(runner)[0].optim_context(model)
     with _as_before(model), _watch(model, found), torch.no_grad(), mixed_precision:
         data = model.data_preprocessor(batch, True)
         losses = model._run_forward(data, mode='loss')
