@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import logging
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, List, Optional
 
 import torch
 import torch.fx
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import ops
-from ..ops.utils import compiling, statistics_dtype
+from ..ops.utils import compiling
 from .guards import BatchNormGuard
 
 logger = logging.getLogger('mmubn')
@@ -100,66 +100,38 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
         self._check_input(x)
         if x.numel() == 0:
             return self._forward_empty(x)
-        if self.training or self.running_mean is None:
-            image_mean, image_var = ops.image_moments(x, self.backend)
-            statistics = self._training_statistics(x, image_mean, image_var)
-        else:
-            image_mean = self._evaluation_mean(x)
-            # A copy, as backward reads it and a training step may come in between.
-            statistics = ops.Statistics(self.running_mean.clone(), self.running_var)
-        return self._normalize(x, image_mean, statistics)
+        return self._step(x)
 
-    def _normalize(self, x: Tensor, image_mean: Tensor, statistics: ops.Statistics) -> Tensor:
+    def _step(self, x: Tensor) -> Tensor:
+        parameters = ops.Parameters(
+            self.weight,
+            self.kernel,
+            self.bias,
+            self.center_weight,
+            self.scale_weight,
+            self.scale_bias,
+        )
         return ops.ubn(
-            x,
-            image_mean,
-            statistics,
-            taps=self._taps(),
-            bias=self.bias,
-            center_weight=self.center_weight,
-            scale_weight=self.scale_weight,
-            scale_bias=self.scale_bias,
-            eps=self._eps,
-            scale_from_input=self._scale_from_input,
-            backend=self.backend,
+            x, parameters, self._state(), self._settings(), self._group(), backend=self.backend
         )
 
-    def _evaluation_mean(self, x: Tensor) -> Tensor:
-        """m, or zeros where running statistics and no rectification leave it without effect."""
-        if self.center or self.scale:
-            return ops.image_mean(x, self.backend)
-        return torch.zeros(x.shape[:2], device=x.device, dtype=statistics_dtype(x.dtype))
+    def _state(self) -> ops.Buffers:
+        """What a training step moves."""
+        return ops.Buffers(self.running_mean, self.running_var, self.num_batches_tracked)
 
-    @torch.no_grad()
-    def _training_statistics(
-        self, x: Tensor, image_mean: Tensor, image_var: Tensor
-    ) -> ops.Statistics:
-        """What to normalise with; moves the buffers."""
-        mean, var = ops.batch_statistics(image_mean, image_var, self.center_weight)
-        if self.running_mean is not None and not recomputing():
-            self._update_running_statistics(mean, var, x.numel() // self.num_features)
-        return ops.Statistics(mean, var, from_batch=True)
+    def _settings(self) -> ops.Settings:
+        """What this step does."""
+        return ops.Settings(
+            eps=self._eps,
+            training=self.training or self.running_mean is None,
+            momentum=self.momentum,
+            update=self.running_mean is not None and not recomputing(),
+            scale_from_input=self._scale_from_input,
+        )
 
-    def _update_running_statistics(
-        self, mean: Tensor, var: Tensor, count: int, allowed: Union[bool, Tensor] = True
-    ) -> None:
-        """Moves the running statistics where ``allowed``, unless the batch's are not finite."""
-        update = mean.isfinite().all() & var.isfinite().all() & allowed
-        self.num_batches_tracked.add_(update)
-        momentum = self.momentum
-        if momentum is None:  # cumulative average
-            momentum = 1 / self.num_batches_tracked.clamp(min=1).to(self.running_mean.dtype)
-        unbiased = var * (count / (count - 1))
-        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
-            moved = torch.lerp(running, new.to(running.dtype), momentum)
-            running.copy_(torch.where(update, moved, running))
-
-    def _taps(self) -> Optional[Tensor]:
-        """The effective depthwise kernel, (C, k, k)."""
-        if self.weight is None:
-            return None
-        weight = self.weight[:, None, None]
-        return weight if self.kernel is None else weight * self.kernel.squeeze(1)
+    def _group(self) -> Optional[Any]:
+        """The processes whose batches are one, None where it is this one alone."""
+        return None
 
     def _forward_empty(self, x: Tensor) -> Tensor:
         # DDP waits for the gradient of every parameter, so all stay in the graph.

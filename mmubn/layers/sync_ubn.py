@@ -1,14 +1,10 @@
 """UBN whose statistics and similarity are those of all processes."""
 
-from typing import Any, Optional, Tuple
+from typing import Any, Optional
 
-import torch
 from torch import Tensor, distributed
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import ops
-from ..ops.utils import statistics_dtype
-from .base import recomputing
 from .ubn import UBN
 
 
@@ -94,35 +90,6 @@ class SyncUBN(UBN, _BatchNorm):
         )
         self.process_group = process_group
 
-    @torch.no_grad()
-    def _training_statistics(
-        self, x: Tensor, image_mean: Tensor, image_var: Tensor
-    ) -> ops.Statistics:
-        group = self._group()
-        if group is None:
-            return super()._training_statistics(x, image_mean, image_var)
-        gated = self.fct is not None and self.momentum != 1
-        moves = not recomputing() or (gated and self._from_batch is None)
-        similarity = None
-        if gated and moves:
-            similarity = self._similarity(x, image_mean, image_var)
-        if len(x):
-            mean, var = ops.batch_statistics(image_mean, image_var, self.center_weight)
-        else:
-            mean, var = image_mean.new_zeros(2, self.num_features)
-        mean, var, count, similarity = _over_group(x, mean, var, similarity, group)
-        if gated and moves:
-            self._move_similarity(similarity)
-            self._from_batch = self._gate()
-        from_batch = self._from_batch if gated else True
-        if moves and self.running_mean is not None:
-            # One value has no unbiased variance, none has no mean.
-            self._update_running_statistics(mean, var, count, (count > 1) & from_batch)
-        if gated:
-            mean = torch.where(from_batch, mean, self.running_mean.to(mean.dtype))
-            var = torch.where(from_batch, var, self.running_var.to(var.dtype))
-        return ops.Statistics(mean, var, from_batch, count, group)
-
     def _group(self) -> Optional[Any]:
         """The group to synchronise over, None where there is nothing to synchronise."""
         if not (self.training and distributed.is_available() and distributed.is_initialized()):
@@ -134,44 +101,8 @@ class SyncUBN(UBN, _BatchNorm):
         if self._group() is None:
             return super()._forward_empty(x)
         # The other ranks wait for this one, forward and backward.
-        images = x.reshape(0, self.num_features, 1, 1)
-        mean, var = images.new_zeros(2, 0, self.num_features, dtype=statistics_dtype(x.dtype))
-        statistics = self._training_statistics(images, mean, var)
-        return self._normalize(images, mean, statistics).reshape(x.shape)
+        return self._step(x.reshape(0, self.num_features, 1, 1)).reshape(x.shape)
 
     def _check_count(self, x: Tensor) -> None:
         if self._group() is None:  # the other ranks may hold more than one value
             super()._check_count(x)
-
-
-def _over_group(
-    x: Tensor, mean: Tensor, var: Tensor, similarity: Optional[Tensor], group: Any
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean, variance, count and similarity of all ranks from those of each, in one collective."""
-    batch, channels, height, width = x.shape
-    if similarity is None:
-        similarity = mean.new_full((), float('nan'))
-    defined = similarity.isfinite()
-    numbers = [
-        mean.new_full((), batch * height * width),
-        defined * mean.new_full((), batch * (batch - 1)),
-        torch.where(defined, similarity, 0.0),
-    ]
-    ranks = _all_gather(torch.cat([torch.stack(numbers), mean, var]), group)
-    count, pairs, similarity = ranks[:, :3].unbind(1)
-    means, variances = ranks[:, 3:].split(channels, dim=1)
-    total = count.sum()
-    weight = (count / total.clamp(min=1))[:, None]
-    mean = (weight * means).sum(0)
-    var = (weight * (variances + (means - mean).square())).sum(0)
-    return mean, var, total, (pairs * similarity).sum() / pairs.sum()
-
-
-def _all_gather(row: Tensor, group: Any) -> Tensor:
-    """The rows of all ranks, (R, K)."""
-    rows = row.new_empty(distributed.get_world_size(group), len(row))
-    if distributed.get_backend(group) == 'gloo':  # torch 2.1's has no all_gather_into_tensor
-        distributed.all_gather(list(rows), row, group)
-    else:
-        distributed.all_gather_into_tensor(rows, row, group)
-    return rows

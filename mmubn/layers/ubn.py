@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import ops
-from .base import RectifiedBatchNorm, recomputing
+from .base import RectifiedBatchNorm
 
 
 class UBN(RectifiedBatchNorm, _BatchNorm):
@@ -148,10 +148,12 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         self.fct_warmup = fct_warmup
         self.fct_interval = fct_interval
         self.fct_stride = fct_stride
-        self._steps_to_similarity = 0
         tau = torch.ones((), device=device, dtype=dtype) if track_running_stats else None
         self.register_buffer('running_similarity', tau)
-        self._from_batch: Optional[Tensor] = None
+        # Neither is a buffer, which would be saved, averaged over processes and copied by EMA.
+        self._gate = torch.ones((), device=device, dtype=torch.bool)
+        self._steps = torch.zeros((), device='cpu', dtype=torch.long)
+        self._has_decided = False
 
     def reset_running_stats(self) -> None:
         """Sets the running statistics and the running similarity to their initial values."""
@@ -167,53 +169,45 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         None before the first, and where stage 1 is off. Reading it on a GPU waits for
         the device.
         """
-        return self._from_batch
+        return self._gate if self._has_decided else None
 
-    @torch.no_grad()
-    def _training_statistics(
-        self, x: Tensor, image_mean: Tensor, image_var: Tensor
-    ) -> ops.Statistics:
-        # A momentum of 1, as PreciseBN sets it to measure statistics, keeps nothing
-        # that a shut gate could use.
+    def _apply(self, fn, *args, **kwargs):
+        """Moves the gate's decision with the buffers."""
+        super()._apply(fn, *args, **kwargs)
+        self._gate = fn(self._gate)
+        return self
+
+    def _state(self) -> ops.Buffers:
+        return (
+            super()
+            ._state()
+            ._replace(
+                running_similarity=self.running_similarity,
+                gate=self._gate,
+                # No step to count, and for torch.compile to carry along, where each one measures.
+                steps=self._steps if self.fct_interval > 1 else None,
+            )
+        )
+
+    def _settings(self) -> ops.Settings:
+        settings = super()._settings()
+        # A momentum of 1, as PreciseBN sets it to measure statistics, keeps nothing that a
+        # shut gate could use.
         if self.fct is None or self.momentum == 1 or not self.training:
-            return super()._training_statistics(x, image_mean, image_var)
-        mean, var = ops.batch_statistics(image_mean, image_var, self.center_weight)
-        if self._from_batch is None or not recomputing():
-            self._move_similarity(self._similarity(x, image_mean, image_var))
-            self._from_batch = self._gate()
-            count = x.numel() // self.num_features
-            self._update_running_statistics(mean, var, count, allowed=self._from_batch)
-        mean = torch.where(self._from_batch, mean, self.running_mean.to(mean.dtype))
-        var = torch.where(self._from_batch, var, self.running_var.to(var.dtype))
-        return ops.Statistics(mean, var, self._from_batch)
-
-    def _similarity(self, x: Tensor, image_mean: Tensor, image_var: Tensor) -> Optional[Tensor]:
-        """Similarity of this batch, a scalar; None in a step that does not measure it."""
-        if self.fct_interval > 1:  # no counter to guard on for torch.compile otherwise
-            self._steps_to_similarity = (self._steps_to_similarity or self.fct_interval) - 1
-            if self._steps_to_similarity != self.fct_interval - 1:
-                return None
-        if self.fct_stride > 1:
-            x = x[:, :, :: self.fct_stride, :: self.fct_stride]
-            return ops.mean_cosine_similarity(x, backend=self.backend)
-        pixels = x.shape[2] * x.shape[3]
-        squared_norm = pixels * (image_var + image_mean.square()).sum(1)
-        return ops.mean_cosine_similarity(x, squared_norm, self.backend)
-
-    def _move_similarity(self, similarity: Optional[Tensor]) -> None:
-        if similarity is None:
-            return
-        tau = self.running_similarity
-        # Undefined for N = 1, NaN for a NaN image: neither may enter.
-        similarity = torch.where(similarity.isfinite(), similarity.to(tau.dtype), tau)
-        tau.lerp_(similarity, 1 - (1 - self.fct_momentum) ** self.fct_interval)
-
-    def _gate(self) -> Tensor:
-        """Scalar bool tensor: whether this step normalises with batch statistics."""
+            return settings
         warmup = self.fct_warmup
         if warmup is None:
             warmup = math.ceil(10 / self.momentum) if self.momentum else 10
-        return (self.running_similarity > self.fct) | (self.num_batches_tracked < warmup)
+        settings = settings._replace(
+            fct=self.fct,
+            similarity_weight=1 - (1 - self.fct_momentum) ** self.fct_interval,
+            interval=self.fct_interval,
+            stride=self.fct_stride,
+            warmup=warmup,
+            update=settings.update or not self._has_decided,
+        )
+        self._has_decided = True
+        return settings
 
     def extra_repr(self) -> str:
         """The settings, BatchNorm's first."""

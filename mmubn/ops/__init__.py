@@ -1,15 +1,8 @@
 """The functions behind the layers. They need torch alone."""
 
 from .backend import BACKENDS
+from .interface import Buffers, Parameters, Settings
 from .similarity import mean_cosine_similarity
-from .ubn import Statistics, batch_statistics, image_mean, image_moments, ubn
+from .ubn import ubn
 
-__all__ = [
-    'BACKENDS',
-    'Statistics',
-    'batch_statistics',
-    'image_mean',
-    'image_moments',
-    'mean_cosine_similarity',
-    'ubn',
-]
+__all__ = ['BACKENDS', 'Buffers', 'Parameters', 'Settings', 'mean_cosine_similarity', 'ubn']

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from . import backend as backends
-from .utils import batch_slices, statistics_dtype
+from .torch_backend import similarity_of_unit_vectors, squared_norms
+from .utils import statistics_dtype
 
 
 @torch.no_grad()
@@ -28,7 +29,7 @@ def mean_cosine_similarity(
         x (Tensor): Features, (N, ...), any float dtype and memory format.
         squared_norm (Tensor, optional): :math:`\|\mathrm{vec} X_i\|^2`, (N,), where
             it is known already (the second moments hold it). Default: computed.
-        backend (str): ``'auto'``, ``'torch'`` or ``'triton'``.
+        backend (str): One of :data:`mmubn.ops.BACKENDS`.
 
     Returns:
         Tensor: Scalar in [-1 / (N - 1), 1], float32 (float64 for float64 input).
@@ -37,16 +38,8 @@ def mean_cosine_similarity(
 
     Source: UBN (arXiv 2311.15993), section 3.3.1.
     """
-    dtype = statistics_dtype(x.dtype)
-    batch = x.shape[0]
-    if batch < 2:
-        return x.new_full((), float('nan'), dtype=dtype)
+    if len(x) < 2:
+        return x.new_full((), float('nan'), dtype=statistics_dtype(x.dtype))
     if squared_norm is None:
-        flat = x.flatten(1)
-        norms = [torch.linalg.vector_norm(flat[p], dim=1, dtype=dtype) for p in batch_slices(x)]
-        squared_norm = torch.cat(norms).square()
-    nonzero = squared_norm > 0
-    inverse_norm = torch.where(nonzero, squared_norm, 1.0).rsqrt() * nonzero
-    total = backends.choose(backend, x).squared_sum(x, inverse_norm)
-    similarity = (total - nonzero.sum()) / (batch * (batch - 1))
-    return torch.where(squared_norm.isfinite().all(), similarity, float('nan'))
+        squared_norm = squared_norms(x)
+    return similarity_of_unit_vectors(x, squared_norm, backends.choose(backend, x))

@@ -8,10 +8,10 @@ import torch
 from against_reference import LAYERS, Reference, assert_equals_reference, randomize
 
 from mmubn.layers import UBN
-from mmubn.ops import backend, mean_cosine_similarity, passes_torch
+from mmubn.ops import backend, mean_cosine_similarity, triton_backend
+from mmubn.ops.backend import TORCH, TRITON
 
 triton = pytest.importorskip('triton')
-passes_triton = pytest.importorskip('mmubn.ops.passes_triton', exc_type=ImportError)
 
 
 @pytest.mark.usefixtures('on_kernel_device')
@@ -44,7 +44,7 @@ def test_empty_batch_with_triton():
 
 
 def test_auto_is_torch_on_the_cpu():
-    assert backend.choose('auto', torch.randn(2, 3, 4, 4, device='cpu')) is passes_torch
+    assert backend.choose('auto', torch.randn(2, 3, 4, 4, device='cpu')) is TORCH
 
 
 def test_triton_on_the_cpu_is_refused(monkeypatch):
@@ -72,7 +72,7 @@ class OnGpu:
     """What the choice looks at of a tensor on a GPU."""
 
     is_cuda = True
-    device = 'cuda:0'
+    device = torch.device('cuda:0')
 
     def numel(self):
         return 1
@@ -81,25 +81,25 @@ class OnGpu:
 @pytest.fixture
 def gpu(monkeypatch):
     """As if there were one with compute capability 9.0 and a driver that Triton can use."""
-    backend._why_no_launch.cache_clear()
+    triton_backend._why_no_launch.cache_clear()
     backend._say_once.cache_clear()
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
     driver = SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0))
     monkeypatch.setattr(triton.runtime, 'driver', driver)
     yield driver
-    backend._why_no_launch.cache_clear()
+    triton_backend._why_no_launch.cache_clear()
 
 
 @pytest.mark.usefixtures('gpu')
 def test_auto_takes_triton_on_a_gpu():
-    assert backend.choose('auto', OnGpu(), 3) is passes_triton
+    assert backend.choose('auto', OnGpu(), 3) is TRITON
 
 
 @pytest.mark.usefixtures('gpu')
 def test_auto_is_torch_where_triton_is_too_old(monkeypatch, caplog):
     monkeypatch.setattr(triton, '__version__', '3.1.0')
     with caplog.at_level(logging.WARNING, logger='mmubn'):
-        assert backend.choose('auto', OnGpu(), 3) is passes_torch
+        assert backend.choose('auto', OnGpu(), 3) is TORCH
     assert 'its kernels need triton 3.3, found 3.1.0' in caplog.text
     with pytest.raises(RuntimeError, match=r'need triton 3\.3, found 3\.1\.0'):
         backend.choose('triton', OnGpu(), 3)
@@ -109,7 +109,7 @@ def test_auto_is_torch_where_triton_is_too_old(monkeypatch, caplog):
 def test_auto_is_torch_on_an_old_gpu(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (6, 1))
     with caplog.at_level(logging.WARNING, logger='mmubn'):
-        assert backend.choose('auto', OnGpu(), 3) is passes_torch
+        assert backend.choose('auto', OnGpu(), 3) is TORCH
     assert 'cuda:0 is older than compute capability 7.0' in caplog.text
 
 
@@ -119,14 +119,14 @@ def test_auto_is_torch_where_triton_cannot_start(gpu, caplog):
 
     gpu.active.get_current_device = fail
     with caplog.at_level(logging.WARNING, logger='mmubn'):
-        assert backend.choose('auto', OnGpu(), 3) is passes_torch
+        assert backend.choose('auto', OnGpu(), 3) is TORCH
     assert 'triton cannot start: Failed to find C compiler' in caplog.text
 
 
 def test_auto_falls_back_and_says_so_once(caplog):
     backend._say_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger='mmubn'):
-        assert backend.choose('auto', OnGpu(), 9) is passes_torch
-        assert backend.choose('auto', OnGpu(), 9) is passes_torch
+        assert backend.choose('auto', OnGpu(), 9) is TORCH
+        assert backend.choose('auto', OnGpu(), 9) is TORCH
     assert len(caplog.records) == 1
     assert 'kernel_size 1, 3, 5, 7, not 9' in caplog.text

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .passes_torch import Gradients
+from .torch_backend import PassSums
 from .utils import statistics_dtype
 
 # Programs that fill a large GPU; where an image and channel block each give fewer, they
@@ -112,7 +112,7 @@ def forward(
     return y
 
 
-def backward_sums(x: Tensor, dy: Tensor, shift: Tensor, scale: Tensor, taps: Tensor) -> Gradients:
+def backward_sums(x: Tensor, dy: Tensor, shift: Tensor, scale: Tensor, taps: Tensor) -> PassSums:
     """First backward pass: everything that is a sum over X's pixels. Keeps no dX_r."""
     x = _dense(x)
     dy = _like(dy, x)
@@ -146,7 +146,7 @@ def backward_sums(x: Tensor, dy: Tensor, shift: Tensor, scale: Tensor, taps: Ten
             *tiling.blocks,
             size,
         )
-    return Gradients(
+    return PassSums(
         _add_up(d_scale), _add_up(d_shift), d_taps.sum((0, 1)), d_bias.sum((0, 1)), d_x_r=None
     )
 
