@@ -4,8 +4,10 @@ import functools
 import logging
 from typing import Dict
 
+import torch
 from torch import Tensor
 
+from .cpp_backend import CppBackend
 from .interface import Backend
 from .torch_backend import TorchBackend
 from .triton_backend import TritonBackend
@@ -13,15 +15,15 @@ from .utils import tracing
 
 logger = logging.getLogger('mmubn')
 
-TORCH, TRITON = TorchBackend(), TritonBackend()
-_NAMED: Dict[str, Backend] = {backend.name: backend for backend in (TORCH, TRITON)}
+TORCH, CPP, TRITON = TorchBackend(), CppBackend(), TritonBackend()
+_NAMED: Dict[str, Backend] = {backend.name: backend for backend in (TORCH, CPP, TRITON)}
 # What 'auto' takes on a kind of device, where it can serve; plain torch elsewhere.
-_BY_DEVICE: Dict[str, Backend] = {'cuda': TRITON}
+_BY_DEVICE: Dict[str, Backend] = {'cpu': CPP, 'cuda': TRITON}
 
 BACKENDS = ('auto', *_NAMED)
 
 
-def choose(name: str, x: Tensor, kernel_size: int = 1) -> Backend:
+def choose(name: str, x: Tensor, kernel_size: int = 3) -> Backend:
     """The backend for ``x``.
 
     Args:
@@ -33,7 +35,8 @@ def choose(name: str, x: Tensor, kernel_size: int = 1) -> Backend:
 
     Returns:
         Backend: Plain torch for an empty ``x`` and where torch's operations are written
-        down (export, tracing), whatever the name.
+        down (export, tracing), whatever the name; with ``'auto'`` also under a dispatch
+        mode of torch, which counts operations or makes fake tensors and has to see them.
 
     Raises:
         ValueError: ``name`` is not one of :data:`BACKENDS`.
@@ -47,6 +50,8 @@ def choose(name: str, x: Tensor, kernel_size: int = 1) -> Backend:
         raise ValueError(f'backend must be one of {", ".join(BACKENDS)}, got {name!r}')
     if backend is TORCH or not x.numel() or tracing():
         return TORCH
+    if name == 'auto' and _watched():
+        return TORCH
     reason = backend.why_not(x, kernel_size)
     if not reason:
         return backend
@@ -54,6 +59,10 @@ def choose(name: str, x: Tensor, kernel_size: int = 1) -> Backend:
         raise RuntimeError(f"backend='{name}' cannot be used: {reason}; 'torch' and 'auto' can")
     _say_once(backend.name, reason)
     return TORCH
+
+
+# Depth of the stack of torch's dispatch modes.
+_watched = getattr(torch._C, '_len_torch_dispatch_stack', lambda: 0)
 
 
 @functools.cache

@@ -95,22 +95,13 @@ class TorchBackend:
     @torch.no_grad()
     def _pairs(self, x: Tensor, image_mean: Tensor, image_var: Tensor, stride: int) -> Tensor:
         """Number of pairs of images and their mean similarity, (2,)."""
-        batch = len(x)
-        if batch < 2 or not stride:
+        if not stride:
             return image_mean.new_zeros(2)
         if stride > 1:
-            x = x[:, :, ::stride, ::stride]
-            squared_norm = squared_norms(x)
-        else:
-            pixels = x.shape[2] * x.shape[3]
-            squared_norm = pixels * (image_var + image_mean.square()).sum(1)
-        similarity = similarity_of_unit_vectors(x, squared_norm, self)
-        defined = similarity.isfinite()
-        return torch.where(
-            defined,
-            torch.stack([torch.full_like(similarity, batch * (batch - 1)), similarity]),
-            0.0,
-        )
+            return similarity_of_pairs(x[:, :, ::stride, ::stride], self)
+        pixels = x.shape[2] * x.shape[3]
+        squared_norm = pixels * (image_var + image_mean.square()).sum(1)
+        return similarity_of_pairs(x, self, squared_norm)
 
     def normalize(
         self,
@@ -238,7 +229,7 @@ class TorchBackend:
         return torch.cat([x[part].mean((2, 3), dtype=dtype) for part in batch_slices(x)])
 
     def _image_moments(self, x: Tensor) -> Tuple[Tensor, Tensor]:
-        """m and v, two of (N, C)."""
+        """Of m and v, (N, C) each."""
         mean = self._image_mean(x)
         parts = []
         for part in batch_slices(x):
@@ -298,8 +289,22 @@ def squared_norms(x: Tensor) -> Tensor:
     return torch.cat(norms).square()
 
 
+def similarity_of_pairs(
+    x: Tensor, backend: Backend, squared_norm: Optional[Tensor] = None
+) -> Tensor:
+    """Number of pairs of images and their mean similarity; (2,) zeros where there is none."""
+    batch = len(x)
+    if batch < 2:
+        return x.new_zeros(2, dtype=statistics_dtype(x.dtype))
+    if squared_norm is None:
+        squared_norm = squared_norms(x)
+    similarity = similarity_of_unit_vectors(x, squared_norm, backend)
+    pairs = torch.full_like(similarity, batch * (batch - 1))
+    return torch.where(similarity.isfinite(), torch.stack([pairs, similarity]), 0.0)
+
+
 def similarity_of_unit_vectors(x: Tensor, squared_norm: Tensor, backend: Backend) -> Tensor:
-    """:func:`mmubn.ops.mean_cosine_similarity` of two features and more whose squared norms are known."""
+    """What :func:`mmubn.ops.mean_cosine_similarity` gives, of two features and more."""
     batch = x.shape[0]
     nonzero = squared_norm > 0
     inverse_norm = torch.where(nonzero, squared_norm, 1.0).rsqrt() * nonzero

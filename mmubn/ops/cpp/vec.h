@@ -1,0 +1,191 @@
+// Vectors of the compiler (GCC and Clang), bfloat16, and what memory and threads need.
+//
+// T is what the tensors hold, A what is computed in: float for float and bfloat16, double for
+// double. Nothing here depends on torch.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <type_traits>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace ubn {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+#ifdef __AVX512F__
+constexpr int VECTOR_BYTES = 64;
+#else
+constexpr int VECTOR_BYTES = 32;
+#endif
+
+template <class A>
+struct Vec {
+  static constexpr int n = VECTOR_BYTES / sizeof(A);
+  typedef A type __attribute__((vector_size(VECTOR_BYTES)));
+  typedef A unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(A)), may_alias));
+};
+
+template <class A>
+inline typename Vec<A>::type load(const A* p) {
+  return *reinterpret_cast<const typename Vec<A>::unaligned*>(p);
+}
+template <class A>
+inline void store(A* p, typename Vec<A>::type v) {
+  *reinterpret_cast<typename Vec<A>::unaligned*>(p) = v;
+}
+
+// Sum of the lanes by halves, so that it does not depend on the compiler's mood.
+template <class A, int n>
+inline A sum_halves(const A* s) {
+  if constexpr (n == 2) {
+    return s[0] + s[1];
+  } else {
+    typedef A Half __attribute__((vector_size(n * sizeof(A) / 2), aligned(sizeof(A)), may_alias));
+    Half h = *reinterpret_cast<const Half*>(s) + *reinterpret_cast<const Half*>(s + n / 2);
+    return sum_halves<A, n / 2>(reinterpret_cast<const A*>(&h));
+  }
+}
+template <class A>
+inline A sum(typename Vec<A>::type v) {
+  return sum_halves<A, Vec<A>::n>(reinterpret_cast<const A*>(&v));
+}
+
+inline float widen(bf16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+
+inline void narrow(float value, float& out) { out = value; }
+inline void narrow(double value, double& out) { out = value; }
+inline void narrow(float value, bf16& out) {  // to nearest, ties to even, as torch rounds
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  out.bits = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : uint16_t(rounded);
+}
+
+template <class A, class T>
+inline typename Vec<A>::type load_as(const T* p) {
+  if constexpr (std::is_same<A, T>::value) {
+    return load<A>(p);
+  } else {
+    static_assert(std::is_same<T, bf16>::value && sizeof(A) == 4, "float from bfloat16");
+    typedef uint16_t Bits16 __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+    typedef uint32_t Bits32 __attribute__((vector_size(VECTOR_BYTES)));
+    const Bits32 bits = __builtin_convertvector(*reinterpret_cast<const Bits16*>(p), Bits32);
+    return (typename Vec<A>::type)(bits << 16);
+  }
+}
+
+template <class A, class T>
+inline void store_as(T* p, typename Vec<A>::type v) {
+  if constexpr (std::is_same<A, T>::value) {
+    store<A>(p, v);
+  } else {
+    typedef uint16_t Bits16 __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+    typedef uint32_t Bits32 __attribute__((vector_size(VECTOR_BYTES)));
+    const Bits32 bits = (Bits32)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Bits32 quiet = (bits & 0x7fffffff) > 0x7f800000 ? (Bits32{} + 0x7fc0) : rounded;
+    *reinterpret_cast<Bits16*>(p) = __builtin_convertvector(quiet, Bits16);
+  }
+}
+
+// The first n numbers and zeros behind; touches nothing else.
+template <class A, class T>
+inline typename Vec<A>::type load_some(const T* p, int64_t n) {
+  alignas(VECTOR_BYTES) A lanes[Vec<A>::n] = {};
+  for (int64_t i = 0; i < n; i++) lanes[i] = widen(p[i]);
+  return load<A>(lanes);
+}
+template <class A, class T>
+inline void store_some(T* p, typename Vec<A>::type v, int64_t n) {
+  alignas(VECTOR_BYTES) A lanes[Vec<A>::n];
+  store<A>(lanes, v);
+  for (int64_t i = 0; i < n; i++) narrow(lanes[i], p[i]);
+}
+template <class A>
+inline typename Vec<A>::type spread(A value) {
+  return typename Vec<A>::type{} + value;
+}
+
+// 1 / (1 + exp(-z)). The float one has no branch and no call, so that loops of it vectorise.
+inline double sigmoid(double z) { return 1 / (1 + std::exp(-z)); }
+inline float sigmoid(float z) {
+  float x = -z;  // NaN passes both comparisons
+  x = x > 88.0f ? 88.0f : x;
+  x = x < -87.0f ? -87.0f : x;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const float shifted = x * 1.44269504f + magic;
+  const float n = shifted - magic;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1;
+  uint32_t exponent;  // of 2^n: the integer is in the low bits of the shifted number
+  std::memcpy(&exponent, &shifted, 4);
+  exponent = (exponent + 127) << 23;
+  float power;
+  std::memcpy(&power, &exponent, 4);
+  return 1 / (1 + p * power);
+}
+
+// Memory that a thread keeps from call to call.
+class Buffer {
+ public:
+  ~Buffer() { std::free(memory_); }
+  template <class A>
+  A* get(size_t count) {
+    const size_t bytes = count * sizeof(A) + VECTOR_BYTES;
+    if (bytes > size_) {
+      std::free(memory_);
+      size_ = (bytes + 4095) / 4096 * 4096;
+      memory_ = std::aligned_alloc(64, size_);
+      if (!memory_) {
+        size_ = 0;
+        throw std::bad_alloc();
+      }
+    }
+    return static_cast<A*>(memory_);
+  }
+
+ private:
+  void* memory_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Calls f(begin, end) for the shares of 0 ... total. What f computes may not depend on how
+// the tasks are shared out, so that results do not depend on the number of threads.
+template <class F>
+inline void parallel(int64_t total, int threads, F f) {
+  threads = int(std::min<int64_t>(threads, total));
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    {
+      const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
+      const int64_t begin = total * thread / count, end = total * (thread + 1) / count;
+      if (begin < end) f(begin, end);
+    }
+    return;
+  }
+#endif
+  if (total > 0) f(0, total);
+}
+
+}  // namespace ubn

@@ -1,0 +1,294 @@
+"""A step on the CPU, by C++ that is compiled on first use: mmubn/ops/cpp/.
+
+Each method is one call of a library with a plain C interface, the small algebra inside.
+The tensors' dtype and k choose the library, see :mod:`mmubn.ops.cpp_build`.
+"""
+
+import ctypes
+import functools
+import struct
+from typing import Dict, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from .cpp_build import BuildError, library
+from .interface import Buffers, Parameters, Settings, Sums
+from .torch_backend import TorchBackend, similarity_of_pairs
+from .utils import statistics_dtype
+
+KERNEL_SIZES = (1, 3, 5, 7)
+_DTYPES = {torch.float32: 'float', torch.float64: 'double', torch.bfloat16: 'bf16'}
+
+_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+# `Layer` and `State` of step.cpp.
+_LAYER = struct.Struct('@7q1d6P')
+_STATE = struct.Struct('@4q3d5P')
+
+
+class Rest(NamedTuple):
+    """What the second backward pass finds again."""
+
+    numbers: Tensor
+    layer: bytes
+    x: Tensor
+    dy: Tensor
+    alive: Parameters  # what ``layer`` points to
+
+
+class CppBackend:
+    """The :class:`mmubn.ops.interface.Backend` for CPUs."""
+
+    name = 'cpp'
+
+    def why_not(self, x: Tensor, kernel_size: int) -> str:
+        """See :meth:`mmubn.ops.interface.Backend.why_not`."""
+        if x.dtype in _DTYPES and kernel_size in KERNEL_SIZES and x.device.type == 'cpu':
+            if type(x) is not Tensor and type(x) is not nn.Parameter:
+                return f'the input is a {type(x).__name__}'
+            return _why_no_library(x.dtype, kernel_size)
+        if x.device.type != 'cpu':
+            return f'the input is on {x.device}, not on the CPU'
+        if x.dtype not in _DTYPES:
+            return f'it has no kernels for {str(x.dtype).replace("torch.", "")}'
+        sizes = ', '.join(map(str, KERNEL_SIZES))
+        return f'its kernels have kernel_size {sizes}, not {kernel_size}'
+
+    def measure(
+        self, x: Tensor, center_weight: Optional[Tensor], stride: int
+    ) -> Tuple[Tensor, Tensor]:
+        """See :meth:`mmubn.ops.interface.Backend.measure`."""
+        x, pixels = _dense(x)
+        dtype = statistics_dtype(x.dtype)
+        parameters = _as(Parameters(center_weight=center_weight), dtype)
+        batch, channels = x.shape[:2]
+        image_mean = torch.empty((batch, channels), dtype=dtype)
+        row = torch.empty(2 * channels + 3, dtype=dtype)
+        _any_library(x.dtype).ubn_measure(
+            _layer(x, pixels, parameters, Settings()),
+            x.data_ptr(),
+            stride == 1,
+            image_mean.data_ptr(),
+            row.data_ptr(),
+        )
+        if stride > 1:
+            row[1:3] = similarity_of_pairs(x[:, :, ::stride, ::stride], TorchBackend())
+        return image_mean, row
+
+    def normalize(
+        self,
+        x: Tensor,
+        image_mean: Optional[Tensor],
+        rows: Optional[Tensor],
+        parameters: Parameters,
+        buffers: Buffers,
+        settings: Settings,
+    ) -> Tuple[Tensor, Optional[Tensor], Tensor]:
+        """See :meth:`mmubn.ops.interface.Backend.normalize`."""
+        x, pixels = _dense(x)
+        dtype = statistics_dtype(x.dtype)
+        parameters = _as(parameters, dtype)
+        state = Buffers(*[_with_dtype(value, dtype) for value in buffers[:4]], *buffers[4:])
+        batch, channels = x.shape[:2]
+        if image_mean is None and settings.needs_image_mean(parameters):
+            image_mean = torch.empty((batch, channels), dtype=dtype)
+        y = torch.empty_like(x)
+        statistics = torch.empty(2 * channels + 1, dtype=dtype)
+        library(_DTYPES[x.dtype], parameters.kernel_size).ubn_normalize(
+            _layer(x, pixels, parameters, settings),
+            _state(state, settings),
+            x.data_ptr(),
+            _pointer(image_mean),
+            _pointer(rows),
+            0 if rows is None else len(rows),
+            y.data_ptr(),
+            statistics.data_ptr(),
+        )
+        if settings.training and settings.update:
+            for original, moved in zip(buffers, state):
+                if moved is not original:  # one of another dtype
+                    original.copy_(moved)
+        return y, image_mean, statistics
+
+    def backward_sums(
+        self,
+        x: Tensor,
+        dy: Tensor,
+        image_mean: Optional[Tensor],
+        statistics: Tensor,
+        parameters: Parameters,
+        settings: Settings,
+    ) -> Sums:
+        """See :meth:`mmubn.ops.interface.Backend.backward_sums`."""
+        x, pixels = _dense(x)
+        dy = _like(dy, x)
+        code = library(_DTYPES[x.dtype], parameters.kernel_size)
+        parameters = _as(parameters, statistics.dtype)
+        gradients = Parameters(
+            weight=_gradient(parameters.weight),
+            kernel=_gradient(parameters.kernel),
+            bias=statistics.new_empty(x.shape[1]),
+            scale_weight=_gradient(parameters.scale_weight),
+            scale_bias=_gradient(parameters.scale_bias),
+        )
+        d_statistics = statistics.new_empty((2, x.shape[1]))
+        numbers = statistics.new_empty(code.ubn_rest_size(*x.shape[:2]))
+        layer = _layer(x, pixels, parameters, settings)
+        code.ubn_backward_sums(
+            layer,
+            x.data_ptr(),
+            dy.data_ptr(),
+            _pointer(image_mean),
+            settings.needs_image_mean(parameters),
+            statistics.data_ptr(),
+            d_statistics.data_ptr(),
+            _pointer(gradients.weight),
+            _pointer(gradients.kernel),
+            gradients.bias.data_ptr(),
+            _pointer(gradients.scale_weight),
+            _pointer(gradients.scale_bias),
+            numbers.data_ptr(),
+        )
+        return Sums(d_statistics, gradients, Rest(numbers, layer, x, dy, parameters))
+
+    def backward_input(
+        self,
+        x: Tensor,
+        dy: Tensor,
+        statistics: Tensor,
+        d_statistics: Tensor,
+        parameters: Parameters,
+        settings: Settings,
+        sums: Sums,
+    ) -> Tuple[Tensor, Optional[Tensor]]:
+        """See :meth:`mmubn.ops.interface.Backend.backward_input`."""
+        numbers, layer, x, dy, parameters_alive = sums.rest
+        d_center_weight = _gradient(parameters_alive.center_weight)
+        dx = torch.empty_like(x)
+        library(_DTYPES[x.dtype], parameters.kernel_size).ubn_backward_input(
+            layer,
+            x.data_ptr(),
+            dy.data_ptr(),
+            statistics.data_ptr(),
+            d_statistics.data_ptr(),
+            numbers.data_ptr(),
+            dx.data_ptr(),
+            _pointer(d_center_weight),
+        )
+        return dx, d_center_weight
+
+    def squared_sum(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See :meth:`mmubn.ops.interface.Backend.squared_sum`."""
+        # The sum does not depend on the order of the coordinates: take that of the memory.
+        x = _dense(x)[0] if x.dim() == 4 else x.contiguous()
+        total = _any_library(x.dtype).ubn_squared_sum(
+            x.data_ptr(),
+            weight.contiguous().data_ptr(),
+            len(x),
+            x[0].numel(),
+            torch.get_num_threads(),
+        )
+        return torch.tensor(total, dtype=weight.dtype)
+
+
+@functools.cache
+def _why_no_library(dtype: torch.dtype, kernel_size: int) -> str:
+    try:
+        code = library(_DTYPES[dtype], kernel_size)
+    except BuildError as error:
+        return str(error)
+    _declare(code)
+    _LOADED.setdefault(dtype, code)
+    return ''
+
+
+# One of each dtype, for what does not depend on k.
+_LOADED: Dict[torch.dtype, ctypes.CDLL] = {}
+
+
+def _any_library(dtype: torch.dtype) -> ctypes.CDLL:
+    return _LOADED[dtype]
+
+
+def _declare(code: ctypes.CDLL) -> None:
+    layer, state = ctypes.c_char_p, ctypes.c_char_p
+    code.ubn_rest_size.argtypes = [_LONG] * 2
+    code.ubn_rest_size.restype = _LONG
+    code.ubn_measure.argtypes = [layer, _POINTER, _INT, *[_POINTER] * 2]
+    code.ubn_normalize.argtypes = [layer, state, *[_POINTER] * 3, _LONG, *[_POINTER] * 2]
+    code.ubn_backward_sums.argtypes = [layer, *[_POINTER] * 3, _INT, *[_POINTER] * 8]
+    code.ubn_backward_input.argtypes = [layer, *[_POINTER] * 7]
+    code.ubn_squared_sum.argtypes = [_POINTER, _POINTER, *[_LONG] * 3]
+    code.ubn_squared_sum.restype = ctypes.c_double
+    for function in ('measure', 'normalize', 'backward_sums', 'backward_input'):
+        getattr(code, f'ubn_{function}').restype = None
+
+
+def _layer(x: Tensor, pixels: bool, parameters: Parameters, settings: Settings) -> bytes:
+    weight, kernel, bias, center_weight, scale_weight, scale_bias = parameters
+    return _LAYER.pack(
+        *x.shape,
+        pixels,
+        torch.get_num_threads(),
+        settings.scale_from_input,
+        settings.eps,
+        _pointer(weight),
+        _pointer(kernel),
+        _pointer(bias),
+        _pointer(center_weight),
+        _pointer(scale_weight),
+        _pointer(scale_bias),
+    )
+
+
+def _state(buffers: Buffers, settings: Settings) -> bytes:
+    return _STATE.pack(
+        settings.fct is not None,
+        settings.update,
+        settings.momentum is None,
+        settings.warmup,
+        settings.momentum or 0.0,
+        settings.fct or 0.0,
+        settings.similarity_weight,
+        _pointer(buffers.running_mean),
+        _pointer(buffers.running_var),
+        _pointer(buffers.running_similarity),
+        _pointer(buffers.num_batches_tracked),
+        _pointer(buffers.gate),
+    )
+
+
+def _pointer(value: Optional[Tensor]) -> int:
+    return 0 if value is None else value.data_ptr()
+
+
+def _gradient(parameter: Optional[Tensor]) -> Optional[Tensor]:
+    return None if parameter is None else torch.empty_like(parameter)
+
+
+def _with_dtype(value: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]:
+    """``value``, converted and in one piece where it is not."""
+    if value is None or value.dtype in (dtype, torch.long):
+        return value if value is None or value.is_contiguous() else value.contiguous()
+    return value.to(dtype).contiguous()
+
+
+def _as(parameters: Parameters, dtype: torch.dtype) -> Parameters:
+    return Parameters(*[_with_dtype(value, dtype) for value in parameters])
+
+
+def _dense(x: Tensor) -> Tuple[Tensor, bool]:
+    """``x`` in one of the two dense formats, and whether its channels lie side by side."""
+    if x.is_contiguous():
+        # Of a single pixel both formats are the same, and channels make the better vectors.
+        return x, x.shape[2] * x.shape[3] == 1
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x, True
+    return x.contiguous(), False
+
+
+def _like(dy: Tensor, x: Tensor) -> Tensor:
+    """``dy`` in the format and dtype of ``x``."""
+    if dy.dtype == x.dtype and dy.stride() == x.stride():
+        return dy
+    return torch.empty_like(x).copy_(dy)

@@ -1,0 +1,118 @@
+"""Builds the C++ of :mod:`mmubn.ops.cpp_backend` on first use and keeps it in a cache.
+
+One call of a C++ compiler makes a library of one dtype and kernel size for the processor at hand,
+in about ten seconds. It lies in ``$MMUBN_CACHE``, else in ``mmubn`` under ``$XDG_CACHE_HOME`` or
+``~/.cache``. Its name says the sources, the compiler, the flags and the processor's abilities,
+so that a changed one is built anew and machines that share a home folder do not meet
+instructions that they lack. A library is written whole or not at all, into a folder that no
+other user can write to.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import List
+
+_SOURCES = Path(__file__).with_name('cpp')
+# Not -ffast-math: a library linked with it makes the whole process flush denormals.
+_FLAGS = ('-O3', '-std=c++17', '-shared', '-fPIC', '-fopenmp', '-fno-math-errno')
+_NATIVE = {'aarch64': '-mcpu=native', 'arm64': '-mcpu=native'}
+_SECONDS = 600
+
+
+class BuildError(RuntimeError):
+    """There is no library, and why, in one line."""
+
+
+@functools.cache
+def library(dtype: str, kernel_size: int) -> ctypes.CDLL:
+    """The library for a dtype (``float``, ``double``, ``bf16``) and k, built if need be.
+
+    Raises:
+        BuildError: There is no compiler, it fails, or nothing can be written.
+    """
+    compiler = _compiler()
+    command = [compiler, *_FLAGS, _NATIVE.get(platform.machine(), '-march=native')]
+    command += [f'-DUBN_T={"ubn::bf16" if dtype == "bf16" else dtype}', f'-DUBN_K={kernel_size}']
+    command += [f'-DUBN_SMALL_PLANE={os.environ.get("UBN_SMALL", "64")}']
+    sources = sorted(_SOURCES.iterdir())
+    contents = [path.read_bytes() for path in sources]
+    about = '\n'.join([*command, _version(compiler), _processor()]).encode()
+    key = hashlib.sha256(b'\0'.join([about, *contents])).hexdigest()[:20]
+    path = _folder() / f'step_{dtype}_k{kernel_size}_{key}.so'
+    if not path.exists():
+        _build(command, path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f'{path} cannot be loaded: {error}') from error
+
+
+def _compiler() -> str:
+    names: List[str] = [os.environ['CXX']] if os.environ.get('CXX') else ['c++', 'g++', 'clang++']
+    for name in names:
+        found = shutil.which(name)
+        if found:
+            return found
+    raise BuildError(f'there is no C++ compiler ({", ".join(names)})')
+
+
+def _version(compiler: str) -> str:
+    return _run([compiler, '--version']).stdout
+
+
+def _processor() -> str:
+    """What says which instructions there are."""
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        return f'{platform.machine()} {platform.processor()}'
+    wanted = ('flags', 'Features', 'model name', 'CPU part')
+    return '\n'.join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+def _folder() -> Path:
+    """A folder that only this user can write to."""
+    home = os.environ.get('MMUBN_CACHE')
+    base = Path(home or os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
+    folder = base if home else base / 'mmubn'
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = folder.stat()
+    except OSError as error:
+        raise BuildError(f'{folder} cannot be made ({error}); MMUBN_CACHE names another') from error
+    if hasattr(os, 'getuid') and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+        raise BuildError(
+            f'{folder} belongs to or can be written by other users; MMUBN_CACHE names another'
+        )
+    return folder
+
+
+def _build(command: List[str], path: Path) -> None:
+    try:
+        handle, name = tempfile.mkstemp(suffix='.so', prefix='building_', dir=path.parent)
+    except OSError as error:
+        raise BuildError(f'{path.parent} cannot be written: {error}') from error
+    os.close(handle)
+    try:
+        result = _run([*command, str(_SOURCES / 'step.cpp'), '-o', name])
+        if result.returncode:
+            lines = (result.stderr or result.stdout).strip().splitlines()
+            first = next((line for line in lines if 'error' in line), lines[0] if lines else '')
+            raise BuildError(f'{command[0]} failed: {first or f"exit code {result.returncode}"}')
+        os.replace(name, path)  # whole, also where several processes build at once
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _run(command: List[str]) -> subprocess.CompletedProcess:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f'{command[0]} failed: {error}') from error
