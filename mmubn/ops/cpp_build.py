@@ -40,7 +40,6 @@ def library(dtype: str, kernel_size: int) -> ctypes.CDLL:
     compiler = _compiler()
     command = [compiler, *_FLAGS, _NATIVE.get(platform.machine(), '-march=native')]
     command += [f'-DUBN_T={"ubn::bf16" if dtype == "bf16" else dtype}', f'-DUBN_K={kernel_size}']
-    command += [f'-DUBN_SMALL_PLANE={os.environ.get("UBN_SMALL", "64")}']
     sources = sorted(_SOURCES.iterdir())
     contents = [path.read_bytes() for path in sources]
     about = '\n'.join([*command, _version(compiler), _processor()]).encode()

@@ -4,71 +4,83 @@
 //
 // Coefficients are those of the block, N each; taps are (k * k, pitch), tap after tap.
 #pragma once
+#include <utility>
+
 #include "vec.h"
 
 namespace ubn {
-
-// A bound of a loop that is known when this is compiled, so that the loop is unrolled.
-template <int value>
-using Fixed = std::integral_constant<int, value>;
 
 template <class T, class A, int K>
 struct Lanes {
   static constexpr int P = K / 2, N = Vec<A>::n;
   typedef typename Vec<A>::type V;
 
-  // Sums of a few pixels and then of those sums: near the first level cache, and more exact.
+  // Pixels that are read together, all channels of each, so that memory is read in its order.
+  // Sums of a chunk and then of those sums are also more exact than one long sum.
   static constexpr int64_t CHUNK = 16;
 
-  static V mean(const T* x, int64_t hw, int64_t step) {
-    V total{};
-    for (int64_t q = 0; q < hw; q += CHUNK) {
-      V part{};
-      for (int64_t i = q; i < std::min(hw, q + CHUNK); i++) part += load_as<A>(x + i * step);
-      total += part;
-    }
-    return total / A(hw);
-  }
-
-  // Chan's update over chunks, which are read twice while they are in the cache.
-  static void moments(const T* x, int64_t hw, int64_t step, A* mean_out, A* var_out) {
-    V mean{}, square{};
-    for (int64_t q = 0; q < hw; q += CHUNK) {
-      const int64_t count = std::min(CHUNK, hw - q);
-      V part{}, about{};
-      for (int64_t i = q; i < q + count; i++) part += load_as<A>(x + i * step);
-      const V here = part / A(count);
-      for (int64_t i = q; i < q + count; i++) {
-        const V d = load_as<A>(x + i * step) - here;
-        about += d * d;
+  // Means of `count` channels, whose pixels lie side by side.
+  static void mean(const T* x, int64_t hw, int64_t step, int64_t count, A* out) {
+    for (int64_t c = 0; c < count; c += N) store<A>(out + c, V{});
+    for (int64_t q = 0; q < hw; q += CHUNK)
+      for (int64_t c = 0; c < count; c += N) {
+        V part{};
+        for (int64_t i = q; i < std::min(hw, q + CHUNK); i++) part += load_as<A>(x + i * step + c);
+        store<A>(out + c, load<A>(out + c) + part);
       }
-      const V move = here - mean;
-      mean += move * (A(count) / A(q + count));
-      square += about + move * move * (A(q) * A(count) / A(q + count));
-    }
-    store<A>(mean_out, mean);
-    store<A>(var_out, square / A(hw));
+    for (int64_t c = 0; c < count; c += N) store<A>(out + c, load<A>(out + c) / A(hw));
   }
 
-  // f(j, sum over the taps u in [u0, u1) of K z) for the outputs j of a row, z = in + shift;
-  // `in` is the row that tap p sees. A column goes to the k outputs that it touches.
-  template <class U0, class U1, class F>
-  static inline void row(U0 u0, U1 u1, const T* in, V shift, const V (&taps)[K * K], int64_t W,
-                         int64_t step, F f) {
-    V open[K] = {};  // outputs j - p ... j + p
+  // And variances, by Chan's update over chunks, which are read twice while they are in the cache.
+  static void moments(const T* x, int64_t hw, int64_t step, int64_t count, A* mean_out,
+                      A* var_out) {
+    for (int64_t c = 0; c < count; c += N) {
+      store<A>(mean_out + c, V{});
+      store<A>(var_out + c, V{});
+    }
+    for (int64_t q = 0; q < hw; q += CHUNK) {
+      const int64_t pixels = std::min(CHUNK, hw - q);
+      const A weight = A(pixels) / A(q + pixels), both = A(q) * weight;
+      for (int64_t c = 0; c < count; c += N) {
+        V part{}, about{};
+        for (int64_t i = q; i < q + pixels; i++) part += load_as<A>(x + i * step + c);
+        const V here = part / A(pixels);
+        for (int64_t i = q; i < q + pixels; i++) {
+          const V d = load_as<A>(x + i * step + c) - here;
+          about += d * d;
+        }
+        const V mean = load<A>(mean_out + c), move = here - mean;
+        store<A>(mean_out + c, mean + move * weight);
+        store<A>(var_out + c, load<A>(var_out + c) + about + move * move * both);
+      }
+    }
+    for (int64_t c = 0; c < count; c += N) store<A>(var_out + c, load<A>(var_out + c) / A(hw));
+  }
+
+  // f(j, b, sum over the taps u in [u0, u1) of K z) for the outputs j of a row in B blocks side by
+  // side, z = in + shift; `in` is the row that tap p sees. A column goes to the k outputs that it
+  // touches.
+  template <int B, class U0, class U1, class F>
+  static inline void row(U0 u0, U1 u1, const T* in, const V (&shift)[B], const V (&taps)[B][K * K],
+                         int64_t W, int64_t step, F f) {
+    V open[B][K] = {};  // outputs j - p ... j + p
     const int64_t R = W * step;
     for (int64_t j = 0; j < W; j++) {
-      for (int u = u0; u < u1; u++) {
-        const V z = load_as<A>(in + (u - P) * R + j * step) + shift;
-        for (int t = 0; t < K; t++) open[t] += z * taps[u * K + K - 1 - t];
+      for (int b = 0; b < B; b++) {
+        UBN_PREFETCH(in + (P + 1) * R + j * step + b * N);
+        for (int u = u0; u < u1; u++) {
+          const V z = load_as<A>(in + (u - P) * R + j * step + b * N) + shift[b];
+          for (int t = 0; t < K; t++) open[b][t] += z * taps[b][u * K + K - 1 - t];
+        }
+        if (j >= P) f(j - P, b, open[b][0]);
+        for (int t = 0; t + 1 < K; t++) open[b][t] = open[b][t + 1];
+        open[b][K - 1] = V{};
       }
-      if (j >= P) f(j - P, open[0]);
-      for (int t = 0; t + 1 < K; t++) open[t] = open[t + 1];
-      open[K - 1] = V{};
     }
     for (int t = 0; t < P; t++) {
       const int64_t j = W - P + t;
-      if (j >= 0) f(j, open[t]);
+      if (j >= 0)
+        for (int b = 0; b < B; b++) f(j, b, open[b][t]);
     }
   }
 
@@ -86,35 +98,59 @@ struct Lanes {
     }
   }
 
+  // Row i of Y = dwconv(a (X + h); K) + beta.
+  template <int B>
   static void forward(const T* x, T* y, const A* shift, const A* scale, const A* taps,
-                      int64_t pitch, V bias, int64_t i, int64_t H, int64_t W, int64_t step) {
-    V k[K * K];
-    const V a = load<A>(scale), h = load<A>(shift);
-    for (int t = 0; t < K * K; t++) k[t] = load<A>(taps + t * pitch) * a;
+                      int64_t pitch, const A* bias, int64_t i, int64_t H, int64_t W,
+                      int64_t step) {
+    V k[B][K * K], h[B], beta[B];
+    for (int b = 0; b < B; b++) {
+      h[b] = load<A>(shift + b * N);
+      beta[b] = load<A>(bias + b * N);
+      for (int t = 0; t < K * K; t++)
+        k[b][t] = load<A>(taps + t * pitch + b * N) * load<A>(scale + b * N);
+    }
     T* out = y + i * W * step;
     with_taps(i, H, [&](auto u0, auto u1) {
-      row(u0, u1, x + i * W * step, h, k, W, step,
-          [&](int64_t j, V value) { store_as<A>(out + j * step, value + bias); });
+      row<B>(u0, u1, x + i * W * step, h, k, W, step, [&](int64_t j, int b, V value) {
+        UBN_PREFETCH_TO_WRITE(out + (W + j) * step + b * N);
+        store_as<A>(out + j * step + b * N, value + beta[b]);
+      });
     });
   }
 
+  // Row i of dX = a dX_r + slope (X - m) + level.
+  template <int B>
   static void input(const T* x, const T* dy, T* dx, const A* scale, const A* taps, int64_t pitch,
                     const A* mean, const A* slope, const A* level, bool has_slope, int64_t i,
                     int64_t H, int64_t W, int64_t step) {
-    V k[K * K];
-    const V a = load<A>(scale), m = load<A>(mean), s = load<A>(slope), l = load<A>(level);
-    for (int t = 0; t < K * K; t++) k[t] = load<A>(taps + (K * K - 1 - t) * pitch) * a;
+    V k[B][K * K], zero[B] = {};
+    for (int b = 0; b < B; b++)
+      for (int t = 0; t < K * K; t++)
+        k[b][t] = load<A>(taps + (K * K - 1 - t) * pitch + b * N) * load<A>(scale + b * N);
     const T* source = x + i * W * step;
     T* out = dx + i * W * step;
     with_taps(i, H, [&](auto u0, auto u1) {
-      if (has_slope)
-        row(u0, u1, dy + i * W * step, V{}, k, W, step, [&](int64_t j, V value) {
-          store_as<A>(out + j * step, value + ((load_as<A>(source + j * step) - m) * s + l));
-        });
-      else
-        row(u0, u1, dy + i * W * step, V{}, k, W, step,
-            [&](int64_t j, V value) { store_as<A>(out + j * step, value + l); });
+      row<B>(u0, u1, dy + i * W * step, zero, k, W, step, [&](int64_t j, int b, V value) {
+        const int64_t at = j * step + b * N;
+        UBN_PREFETCH_TO_WRITE(out + W * step + at);
+        value += load<A>(level + b * N);
+        if (has_slope) {
+          UBN_PREFETCH(source + W * step + at);
+          const V apart = load_as<A>(source + at) - load<A>(mean + b * N);
+          value += apart * load<A>(slope + b * N);
+        }
+        store_as<A>(out + at, value);
+      });
     });
+  }
+
+  // Calls f(c, how many blocks) for the blocks from c0 to c1, two at once where there are two.
+  template <class F>
+  static inline void pairs(int64_t c0, int64_t c1, F f) {
+    int64_t c = c0;
+    for (; c + 2 * N <= c1; c += 2 * N) f(c, Fixed<2>{});
+    if (c < c1) f(c, Fixed<1>{});
   }
 
   // Row i of the sums of planes.h: adds to P (k * k, pitch) of which the last, sums[k * k], is that
@@ -133,6 +169,8 @@ struct Lanes {
         for (int v = P; v < K - 1; v++)
           if (v - P < W) seen[u * K + v + 1] = load_as<A>(px + (u - P) * R + (v - P) * step) + h;
       for (int64_t j = 0; j < W; j++) {
+        UBN_PREFETCH(pd + R + j * step);
+        UBN_PREFETCH(px + (P + 1) * R + j * step);
         const V g = load_as<A>(pd + j * step);
         total += g;
         for (int u = u0; u < u1; u++) {
@@ -161,33 +199,69 @@ struct Lanes {
   }
 };
 
-// Planes of `count` channels, hw numbers each, to pixels of N channels; zeros behind `count`.
-template <class T, int N>
-void pack(const T* planes, T* tile, int64_t hw, int64_t count) {
-  if (count < N) std::memset(static_cast<void*>(tile), 0, hw * N * sizeof(T));
-  for (int64_t q = 0; q < hw; q += 16) {
-    const int64_t m = std::min<int64_t>(16, hw - q);
-    for (int64_t c = 0; c < count; c++)
-      for (int64_t j = 0; j < m; j++) tile[(q + j) * N + c] = planes[c * hw + q + j];
+// N vectors of N lanes, lanes and vectors exchanged: at each stage, blocks of `half` lanes.
+template <class A, int half, int... lane>
+inline void exchange(typename Vec<A>::type (&v)[Vec<A>::n], std::integer_sequence<int, lane...>) {
+  constexpr int N = Vec<A>::n;
+  for (int i = 0; i < N; i++)
+    if (!(i & half)) {
+      const auto a = v[i], b = v[i + half];
+      v[i] = __builtin_shufflevector(a, b, (lane & half ? N + lane - half : lane)...);
+      v[i + half] = __builtin_shufflevector(a, b, (lane & half ? N + lane : lane + half)...);
+    }
+}
+template <class A, int half = Vec<A>::n / 2>
+inline void transpose(typename Vec<A>::type (&v)[Vec<A>::n]) {
+  if constexpr (half > 0) {
+    exchange<A, half>(v, std::make_integer_sequence<int, Vec<A>::n>{});
+    transpose<A, half / 2>(v);
   }
 }
-template <class T, int N>
-void unpack(const T* tile, T* planes, int64_t hw, int64_t count) {
-  for (int64_t q = 0; q < hw; q += 16) {
-    const int64_t m = std::min<int64_t>(16, hw - q);
-    for (int64_t c = 0; c < count; c++)
-      for (int64_t j = 0; j < m; j++) planes[c * hw + q + j] = tile[(q + j) * N + c];
+
+// Planes of `count` channels, hw numbers each, to pixels of N channels; zeros behind `count`.
+// Up to `limit` there is something to read.
+template <class T, class A>
+void pack(const T* planes, A* tile, int64_t hw, int64_t count, const T* limit) {
+  constexpr int N = Vec<A>::n;
+  for (int64_t q = 0; q < hw; q += N) {
+    const int64_t pixels = std::min<int64_t>(N, hw - q);
+    typename Vec<A>::type v[N];
+    if (count == N && planes + (N - 1) * hw + q + N <= limit) {
+      for (int c = 0; c < N; c++) {
+        __builtin_prefetch(planes + (N + c) * hw + q, 0, 2);
+        v[c] = load_as<A>(planes + c * hw + q);
+      }
+    } else {
+      for (int64_t c = 0; c < N; c++)
+        v[c] = c < count ? load_some<A>(planes + c * hw + q, pixels) : typename Vec<A>::type{};
+    }
+    transpose<A>(v);
+    for (int64_t j = 0; j < pixels; j++) store<A>(tile + (q + j) * N, v[j]);
   }
+}
+template <class T, class A>
+void unpack(const A* tile, T* planes, int64_t hw, int64_t count) {
+  constexpr int N = Vec<A>::n;
+  int64_t q = 0;
+  for (; q + N <= hw; q += N) {
+    typename Vec<A>::type v[N];
+    for (int j = 0; j < N; j++) v[j] = load<A>(tile + (q + j) * N);
+    transpose<A>(v);
+    for (int64_t c = 0; c < count; c++) store_as<A>(planes + c * hw + q, v[c]);
+  }
+  for (; q < hw; q++)
+    for (int64_t c = 0; c < count; c++) narrow(tile[q * N + c], planes[c * hw + q]);
 }
 // The last `count` channels of pixels that are C apart, to pixels of N channels and back.
-template <class T, int N>
-void pack_tail(const T* pixels, T* tile, int64_t hw, int64_t C, int64_t count) {
-  std::memset(static_cast<void*>(tile), 0, hw * N * sizeof(T));
-  for (int64_t q = 0; q < hw; q++) std::memcpy(tile + q * N, pixels + q * C, count * sizeof(T));
+template <class T, class A>
+void pack_tail(const T* pixels, A* tile, int64_t hw, int64_t C, int64_t count) {
+  constexpr int N = Vec<A>::n;
+  for (int64_t q = 0; q < hw; q++) store<A>(tile + q * N, load_some<A>(pixels + q * C, count));
 }
-template <class T, int N>
-void unpack_tail(const T* tile, T* pixels, int64_t hw, int64_t C, int64_t count) {
-  for (int64_t q = 0; q < hw; q++) std::memcpy(pixels + q * C, tile + q * N, count * sizeof(T));
+template <class T, class A>
+void unpack_tail(const A* tile, T* pixels, int64_t hw, int64_t C, int64_t count) {
+  constexpr int N = Vec<A>::n;
+  for (int64_t q = 0; q < hw; q++) store_some<A>(pixels + q * C, load<A>(tile + q * N), count);
 }
 
 }  // namespace ubn

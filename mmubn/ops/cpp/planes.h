@@ -1,15 +1,13 @@
 // The passes over X with pixels in the lanes: planes of H*W numbers, one after the other (NCHW).
 //
-// A strip of rows is copied into a scratch in the first level cache, k times, copy v shifted
-// by v - p columns and with zeros where a tap would leave its row; rows outside the plane are
-// zeros. A k x k convolution is then one flat loop of k^2 multiply-adds without any border,
-// whatever W is. p is k / 2.
+// A strip of rows is copied into a scratch in the first level cache, converted, with zeros where
+// taps leave the plane. A convolution then marches down the rows of a vector or two of columns:
+// a row is read k times, once a column shift, and added to the k output rows that it touches,
+// which stay in registers. p is k / 2.
 #pragma once
 #include "vec.h"
 
 namespace ubn {
-
-#define UBN_PREFETCH(pointer) __builtin_prefetch(pointer, 0, 2)
 
 template <class T, class A>
 void plane_moments(const T* x, int64_t hw, A& mean, A& var) {
@@ -50,100 +48,144 @@ A plane_mean(const T* x, int64_t hw) {
   return sum<A>((s[0] + s[1]) + (s[2] + s[3]) + load_some<A>(x + q, hw - q)) / A(hw);
 }
 
-// The k copies of a strip of R rows.
+// R rows of a plane and p more on each side.
 template <class A, int K>
 class Strip {
  public:
   static constexpr int P = K / 2, N = Vec<A>::n;
-  static constexpr int64_t NUMBERS = 4096;  // in all copies: 16 KB of float
+  static constexpr int64_t NUMBERS = 4096;  // 16 KB of float
 
   int64_t R;      // rows of a strip
-  int64_t pitch;  // from copy to copy
-  A* c;           // copy v at output q of the strip, seen by tap row u: c[v * pitch + u * W + q]
+  int64_t pitch;  // from row to row: at least p zeros behind each
+  A* rows;        // row 0 is p above the first output row
 
-  Strip(int64_t H, int64_t W) : H_(H), W_(W) {
-    R = std::max<int64_t>(1, std::min(H, NUMBERS / K / W - 2 * P));
-    pitch = ((R + 2 * P) * W + 3 * N) / N * N;
-    static thread_local Buffer memory;
-    A* base = memory.template get<A>(K * pitch + 2 * N);
-    std::memset(base, 0, (K * pitch + 2 * N) * sizeof(A));
-    c = base + N;
+  Strip(int64_t H, int64_t W, int which = 0) : H_(H), W_(W) {
+    pitch = (W + P + N - 1) / N * N;
+    R = std::max<int64_t>(1, std::min(H, NUMBERS / pitch - 2 * P));
+    static thread_local Buffer memory[2];
+    const int64_t numbers = (R + 2 * P) * pitch + 2 * N;
+    A* base = memory[which].template get<A>(numbers);
+    std::memset(base, 0, numbers * sizeof(A));
+    rows = base + N;
   }
 
-  // Takes rows r0 - p ... r0 + rows + p of plane x, plus a shift.
+  // Takes rows r0 - p ... r0 + count + p of plane x, plus a shift.
   template <class T>
-  void fill(const T* x, A shift, int64_t r0, int64_t rows) {
-    const int64_t low = std::max<int64_t>(0, r0 - P), high = std::min(H_, r0 + rows + P);
-    const int64_t first = (low - (r0 - P)) * W_, count = (high - low) * W_;
-    const T* source = x + low * W_;
-    A* target[K];
-    for (int v = 0; v < K; v++) target[v] = c + v * pitch + first - (v - P);
-    int64_t q = 0;
-    for (; q + N <= count; q += N) {
-      const auto value = load_as<A>(source + q) + shift;
-      for (int v = 0; v < K; v++) store<A>(target[v] + q, value);
-    }
-    for (; q < count; q++) {
-      const A value = widen(source[q]) + shift;
-      for (int v = 0; v < K; v++) target[v][q] = value;
-    }
-    const int64_t all = rows + 2 * P;
-    if (R < H_)  // else the rows outside the plane are zeros from the beginning
-      for (int v = 0; v < K; v++) {
-        std::memset(c + v * pitch, 0, first * sizeof(A));
-        std::memset(c + v * pitch + first + count, 0, (all * W_ - first - count + N) * sizeof(A));
+  void fill(const T* x, A shift, int64_t r0, int64_t count) {
+    const int64_t full = W_ / N * N, tail = W_ - full;
+    for (int64_t i = 0; i < count + 2 * P; i++) {
+      const int64_t r = r0 - P + i;
+      A* target = rows + i * pitch;
+      if (r < 0 || r >= H_) {
+        std::memset(target, 0, W_ * sizeof(A));
+        continue;
       }
-    for (int v = 0; v < K; v++) {
-      const int64_t columns = std::min<int64_t>(W_, std::abs(v - P));
-      A* edge = c + v * pitch + (v < P ? 0 : W_ - columns);
-      for (int64_t i = 0; i < all; i++)
-        for (int64_t j = 0; j < columns; j++) edge[i * W_ + j] = 0;
+      const T* source = x + r * W_;
+      for (int64_t q = 0; q < full; q += N) store<A>(target + q, load_as<A>(source + q) + shift);
+      if (tail) store_some<A>(target + full, load_some<A>(source + full, tail) + shift, tail);
     }
   }
 
-  // Where the strip after this one begins, to be prefetched while this one is worked on.
+  // Where what the strip after this one adds begins, to be prefetched while this is worked on.
   template <class T>
-  const T* next(const T* x, int64_t r0, int64_t rows) const {
-    return x + std::min(H_, r0 + rows + P) * W_;
-  }
-
-  inline typename Vec<A>::type at(int u, int v, int64_t q) const {
-    return load<A>(c + v * pitch + u * W_ + q);
-  }
-  inline typename Vec<A>::type convolve(const A* taps, int64_t q, typename Vec<A>::type sum) const {
-    for (int u = 0; u < K; u++)
-      for (int v = 0; v < K; v++) sum += at(u, v, q) * taps[u * K + v];
-    return sum;
+  const T* next(const T* x, int64_t r0, int64_t count) const {
+    return x + std::min(H_, r0 + count + P) * W_;
   }
 
  private:
   int64_t H_, W_;
 };
 
+// f(row, which of B vectors, sum of K z) for `count` rows of outputs, B vectors from column q on.
+template <class A, int K, int B, class F>
+inline void march(const Strip<A, K>& strip, const A (&taps)[K * K], int64_t q, int64_t count, F f) {
+  constexpr int P = K / 2, N = Vec<A>::n;
+  typedef typename Vec<A>::type V;
+  V open[B][K] = {};  // outputs of rows s - k + 1 ... s
+  for (int64_t s = 0; s < count + 2 * P; s++) {
+    const A* row = strip.rows + s * strip.pitch + q - P;
+    for (int b = 0; b < B; b++) {
+      V z[K];
+      for (int v = 0; v < K; v++) z[v] = load<A>(row + b * N + v);
+      for (int t = 0; t < K; t++) {
+        const A* tap = taps + (K - 1 - t) * K;
+        V sum = z[0] * tap[0];
+        for (int v = 1; v < K; v++) sum += z[v] * tap[v];
+        open[b][t] += sum;
+      }
+    }
+    for (int b = 0; b < B; b++) {
+      if (s >= K - 1) f(s - (K - 1), b, open[b][0]);
+      for (int t = 0; t + 1 < K; t++) open[b][t] = open[b][t + 1];
+      open[b][K - 1] = V{};
+    }
+  }
+}
+
+// Calls store(row, column, value, how many) for all outputs of a strip.
+template <class A, int K, class F>
+inline void march_all(const Strip<A, K>& strip, const A (&taps)[K * K], int64_t count, int64_t W,
+                      F store) {
+  constexpr int N = Vec<A>::n;
+  int64_t q = 0;
+  for (; q + 4 * N <= W; q += 4 * N)
+    march<A, K, 4>(strip, taps, q, count, [&](int64_t r, int b, typename Vec<A>::type value) {
+      store(r, q + b * N, value, Fixed<N>{});
+    });
+  for (; q + 2 * N <= W; q += 2 * N)
+    march<A, K, 2>(strip, taps, q, count, [&](int64_t r, int b, typename Vec<A>::type value) {
+      store(r, q + b * N, value, Fixed<N>{});
+    });
+  for (; q + N <= W; q += N)
+    march<A, K, 1>(strip, taps, q, count, [&](int64_t r, int, typename Vec<A>::type value) {
+      store(r, q, value, Fixed<N>{});
+    });
+  if (q < W)
+    march<A, K, 1>(strip, taps, q, count, [&](int64_t r, int, typename Vec<A>::type value) {
+      store(r, q, value, int(W - q));
+    });
+}
+
+// A whole vector or a part of one.
+template <class A, class T, int n>
+inline typename Vec<A>::type load_part(const T* p, Fixed<n>) {
+  return load_as<A>(p);
+}
+template <class A, class T>
+inline typename Vec<A>::type load_part(const T* p, int n) {
+  return load_some<A>(p, n);
+}
+template <class A, class T, int n>
+inline void store_part(T* p, typename Vec<A>::type v, Fixed<n>) {
+  store_as<A>(p, v);
+}
+template <class A, class T>
+inline void store_part(T* p, typename Vec<A>::type v, int n) {
+  store_some<A>(p, v, n);
+}
+
 // Y = dwconv(a (X + h); K) + beta of one plane; taps hold a already.
 template <class T, class A, int K>
-void plane_forward(Strip<A, K>* strip, const T* x, T* y, A shift, const A* taps, A bias, int64_t H,
-                   int64_t W) {
+void plane_forward(Strip<A, K>* strip, const T* x, T* y, A shift, const A (&taps)[K * K], A bias,
+                   int64_t H, int64_t W) {
   constexpr int N = Vec<A>::n;
   typedef typename Vec<A>::type V;
   const V beta = spread(bias);
   if constexpr (K == 1) {
-    const int64_t hw = H * W, blocks = hw / N * N;
-    for (int64_t q = 0; q < blocks; q += N)
+    const int64_t hw = H * W, full = hw / N * N;
+    for (int64_t q = 0; q < full; q += N)
       store_as<A>(y + q, (load_as<A>(x + q) + shift) * taps[0] + beta);
-    for (int64_t q = blocks; q < hw; q++) narrow((widen(x[q]) + shift) * taps[0] + bias, y[q]);
+    for (int64_t q = full; q < hw; q++) narrow((widen(x[q]) + shift) * taps[0] + bias, y[q]);
   } else {
-    for (int64_t r = 0; r < H; r += strip->R) {
-      const int64_t rows = std::min(strip->R, H - r), n = rows * W;
-      strip->fill(x, shift, r, rows);
-      const T* ahead = strip->next(x, r, rows);
-      T* out = y + r * W;
-      int64_t q = 0;
-      for (; q + N <= n; q += N) {
-        UBN_PREFETCH(ahead + q);
-        store_as<A>(out + q, strip->convolve(taps, q, beta));
-      }
-      if (q < n) store_some<A>(out + q, strip->convolve(taps, q, beta), n - q);
+    for (int64_t r0 = 0; r0 < H; r0 += strip->R) {
+      const int64_t count = std::min(strip->R, H - r0);
+      strip->fill(x, shift, r0, count);
+      T* out = y + r0 * W;
+      const T* ahead = strip->next(x, r0, count);
+      march_all<A, K>(*strip, taps, count, W, [&](int64_t r, int64_t q, V value, auto n) {
+        UBN_PREFETCH(ahead + r * W + q);
+        store_part<A>(out + r * W + q, value + beta, n);
+      });
     }
   }
 }
@@ -151,45 +193,40 @@ void plane_forward(Strip<A, K>* strip, const T* x, T* y, A shift, const A* taps,
 // dX = a dX_r + slope (X - m) + level of one plane; taps are reversed and hold a already. Where
 // there is no slope X is not read: what is not finite in it does not reach the gradient.
 template <class T, class A, int K>
-void plane_input(Strip<A, K>* strip, const T* x, const T* dy, T* dx, const A* taps, A mean,
-                 A slope, A level, int64_t H, int64_t W) {
+void plane_input(Strip<A, K>* strip, const T* x, const T* dy, T* dx, const A (&taps)[K * K],
+                 A mean, A slope, A level, int64_t H, int64_t W) {
   constexpr int N = Vec<A>::n;
   typedef typename Vec<A>::type V;
   const V base = spread(level);
   if constexpr (K == 1) {
-    const int64_t hw = H * W, blocks = hw / N * N;
-    for (int64_t q = 0; q < blocks; q += N) {
+    const int64_t hw = H * W, full = hw / N * N;
+    for (int64_t q = 0; q < full; q += N) {
       V value = load_as<A>(dy + q) * taps[0] + base;
       if (slope != 0) value += (load_as<A>(x + q) - mean) * slope;
       store_as<A>(dx + q, value);
     }
-    for (int64_t q = blocks; q < hw; q++) {
+    for (int64_t q = full; q < hw; q++) {
       A value = widen(dy[q]) * taps[0] + level;
       if (slope != 0) value += (widen(x[q]) - mean) * slope;
       narrow(value, dx[q]);
     }
   } else {
-    for (int64_t r = 0; r < H; r += strip->R) {
-      const int64_t rows = std::min(strip->R, H - r), n = rows * W;
-      strip->fill(dy, A(0), r, rows);
-      const T *ahead = strip->next(dy, r, rows), *source = x + r * W;
-      T* out = dx + r * W;
-      int64_t q = 0;
-      if (slope != 0) {
-        for (; q + N <= n; q += N) {
-          UBN_PREFETCH(ahead + q);
-          UBN_PREFETCH(source + q + n);
-          const V through = (load_as<A>(source + q) - mean) * slope + base;
-          store_as<A>(out + q, strip->convolve(taps, q, through));
-        }
-      } else {
-        for (; q + N <= n; q += N) store_as<A>(out + q, strip->convolve(taps, q, base));
-      }
-      if (q < n) {
-        V through = base;
-        if (slope != 0) through += (load_some<A>(source + q, n - q) - mean) * slope;
-        store_some<A>(out + q, strip->convolve(taps, q, through), n - q);
-      }
+    for (int64_t r0 = 0; r0 < H; r0 += strip->R) {
+      const int64_t count = std::min(strip->R, H - r0);
+      strip->fill(dy, A(0), r0, count);
+      const T *source = x + r0 * W, *ahead = strip->next(dy, r0, count);
+      T* out = dx + r0 * W;
+      if (slope != 0)
+        march_all<A, K>(*strip, taps, count, W, [&](int64_t r, int64_t q, V value, auto n) {
+          UBN_PREFETCH(ahead + r * W + q);
+          UBN_PREFETCH(source + (r + count) * W + q);
+          const V apart = load_part<A>(source + r * W + q, n) - mean;
+          store_part<A>(out + r * W + q, value + (apart * slope + base), n);
+        });
+      else
+        march_all<A, K>(*strip, taps, count, W, [&](int64_t r, int64_t q, V value, auto n) {
+          store_part<A>(out + r * W + q, value + base, n);
+        });
     }
   }
 }
@@ -254,6 +291,40 @@ void inside_sums(const T* dy, A total, int64_t H, int64_t W, A (&inside)[K * K])
     }
 }
 
+// Adds the products of a vector of columns, row by row: (X + h) of k rows stays in registers.
+template <class T, class A, int K, class Count>
+inline void march_sums(const Strip<A, K>& strip, const T* dy, const T* ahead, int64_t q,
+                       int64_t count, int64_t W, Count n, typename Vec<A>::type (&sums)[K * K],
+                       typename Vec<A>::type& plain) {
+  constexpr int P = K / 2;
+  typedef typename Vec<A>::type V;
+  V s[K * K], total{};
+  for (int t = 0; t < K * K; t++) s[t] = V{};
+  const A* z = strip.rows + q - P;
+  if constexpr (K == 3) {
+    V seen[K * K];
+    for (int t = 0; t < K * K; t++) seen[t] = t < K ? V{} : load<A>(z + (t / K - 1) * strip.pitch + t % K);
+    for (int64_t r = 0; r < count; r++) {
+      UBN_PREFETCH(ahead + r * W + q);
+      UBN_PREFETCH(dy + (r + count) * W + q);
+      const V g = load_part<A>(dy + r * W + q, n);
+      total += g;
+      for (int t = 0; t < K * (K - 1); t++) seen[t] = seen[t + K];
+      for (int v = 0; v < K; v++) seen[K * (K - 1) + v] = load<A>(z + (r + K - 1) * strip.pitch + v);
+      for (int t = 0; t < K * K; t++) s[t] += seen[t] * g;
+    }
+  } else {
+    for (int64_t r = 0; r < count; r++) total += load_part<A>(dy + r * W + q, n);
+    for (int u = 0; u < K; u++)
+      for (int64_t r = 0; r < count; r++) {
+        const V g = load_part<A>(dy + r * W + q, n);
+        for (int v = 0; v < K; v++) s[u * K + v] += load<A>(z + (r + u) * strip.pitch + v) * g;
+      }
+  }
+  for (int t = 0; t < K * K; t++) sums[t] += s[t];
+  plain += total;
+}
+
 // Of one plane: P_uv = sum of (X + h) seen by tap (u, v), times dY; the sum of dY over the outputs
 // whose tap (u, v) lies inside; the sum of dY. The sum of (X + h) D is that of K P and the sum
 // of D that of K inside, so D = dX_r itself is not needed.
@@ -281,25 +352,14 @@ void plane_sums(Strip<A, K>* strip, const T* x, const T* dy, A shift, int64_t H,
     inside[0] = total = sum<A>(plain[0] + plain[1]) + rest_plain;
   } else {
     V sums[K * K] = {}, plain{};
-    for (int64_t r = 0; r < H; r += strip->R) {
-      const int64_t rows = std::min(strip->R, H - r), n = rows * W;
-      strip->fill(x, shift, r, rows);
-      const T *ahead = strip->next(x, r, rows), *d = dy + r * W;
+    for (int64_t r0 = 0; r0 < H; r0 += strip->R) {
+      const int64_t count = std::min(strip->R, H - r0);
+      strip->fill(x, shift, r0, count);
+      const T *d = dy + r0 * W, *ahead = strip->next(x, r0, count);
       int64_t q = 0;
-      for (; q + N <= n; q += N) {
-        UBN_PREFETCH(ahead + q);
-        UBN_PREFETCH(d + q + n);
-        const V g = load_as<A>(d + q);
-        plain += g;
-        for (int u = 0; u < K; u++)
-          for (int v = 0; v < K; v++) sums[u * K + v] += strip->at(u, v, q) * g;
-      }
-      if (q < n) {
-        const V g = load_some<A>(d + q, n - q);
-        plain += g;
-        for (int u = 0; u < K; u++)
-          for (int v = 0; v < K; v++) sums[u * K + v] += strip->at(u, v, q) * g;
-      }
+      for (; q + N <= W; q += N)
+        march_sums<T, A, K>(*strip, d, ahead, q, count, W, Fixed<N>{}, sums, plain);
+      if (q < W) march_sums<T, A, K>(*strip, d, ahead, q, count, W, int(W - q), sums, plain);
     }
     bool finite = true;
     for (int t = 0; t < K * K; t++) finite &= bool(std::isfinite(P[t] = sum<A>(sums[t])));

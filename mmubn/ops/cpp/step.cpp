@@ -16,10 +16,11 @@ namespace {
 typedef UBN_T T;
 typedef std::conditional<std::is_same<T, double>::value, double, float>::type A;
 constexpr int K = UBN_K, KK = K * K, P = K / 2, N = Vec<A>::n;
-typedef Lanes<T, A, K> L;
+typedef Lanes<T, A, K> InPlace;
+typedef Lanes<A, A, K> Packed;  // tiles are converted
 
 // Planes up to this size go through lanes, where vectors of pixels would be mostly tail.
-constexpr int64_t SMALL_PLANE = UBN_SMALL_PLANE;
+constexpr int64_t SMALL_PLANE = 64;
 // Numbers of a block of the similarity: they stay in the first level cache.
 constexpr int64_t BLOCK = 4096;
 
@@ -65,14 +66,9 @@ struct Plan {
       : B(l.batch), C(l.channels), H(l.height), W(l.width), hw(H * W), Cp(padded(C)) {
     pixels = l.pixels;
     lanes = pixels || (hw <= SMALL_PLANE && 2 * C >= N);
-    // Pixels: as many channels as leave a task for each of many threads. Planes: the same, as
-    // a task has a strip to set up. Tiles: a vector of channels.
-    block = N;
-    if (pixels || !lanes) {
-      const int64_t wanted = std::max<int64_t>(1, (16 + B - 1) / B);
-      block = padded((C + wanted - 1) / wanted);
-      if (!lanes) block = std::min<int64_t>(C, std::max<int64_t>(1, C / wanted));
-    }
+    // As many channels as leave a task for each of many threads: a task has things to set up.
+    const int64_t wanted = (16 + B - 1) / B;
+    block = lanes ? padded((C + wanted - 1) / wanted) : std::max<int64_t>(1, C / wanted);
     blocks = (C + block - 1) / block;
     // A task that takes less than waking a thread does is better done here.
     threads = int(std::min<int64_t>(l.threads, 1 + B * C * hw / 16384));
@@ -92,47 +88,57 @@ struct Plan {
       }
     });
   }
-  // Whether the block of lanes at channel c can be read where it lies.
-  bool in_place(int64_t c) const { return pixels && c + N <= C; }
-  void pack_block(const T* x, T* tile, int64_t n, int64_t c) const {
-    if (pixels)
-      pack_tail<T, N>(image(x, n, c), tile, hw, C, std::min<int64_t>(N, C - c));
-    else
-      pack<T, N>(image(x, n, c), tile, hw, std::min<int64_t>(N, C - c));
+  // The end of the channels in c0 ... c1 whose lanes can be read where they lie.
+  int64_t in_place_until(int64_t c0, int64_t c1) const {
+    return pixels ? c0 + (c1 - c0) / N * N : c0;
   }
-  void unpack_block(const T* tile, T* y, int64_t n, int64_t c) const {
+  void pack_block(const T* x, A* tile, int64_t n, int64_t c) const {
+    const int64_t count = std::min<int64_t>(N, C - c);
     if (pixels)
-      unpack_tail<T, N>(tile, image(y, n, c), hw, C, std::min<int64_t>(N, C - c));
+      pack_tail(image(x, n, c), tile, hw, C, count);
     else
-      unpack<T, N>(tile, image(y, n, c), hw, std::min<int64_t>(N, C - c));
+      pack(image(x, n, c), tile, hw, count, x + B * C * hw);
   }
-  T* tiles(int count) const {
+  void unpack_block(const A* tile, T* y, int64_t n, int64_t c) const {
+    const int64_t count = std::min<int64_t>(N, C - c);
+    if (pixels)
+      unpack_tail(tile, image(y, n, c), hw, C, count);
+    else
+      unpack(tile, image(y, n, c), hw, count);
+  }
+  A* tiles(int count) const {
     static thread_local Buffer buffer;
-    return buffer.get<T>(size_t(count) * hw * N);
+    return buffer.get<A>(size_t(count) * hw * N);
   }
 };
-
-// f(c, pixels of the block at channel c, their step), the block packed where it must be.
-template <class F>
-void each_block(const Plan& p, const T* x, int64_t n, int64_t c0, int64_t c1, F f) {
-  for (int64_t c = c0; c < c1; c += N)
-    if (p.in_place(c)) {
-      f(c, p.image(x, n, c), p.C);
-    } else {
-      T* tile = p.tiles(1);
-      p.pack_block(x, tile, n, c);
-      f(c, static_cast<const T*>(tile), int64_t(N));
-    }
-}
 
 void means(const Plan& p, const T* x, int64_t n, int64_t c0, int64_t c1, A* mean) {
   if (!p.lanes) {
     for (int64_t c = c0; c < c1; c++) mean[c - c0] = plane_mean<T, A>(p.image(x, n, c), p.hw);
     return;
   }
-  each_block(p, x, n, c0, c1, [&](int64_t c, const T* block, int64_t step) {
-    store<A>(mean + (c - c0), L::mean(block, p.hw, step));
-  });
+  const int64_t side_by_side = p.in_place_until(c0, c1);
+  InPlace::mean(p.image(x, n, c0), p.hw, p.C, side_by_side - c0, mean);
+  for (int64_t c = side_by_side; c < c1; c += N) {
+    A* tile = p.tiles(1);
+    p.pack_block(x, tile, n, c);
+    Packed::mean(tile, p.hw, N, N, mean + c - c0);
+  }
+}
+
+void moments(const Plan& p, const T* x, int64_t n, int64_t c0, int64_t c1, A* mean, A* var) {
+  if (!p.lanes) {
+    for (int64_t c = c0; c < c1; c++)
+      plane_moments<T, A>(p.image(x, n, c), p.hw, mean[c - c0], var[c - c0]);
+    return;
+  }
+  const int64_t side_by_side = p.in_place_until(c0, c1);
+  InPlace::moments(p.image(x, n, c0), p.hw, p.C, side_by_side - c0, mean, var);
+  for (int64_t c = side_by_side; c < c1; c += N) {
+    A* tile = p.tiles(1);
+    p.pack_block(x, tile, n, c);
+    Packed::moments(tile, p.hw, N, N, mean + c - c0, var + c - c0);
+  }
 }
 
 // sum over a block of coordinates of (sum_n w_n X_n)^2, in double
@@ -263,34 +269,31 @@ void statistics(const Layer& l, const State& s, const A* rows, int64_t ranks, A*
   *share = open ? A(1 / std::max(total, 1.0)) : A(0);
 }
 
-void forward(const Plan& p, const Layer& l, const T* x, T* y, int64_t n, int64_t c0, int64_t c1,
-             const A* shift, const A* scale, const A* taps) {
+void forward(const Plan& p, const T* x, T* y, int64_t n, int64_t c0, int64_t c1, const A* shift,
+             const A* scale, const A* taps, const A* bias) {
   if (!p.lanes) {
-    Strip<A, K>* strip = nullptr;
-    Strip<A, K> made(K > 1 ? p.H : 1, K > 1 ? p.W : 1);
-    strip = &made;
+    Strip<A, K> strip(K > 1 ? p.H : 1, K > 1 ? p.W : 1);
     for (int64_t c = c0; c < c1; c++) {
       A scaled[KK];
       for (int t = 0; t < KK; t++) scaled[t] = taps[c * KK + t] * scale[c - c0];
-      plane_forward<T, A, K>(strip, p.image(x, n, c), p.image(y, n, c), shift[c - c0], scaled,
-                             l.bias ? l.bias[c] : A(0), p.H, p.W);
+      plane_forward<T, A, K>(&strip, p.image(x, n, c), p.image(y, n, c), shift[c - c0], scaled,
+                             bias[c], p.H, p.W);
     }
     return;
   }
-  auto bias = [&](int64_t c) {
-    return l.bias ? load_some<A>(l.bias + c, std::min<int64_t>(N, p.C - c)) : typename Vec<A>::type{};
-  };
-  if (p.pixels)  // row by row through all channels, which lie side by side
-    for (int64_t i = 0; i < p.H; i++)
-      for (int64_t c = c0; c < c1 && p.in_place(c); c += N)
-        L::forward(p.image(x, n, c), p.image(y, n, c), shift + c - c0, scale + c - c0, taps + c,
-                   p.Cp, bias(c), i, p.H, p.W, p.C);
-  for (int64_t c = c0; c < c1; c += N) {
-    if (p.in_place(c)) continue;
-    T *tile = p.tiles(2), *out = tile + p.hw * N;
+  // Row by row through all channels, which lie side by side.
+  const int64_t side_by_side = p.in_place_until(c0, c1);
+  for (int64_t i = 0; i < p.H; i++)
+    InPlace::pairs(c0, side_by_side, [&](int64_t c, auto blocks) {
+      InPlace::template forward<blocks>(p.image(x, n, c), p.image(y, n, c), shift + c - c0,
+                                        scale + c - c0, taps + c, p.Cp, bias + c, i, p.H, p.W, p.C);
+    });
+  for (int64_t c = side_by_side; c < c1; c += N) {
+    A *tile = p.tiles(2), *out = tile + p.hw * N;
     p.pack_block(x, tile, n, c);
     for (int64_t i = 0; i < p.H; i++)
-      L::forward(tile, out, shift + c - c0, scale + c - c0, taps + c, p.Cp, bias(c), i, p.H, p.W, N);
+      Packed::template forward<1>(tile, out, shift + c - c0, scale + c - c0, taps + c, p.Cp,
+                                  bias + c, i, p.H, p.W, N);
     p.unpack_block(out, y, n, c);
   }
 }
@@ -331,18 +334,17 @@ void image_sums(const Plan& p, const T* x, const T* dy, int64_t n, int64_t c0, i
   }
   std::memset(products, 0, (KK + 1) * pitch * sizeof(A));
   std::memset(d_sum, 0, pitch * sizeof(A));
-  if (p.pixels)
-    for (int64_t i = 0; i < p.H; i++)
-      for (int64_t c = c0; c < c1 && p.in_place(c); c += N)
-        L::sums(p.image(x, n, c), p.image(dy, n, c), shift + c - c0, taps + c, p.Cp,
+  const int64_t side_by_side = p.in_place_until(c0, c1);
+  for (int64_t i = 0; i < p.H; i++)
+    for (int64_t c = c0; c < side_by_side; c += N)
+      InPlace::sums(p.image(x, n, c), p.image(dy, n, c), shift + c - c0, taps + c, p.Cp,
                 products + c - c0, d_sum + c - c0, pitch, i, p.H, p.W, p.C);
-  for (int64_t c = c0; c < c1; c += N) {
-    if (p.in_place(c)) continue;
-    T *tile = p.tiles(2), *dy_tile = tile + p.hw * N;
+  for (int64_t c = side_by_side; c < c1; c += N) {
+    A *tile = p.tiles(2), *dy_tile = tile + p.hw * N;
     p.pack_block(x, tile, n, c);
     p.pack_block(dy, dy_tile, n, c);
     for (int64_t i = 0; i < p.H; i++)
-      L::sums(tile, dy_tile, shift + c - c0, taps + c, p.Cp, products + c - c0, d_sum + c - c0,
+      Packed::sums(tile, dy_tile, shift + c - c0, taps + c, p.Cp, products + c - c0, d_sum + c - c0,
               pitch, i, p.H, p.W, N);
   }
   for (int64_t c = c0; c < c1; c++) {
@@ -368,18 +370,19 @@ void input(const Plan& p, const T* x, const T* dy, T* dx, int64_t n, int64_t c0,
     }
     return;
   }
-  if (p.pixels)
-    for (int64_t i = 0; i < p.H; i++)
-      for (int64_t c = c0; c < c1 && p.in_place(c); c += N)
-        L::input(p.image(x, n, c), p.image(dy, n, c), p.image(dx, n, c), scale + c - c0, taps + c,
-                 p.Cp, mean + c - c0, slope + c, level + c - c0, has_slope, i, p.H, p.W, p.C);
-  for (int64_t c = c0; c < c1; c += N) {
-    if (p.in_place(c)) continue;
-    T *tile = p.tiles(3), *dy_tile = tile + p.hw * N, *out = dy_tile + p.hw * N;
+  const int64_t side_by_side = p.in_place_until(c0, c1);
+  for (int64_t i = 0; i < p.H; i++)
+    InPlace::pairs(c0, side_by_side, [&](int64_t c, auto blocks) {
+      InPlace::template input<blocks>(p.image(x, n, c), p.image(dy, n, c), p.image(dx, n, c),
+                                      scale + c - c0, taps + c, p.Cp, mean + c - c0, slope + c,
+                                      level + c - c0, has_slope, i, p.H, p.W, p.C);
+    });
+  for (int64_t c = side_by_side; c < c1; c += N) {
+    A *tile = p.tiles(3), *dy_tile = tile + p.hw * N, *out = dy_tile + p.hw * N;
     if (has_slope) p.pack_block(x, tile, n, c);
     p.pack_block(dy, dy_tile, n, c);
     for (int64_t i = 0; i < p.H; i++)
-      L::input(tile, dy_tile, out, scale + c - c0, taps + c, p.Cp, mean + c - c0, slope + c,
+      Packed::template input<1>(tile, dy_tile, out, scale + c - c0, taps + c, p.Cp, mean + c - c0, slope + c,
                level + c - c0, has_slope, i, p.H, p.W, N);
     p.unpack_block(out, dx, n, c);
   }
@@ -399,13 +402,7 @@ void ubn_measure(const Layer* layer, const T* x, int similar, A* image_mean, A* 
   const int64_t B = p.B, C = p.C, Cp = p.Cp;
   A *mean = scratch(2 * B * Cp + B), *var = mean + B * Cp, *weight = var + B * Cp;
   p.each([&](int64_t n, int64_t c0, int64_t c1) {
-    A *m = mean + n * Cp, *v = var + n * Cp;
-    if (!p.lanes)
-      for (int64_t c = c0; c < c1; c++) plane_moments<T, A>(p.image(x, n, c), p.hw, m[c], v[c]);
-    else
-      each_block(p, x, n, c0, c1, [&](int64_t c, const T* block, int64_t step) {
-        L::moments(block, p.hw, step, m + c, v + c);
-      });
+    moments(p, x, n, c0, c1, mean + n * Cp + c0, var + n * Cp + c0);
   });
   static thread_local Buffer buffer;
   double* sums = buffer.get<double>(3 * C);
@@ -466,13 +463,14 @@ void ubn_normalize(const Layer* layer, const State* state, const T* x, A* image_
     }
     out[2 * p.C] = 0;
   }
-  A* taps = scratch(KK * p.Cp);
+  A *taps = scratch((KK + 1) * p.Cp), *bias = taps + KK * p.Cp;
   effective_taps(p, l, taps);
+  for (int64_t c = 0; c < p.Cp; c++) bias[c] = l.bias && c < p.C ? l.bias[c] : A(0);
   p.each([&](int64_t n, int64_t c0, int64_t c1) {
     static thread_local Buffer buffer;
     A* shift = buffer.get<A>(3 * p.Cp);
     A *scale = shift + p.Cp, *mean = scale + p.Cp, *known = nullptr;
-    if (p.lanes) std::memset(shift, 0, 2 * p.Cp * sizeof(A));
+    for (int64_t c = c1 - c0; c < padded(c1 - c0); c++) shift[c] = scale[c] = 0;
     if (image_mean) {
       known = image_mean + n * p.C + c0;
       if (!rows) {
@@ -481,7 +479,7 @@ void ubn_normalize(const Layer* layer, const State* state, const T* x, A* image_
       }
     }
     coefficients(l, known, mu, rstd, c0, c1 - c0, shift, scale, nullptr);
-    forward(p, l, x, y, n, c0, c1, shift, scale, taps);
+    forward(p, x, y, n, c0, c1, shift, scale, taps, bias);
   });
 }
 
@@ -523,18 +521,22 @@ void ubn_backward_sums(const Layer* layer, const T* x, const T* dy, const A* ima
       for (int64_t n = B * group / g.count; n < B * (group + 1) / g.count; n++) {
         const int64_t at = n * Cp + c0;
         image_sums(p, x, dy, n, c0, c1, shift + at, taps, products, d_sum, g.block);
+        const A *a = scale + at, *tap = taps + (p.lanes ? c0 : c0 * KK);
+        A* dot = d_scale + at;
+        const int64_t channel = p.lanes ? 1 : KK, next = p.lanes ? Cp : 1;  // strides of tap
         for (int64_t c = 0; c < c1 - c0; c++) {
-          const A a = scale[at + c];
-          A dot = 0;
-          for (int t = 0; t < KK; t++) {
-            const A product = products[t * g.block + c];
-            const int64_t channel = c0 + c;
-            dot += product * taps[p.lanes ? t * Cp + channel : channel * KK + t];
-            total[t * g.block + c] += a * product;
-          }
+          dot[c] = 0;
+          d_shift[at + c] = a[c] * d_sum[c];
           total[KK * g.block + c] += products[KK * g.block + c];
-          d_scale[at + c] = dot;
-          d_shift[at + c] = a * d_sum[c];
+        }
+        for (int t = 0; t < KK; t++) {
+          const A* product = products + t * g.block;
+          A* sum = total + t * g.block;
+#pragma omp simd
+          for (int64_t c = 0; c < c1 - c0; c++) {
+            dot[c] += product[c] * tap[t * next + c * channel];
+            sum[c] += a[c] * product[c];
+          }
         }
       }
     }

@@ -13,6 +13,12 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#define UBN_PREFETCH(pointer) __builtin_prefetch(pointer, 0, 2)
+#define UBN_PREFETCH_TO_WRITE(pointer) __builtin_prefetch(pointer, 1, 2)
 
 namespace ubn {
 
@@ -25,6 +31,10 @@ constexpr int VECTOR_BYTES = 64;
 #else
 constexpr int VECTOR_BYTES = 32;
 #endif
+
+// A number that is known when this is compiled, so that loops up to it are unrolled.
+template <int value>
+using Fixed = std::integral_constant<int, value>;
 
 template <class A>
 struct Vec {
@@ -82,10 +92,18 @@ inline typename Vec<A>::type load_as(const T* p) {
     return load<A>(p);
   } else {
     static_assert(std::is_same<T, bf16>::value && sizeof(A) == 4, "float from bfloat16");
-    typedef uint16_t Bits16 __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
     typedef uint32_t Bits32 __attribute__((vector_size(VECTOR_BYTES)));
+#if defined(__AVX512F__)  // what GCC makes of the general conversion goes by halves
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return (typename Vec<A>::type)((Bits32)_mm512_cvtepu16_epi32(half) << 16);
+#elif defined(__AVX2__)
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return (typename Vec<A>::type)((Bits32)_mm256_cvtepu16_epi32(half) << 16);
+#else
+    typedef uint16_t Bits16 __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
     const Bits32 bits = __builtin_convertvector(*reinterpret_cast<const Bits16*>(p), Bits32);
     return (typename Vec<A>::type)(bits << 16);
+#endif
   }
 }
 
@@ -94,26 +112,57 @@ inline void store_as(T* p, typename Vec<A>::type v) {
   if constexpr (std::is_same<A, T>::value) {
     store<A>(p, v);
   } else {
-    typedef uint16_t Bits16 __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
     typedef uint32_t Bits32 __attribute__((vector_size(VECTOR_BYTES)));
     const Bits32 bits = (Bits32)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const Bits32 quiet = (bits & 0x7fffffff) > 0x7f800000 ? (Bits32{} + 0x7fc0) : rounded;
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)quiet));
+#else
+    typedef uint16_t Bits16 __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
     *reinterpret_cast<Bits16*>(p) = __builtin_convertvector(quiet, Bits16);
+#endif
   }
 }
 
-// The first n numbers and zeros behind; touches nothing else.
+// The first n numbers and zeros behind, and back; touches nothing else.
 template <class A, class T>
 inline typename Vec<A>::type load_some(const T* p, int64_t n) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  const uint32_t mask = (uint32_t(1) << n) - 1;
+  if constexpr (std::is_same<T, bf16>::value) {
+    const __m256i half = _mm256_maskz_loadu_epi16(__mmask16(mask), p);
+    typedef uint32_t Bits32 __attribute__((vector_size(VECTOR_BYTES)));
+    return (typename Vec<A>::type)((Bits32)_mm512_cvtepu16_epi32(half) << 16);
+  } else if constexpr (sizeof(A) == 4) {
+    return (typename Vec<A>::type)_mm512_maskz_loadu_ps(__mmask16(mask), p);
+  } else {
+    return (typename Vec<A>::type)_mm512_maskz_loadu_pd(__mmask8(mask), p);
+  }
+#else
   alignas(VECTOR_BYTES) A lanes[Vec<A>::n] = {};
   for (int64_t i = 0; i < n; i++) lanes[i] = widen(p[i]);
   return load<A>(lanes);
+#endif
 }
 template <class A, class T>
 inline void store_some(T* p, typename Vec<A>::type v, int64_t n) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  const uint32_t mask = (uint32_t(1) << n) - 1;
+  if constexpr (std::is_same<T, bf16>::value) {
+    alignas(32) bf16 lanes[Vec<A>::n];
+    store_as<A>(lanes, v);
+    const __m256i half = _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes));
+    _mm256_mask_storeu_epi16(p, __mmask16(mask), half);
+  } else if constexpr (sizeof(A) == 4) {
+    _mm512_mask_storeu_ps(p, __mmask16(mask), (__m512)v);
+  } else {
+    _mm512_mask_storeu_pd(p, __mmask8(mask), (__m512d)v);
+  }
+#else
   alignas(VECTOR_BYTES) A lanes[Vec<A>::n];
   store<A>(lanes, v);
   for (int64_t i = 0; i < n; i++) narrow(lanes[i], p[i]);
+#endif
 }
 template <class A>
 inline typename Vec<A>::type spread(A value) {
