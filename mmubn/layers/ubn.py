@@ -1,14 +1,15 @@
 """Unified Batch Normalization, a drop-in for ``nn.BatchNorm2d``."""
 
 import math
-from typing import Optional
+import numbers
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import ops
-from .base import RectifiedBatchNorm
+from .base import RectifiedBatchNorm, check_integer
 
 
 class UBN(RectifiedBatchNorm, _BatchNorm):
@@ -126,9 +127,8 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         **unknown,
     ) -> None:
         _check_gate(fct, fct_momentum, fct_warmup, track_running_stats)
-        for key, value in (('fct_interval', fct_interval), ('fct_stride', fct_stride)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f'{key} must be a positive integer, got {value!r}')
+        check_integer('fct_interval', fct_interval)
+        check_integer('fct_stride', fct_stride)
         super().__init__(
             num_features,
             eps,
@@ -159,7 +159,8 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         """Sets the running statistics and the running similarity to their initial values."""
         super().reset_running_stats()
         # BatchNorm's constructor comes here before the buffer exists.
-        if getattr(self, 'running_similarity', None) is not None:
+        tracked = self.track_running_stats
+        if tracked and getattr(self, 'running_similarity', None) is not None:
             self.running_similarity.fill_(1)
 
     @property
@@ -220,11 +221,16 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
 def _check_gate(
     fct: Optional[float], fct_momentum: float, fct_warmup: Optional[int], track_running_stats: bool
 ) -> None:
-    if fct is not None and not (isinstance(fct, (int, float)) and -1 <= fct <= 1):
+    if fct is not None and (not _is_number(fct) or not -1 <= fct <= 1):
         raise ValueError(f'fct is a cosine similarity in [-1, 1], or None for no gate; got {fct!r}')
     if fct is not None and not track_running_stats:
         raise ValueError('fct needs running statistics: set fct=None or track_running_stats=True')
-    if not 0 <= fct_momentum <= 1:
-        raise ValueError(f'fct_momentum must lie in [0, 1], got {fct_momentum}')
-    if fct_warmup is not None and fct_warmup < 0:
-        raise ValueError(f'fct_warmup counts batches and cannot be negative, got {fct_warmup}')
+    if not _is_number(fct_momentum) or not 0 <= fct_momentum <= 1:
+        raise ValueError(f'fct_momentum must lie in [0, 1], got {fct_momentum!r}')
+    if fct_warmup is not None and (not _is_number(fct_warmup) or fct_warmup < 0):
+        raise ValueError(f'fct_warmup counts batches and cannot be negative, got {fct_warmup!r}')
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a real number; a bool is none here, as center and scale take those."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
