@@ -206,6 +206,8 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
         """What a BatchNorm's state dict lacks, such that evaluation gives BatchNorm's output."""
         weight = state_dict.get(prefix + 'weight')
         like = state_dict.get(prefix + 'running_mean', weight)
+        if like is None:  # a BatchNorm without any tensor
+            like = torch.empty(()) if self.scale_bias is None else self.scale_bias
         own = {}
         if self.kernel is not None:
             own['kernel'] = _set_identity(like.new_empty(self.kernel.shape))
