@@ -18,6 +18,8 @@ from .guards import BatchNormGuard
 
 logger = logging.getLogger('mmubn')
 
+# What has to fit the input.
+_CHECKED = (*ops.Parameters._fields, 'running_mean', 'running_var')
 # What a state dict of these layers may hold and one of BatchNorm never does.
 _OWN_NAMES = ('kernel', 'center_weight', 'scale_weight', 'scale_bias', 'running_similarity')
 
@@ -101,62 +103,88 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
             self.scale_weight.zero_()
             self.scale_bias.fill_(self._initial_scale_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, torch.fx.Proxy):
-            return self._leaf(x)
-        self._check_input(x)
-        if x.numel() == 0:
-            return self._forward_empty(x)
-        return self._step(x)
+    def forward(self, input: Tensor) -> Tensor:  # as BatchNorm calls it, which some give by name
+        if isinstance(input, torch.fx.Proxy):
+            return self._leaf(input)
+        parameters, buffers = self._parameters_of_step(input), self._state()
+        self._check_input(input, parameters, buffers)
+        if input.numel() == 0:
+            return self._forward_empty(input, parameters, buffers)
+        return self._step(input, parameters, buffers)
 
-    def _step(self, x: Tensor) -> Tensor:
-        parameters = ops.Parameters(
-            self.weight,
-            self.kernel,
-            self.bias,
-            self.center_weight,
-            self.scale_weight,
-            self.scale_bias,
-        )
-        return ops.ubn(
-            x, parameters, self._state(), self._settings(), self._group(), backend=self.backend
+    def _step(self, x: Tensor, parameters: ops.Parameters, buffers: ops.Buffers) -> Tensor:
+        return ops.ubn(x, parameters, buffers, self._settings(), self._group(), self.backend)
+
+    def _parameters_of_step(self, x: Tensor) -> ops.Parameters:
+        weight = self.weight
+        if weight is None and self.kernel is not None:  # taken away on the built layer
+            weight = self.kernel.new_ones(len(self.kernel))
+        return ops.Parameters(
+            weight, self.kernel, self.bias, self.center_weight, self.scale_weight, self.scale_bias
         )
 
     def _state(self) -> ops.Buffers:
         """What a training step moves."""
-        return ops.Buffers(self.running_mean, self.running_var, self.num_batches_tracked)
+        count = self.num_batches_tracked
+        if count is None and self.running_mean is not None:  # as BatchNorm: nobody counts
+            count = torch.zeros((), dtype=torch.long, device=self.running_mean.device)
+        return ops.Buffers(self.running_mean, self.running_var, count)
 
     def _settings(self) -> ops.Settings:
-        """What this step does."""
+        """What this step does, by what the attributes say at this moment, as in BatchNorm."""
+        tracks = self._tracks()
+        if self.momentum is None and self.num_batches_tracked is None:
+            tracks = False  # no average without a count
         return ops.Settings(
             eps=self._eps,
             training=self.training or self.running_mean is None,
             momentum=self.momentum,
-            update=self.running_mean is not None and not recomputing(),
+            update=tracks and not recomputing(),
             scale_from_input=self._scale_from_input,
         )
+
+    def _tracks(self) -> bool:
+        """Whether this step belongs into the running statistics."""
+        return self.training and self.track_running_stats and self.running_mean is not None
 
     def _group(self) -> Optional[Any]:
         """The processes whose batches are one, None where it is this one alone."""
         return None
 
-    def _forward_empty(self, x: Tensor) -> Tensor:
+    def _forward_empty(self, x: Tensor, parameters: ops.Parameters, buffers: ops.Buffers) -> Tensor:
         # DDP waits for the gradient of every parameter, so all stay in the graph.
-        connected = x.new_ones(self.num_features)
-        for parameter in self.parameters():
+        connected = x.new_ones(x.shape[1])
+        for parameter in filter(lambda value: value is not None, parameters):
             # The product makes each gradient a tensor of its own: those of the sum alone
             # would be views of one, which DDP and accumulation add to in place.
             own = (0 * parameter).to(x.dtype)
-            connected = connected + own.reshape(self.num_features, -1).sum(1)
+            connected = connected + own.reshape(x.shape[1], -1).sum(1)
         return x * connected.view(1, -1, 1, 1)
 
-    def _check_input(self, x: Tensor) -> None:
+    def _check_input(self, x: Tensor, parameters: ops.Parameters, buffers: ops.Buffers) -> None:
+        """Raises where BatchNorm does: the backends read what they are given."""
+        if not x.is_floating_point() or x.layout != torch.strided:
+            raise TypeError(f'expected a dense float input, got {x.dtype}, {x.layout}')
         if x.dim() != 4:
             raise ValueError(f'expected 4D input (got {x.dim()}D input)')
-        if x.shape[1] != self.num_features:
-            raise ValueError(
-                f'expected {self.num_features} channels, got input size {tuple(x.shape)}'
-            )
+        running = buffers.running_mean, buffers.running_var
+        if (running[0] is None) != (running[1] is None):
+            raise ValueError('running_mean and running_var must both be None or neither be None')
+        if running[0] is not None and (running[0].requires_grad or running[1].requires_grad):
+            raise RuntimeError('running_mean and running_var take no gradient: detach them')
+        reduced = x.dtype in (torch.float16, torch.bfloat16)
+        for name, value in zip(_CHECKED, (*parameters, *running)):
+            if value is None:
+                continue
+            if value.shape[0] != x.shape[1]:
+                raise ValueError(
+                    f'expected {value.shape[0]} channels, got input size {tuple(x.shape)}: '
+                    f'{name} has {value.shape[0]}'
+                )
+            if value.dtype != x.dtype and not (reduced and value.dtype == torch.float32):
+                raise TypeError(f'mixed dtypes: the input is {x.dtype}, {name} {value.dtype}')
+            if value.device != x.device:
+                raise RuntimeError(f'the input is on {x.device}, {name} on {value.device}')
         if self.training:
             self._check_count(x)
 

@@ -52,8 +52,9 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         num_features (int): C.
         eps (float): :math:`\epsilon`. Default: 1e-5.
         momentum (float, optional): Weight of the newest batch in the running
-            statistics; None is the cumulative average. At 1, which PreciseBN sets to
-            measure, the gate stays open. Default: 0.1.
+            statistics; None is the cumulative average. At 1 and None, which PreciseBN and
+            ``torch.optim.swa_utils.update_bn`` set to measure the statistics of all batches,
+            the gate stays open and :math:`\tau` as it is. Default: 0.1.
         affine (bool): Whether there is an affine: ``weight``, ``bias`` and, for
             ``kernel_size`` above 1, ``kernel``. Default: True.
         track_running_stats (bool): As in ``nn.BatchNorm2d``; False needs
@@ -192,9 +193,11 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
 
     def _settings(self) -> ops.Settings:
         settings = super()._settings()
-        # A momentum of 1, as PreciseBN sets it to measure statistics, keeps nothing that a
-        # shut gate could use.
-        if self.fct is None or self.momentum == 1 or not self.training:
+        if self.fct is None or not self._tracks() or self.running_similarity is None:
+            return settings
+        # What measures statistics sets a momentum of 1 (PreciseBN) or None (update_bn, stochastic
+        # weight averaging): they are to be those of all batches, so no gate may leave one out.
+        if self.momentum is None or self.momentum == 1:
             return settings
         warmup = self.fct_warmup
         if warmup is None:

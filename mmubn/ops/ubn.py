@@ -4,11 +4,10 @@ from typing import Any, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, distributed
-from torch.autograd.function import once_differentiable
 
 from . import backend as backends
 from .interface import Backend, Buffers, Parameters, Settings
-from .utils import compiling, tracing
+from .utils import differentiable, tracing
 
 
 class Step(NamedTuple):
@@ -50,7 +49,8 @@ def ubn(
         Y &= \mathrm{dwconv}_k(a \, (X + h);\, \gamma \odot K) + \beta
 
     with the symbols of :mod:`mmubn.ops.interface`. The dependence of :math:`\mu` and
-    :math:`\sigma^2` on X is part of the backward pass.
+    :math:`\sigma^2` on X is part of the backward pass. Under ``create_graph=True``, transforms
+    of torch.func, forward mode, tracing, compilation and export plain torch does the work.
 
     Args:
         x (Tensor): X, (N, C, H, W), any float dtype and memory format; N may be 0.
@@ -66,16 +66,19 @@ def ubn(
         Tensor: Y, (N, C, H, W), in the dtype and memory format of ``x``.
 
     Raises:
-        RuntimeError: On double backward, which is not implemented; where the backend
-            cannot be had.
+        RuntimeError: On double backward with a ``group``, which is not implemented; where
+            the backend cannot be had.
         ValueError: There is no backend of that name.
     """
     chosen = backends.choose(backend, x, parameters.kernel_size)
     step = Step(chosen, buffers, settings, group)
     wanted = (x, *parameters)
     graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted)
-    if not graph or tracing():
+    if tracing():
         return _forward(x, parameters, step)[0]
+    if not graph:
+        with torch.no_grad():
+            return _forward(x, parameters, step)[0]
     return _UBNFunction.apply(x, *parameters, step)
 
 
@@ -120,8 +123,9 @@ class _UBNFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy: Tensor) -> _Gradients:
+        if differentiable():  # create_graph=True, or a dY batched by vmap
+            return _differentiable_backward(ctx, dy)
         x, image_mean, statistics, *parameters = ctx.saved_tensors
         parameters = Parameters(*parameters)
         backend, _, settings, group = ctx.step
@@ -136,6 +140,28 @@ class _UBNFunction(torch.autograd.Function):
             bias=sums.gradients.bias if ctx.has_bias else None, center_weight=d_center_weight
         )
         return _Gradients(dx, *gradients)
+
+
+def _differentiable_backward(ctx, dy: Tensor) -> _Gradients:
+    """The gradients by autograd, which can be differentiated in turn."""
+    x, _, statistics, *parameters = ctx.saved_tensors
+    _, _, settings, group = ctx.step
+    if group is not None:
+        raise RuntimeError(
+            'no gradient of a gradient (create_graph=True) through statistics of several '
+            'processes: use UBN in place of SyncUBN there'
+        )
+    names = [name for name, value in zip(Parameters._fields, parameters) if value is not None]
+
+    def y(x: Tensor, *values: Tensor) -> Tensor:
+        given = Parameters(**dict(zip(names, values)))
+        return backends.TORCH.again(x, statistics, given, settings)
+
+    # Not autograd.grad: X may itself depend on a parameter, by an earlier call of the layer.
+    values = [value for value in parameters if value is not None]
+    dx, *gradients = torch.func.vjp(y, x, *values)[1](dy)
+    gradients = Parameters(**dict(zip(names, gradients)))
+    return _Gradients(dx, *gradients._replace(bias=dy.sum((0, 2, 3)) if ctx.has_bias else None))
 
 
 def _weighs(image_mean: Tensor, x: Tensor) -> bool:
