@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .interface import Backend, Buffers, Parameters, Settings, Sums
-from .utils import batch_slices, differentiable, over_batch, plane, slices, statistics_dtype
+from .utils import (
+    batch_slices,
+    differentiable,
+    over_batch,
+    plane,
+    slices,
+    statistics_dtype,
+    without_autocast,
+)
 
 
 class _Coefficients(NamedTuple):
@@ -258,7 +266,7 @@ class TorchBackend:
             x = x.permute(0, 2, 3, 1)
         flat = x.flatten(1)
         # Slices of coordinates, each summed over the whole batch: nothing of size D is kept.
-        with torch.autocast(x.device.type, enabled=False):  # it would send mv to half
+        with without_autocast(x.device):  # it would send mv to half
             parts = [
                 torch.mv(flat[:, part].to(weight.dtype).t(), weight).square().sum()
                 for part in slices(x, flat.shape[1])
@@ -291,7 +299,7 @@ class TorchBackend:
             return _convolve(_rectify(x[part], shift[part], scale[part]), taps, bias)
 
         # Autocast would send the convolution's float32 operands back to half.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return over_batch(x, slice_of_y)
 
     def _backward_sums(
@@ -303,7 +311,7 @@ class TorchBackend:
         d_taps = torch.zeros_like(taps)
         d_bias = torch.zeros_like(taps[:, 0, 0])
         d_x_r = torch.empty_like(x, dtype=taps.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             for part in batch_slices(x):
                 shifted = x[part] + plane(shift[part])
                 x_r = shifted * plane(scale[part])

@@ -124,7 +124,8 @@ class _UBNFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> _Gradients:
-        if differentiable():  # create_graph=True, or a dY batched by vmap
+        if differentiable() or torch._C._functorch.is_legacy_batchedtensor(dy):
+            # create_graph=True, or a dY that vmap or is_grads_batched=True batched
             return _differentiable_backward(ctx, dy)
         x, image_mean, statistics, *parameters = ctx.saved_tensors
         parameters = Parameters(*parameters)

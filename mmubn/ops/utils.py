@@ -1,6 +1,7 @@
 """Small things that the ops share."""
 
-from typing import Callable, List
+from contextlib import nullcontext
+from typing import Callable, ContextManager, List
 
 import torch
 from torch import Tensor
@@ -41,6 +42,11 @@ def differentiable() -> bool:
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that statistics of an input of ``dtype`` are computed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(device: torch.device) -> ContextManager:
+    """In which autocast sends no operand to half; tensors on ``meta`` know no autocast."""
+    return nullcontext() if device.type == 'meta' else torch.autocast(device.type, enabled=False)
 
 
 def batch_slices(x: Tensor) -> List[slice]:
