@@ -113,6 +113,9 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
         return self._step(input, parameters, buffers)
 
     def _step(self, x: Tensor, parameters: ops.Parameters, buffers: ops.Buffers) -> Tensor:
+        counts = self.training and self.track_running_stats and buffers.running_mean is None
+        if counts and buffers.num_batches_tracked is not None:  # as BatchNorm, with nothing to move
+            buffers.num_batches_tracked.add_(1)
         return ops.ubn(x, parameters, buffers, self._settings(), self._group(), self.backend)
 
     def _parameters_of_step(self, x: Tensor) -> ops.Parameters:
@@ -167,6 +170,8 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
             raise TypeError(f'expected a dense float input, got {x.dtype}, {x.layout}')
         if x.dim() != 4:
             raise ValueError(f'expected 4D input (got {x.dim()}D input)')
+        if self._eps <= 0:
+            raise ValueError(f'eps must be positive, got {self._eps}')
         running = buffers.running_mean, buffers.running_var
         if (running[0] is None) != (running[1] is None):
             raise ValueError('running_mean and running_var must both be None or neither be None')

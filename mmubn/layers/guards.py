@@ -4,11 +4,12 @@ Converters to SyncBatchNorm and the like, and fusers of convolution and norm, ma
 subclasses of ``_BatchNorm``, copy what BatchNorm has and drop the rest without a word
 (pytorch#187298, timm#1254). A layer cannot see that it is being replaced. But converters
 put its tensors into another norm layer, and torch calls a hook for each tensor that a
-module takes. And fusers compute ``running_var + eps``.
+module takes. And fusers read the running variance and add ``eps`` to it.
 """
 
 import sys
 import weakref
+from typing import Dict, Optional
 
 import torch.fx
 from torch import Tensor, nn
@@ -30,8 +31,9 @@ class BatchNormGuard:
 
     @property
     def eps(self) -> float:
-        r""":math:`\epsilon`; a float, which refuses to be added to a tensor."""
-        return _Eps(self._eps)
+        r""":math:`\epsilon`; code that reads the running variance, too, cannot add it to that."""
+        reader = sys._getframe(1).f_code
+        return _Eps(self._eps) if 'running_var' in reader.co_names else self._eps
 
     @eps.setter
     def eps(self, value: float) -> None:
@@ -80,21 +82,29 @@ class _Eps(float):
 _ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 
 
-def _refuse_replacement(module: nn.Module, name: str, value) -> None:
-    """Raises where another norm layer takes a tensor of a rectified one."""
+def _refuse_replacement(module: nn.Module, name: str, value: Optional[Tensor]) -> None:
+    """Raises where another norm layer takes a second tensor of a rectified one."""
     kind = type(module).__name__
     if isinstance(module, BatchNormGuard) or not ('Norm' in kind or 'BN' in kind):
         return
+    held = _tensors(module)
     for layer in list(_layers):
-        tensors = {**layer.__dict__.get('_parameters', {}), **layer.__dict__.get('_buffers', {})}
-        if value is not None and tensors.get(name) is value:
+        own = _tensors(layer)
+        # One tensor that two layers share is no replacement yet.
+        if own.get(name) is value is not None and any(held.get(n) is own[n] for n in own):
             raise RuntimeError(
-                f'{type(layer).__name__} cannot become {kind}: its rectifications '
-                'would be lost. Leave sync_bn unset and call no converter (convert_sync_batchnorm, '
+                f'{type(layer).__name__} cannot become {kind}: its rectifications would be lost. '
+                'Leave sync_bn unset and call no converter (convert_sync_batchnorm, '
                 'convert_splitbn_model) on a model that has this layer. For statistics over all '
                 "processes use norm_cfg=dict(type='SyncUBN'), or turn the UBN of a model into it "
                 "by mmubn.convert_norm(model, dict(type='SyncUBN'))."
             )
+
+
+def _tensors(module: nn.Module) -> Dict[str, Tensor]:
+    """Its parameters and buffers; none of a layer that is being built."""
+    groups = (module.__dict__.get(group, {}) for group in ('_parameters', '_buffers'))
+    return {name: value for group in groups for name, value in group.items() if value is not None}
 
 
 # torch calls them for each tensor that a module takes, in a constructor or by assignment.

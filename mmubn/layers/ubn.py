@@ -230,7 +230,7 @@ def _check_gate(
         raise ValueError('fct needs running statistics: set fct=None or track_running_stats=True')
     if not _is_number(fct_momentum) or not 0 <= fct_momentum <= 1:
         raise ValueError(f'fct_momentum must lie in [0, 1], got {fct_momentum!r}')
-    if fct_warmup is not None and (not _is_number(fct_warmup) or fct_warmup < 0):
+    if fct_warmup is not None and not (_is_number(fct_warmup) and fct_warmup >= 0):
         raise ValueError(f'fct_warmup counts batches and cannot be negative, got {fct_warmup!r}')
 
 
