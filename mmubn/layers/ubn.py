@@ -11,6 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .. import ops
 from .base import RectifiedBatchNorm, check_integer
 
+# More batches than there will be.
+_FOREVER = 1 << 62
+
 
 class UBN(RectifiedBatchNorm, _BatchNorm):
     r"""Unified Batch Normalization over a batch of images.
@@ -54,7 +57,7 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         momentum (float, optional): Weight of the newest batch in the running
             statistics; None is the cumulative average. At 1 and None, which PreciseBN and
             ``torch.optim.swa_utils.update_bn`` set to measure the statistics of all batches,
-            the gate stays open and :math:`\tau` as it is. Default: 0.1.
+            the gate stays open; at 1, :math:`\tau` stays as it is. Default: 0.1.
         affine (bool): Whether there is an affine: ``weight``, ``bias`` and, for
             ``kernel_size`` above 1, ``kernel``. Default: True.
         track_running_stats (bool): As in ``nn.BatchNorm2d``; False needs
@@ -195,12 +198,16 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         settings = super()._settings()
         if self.fct is None or not self._tracks() or self.running_similarity is None:
             return settings
-        # What measures statistics sets a momentum of 1 (PreciseBN) or None (update_bn, stochastic
-        # weight averaging): they are to be those of all batches, so no gate may leave one out.
-        if self.momentum is None or self.momentum == 1:
+        # PreciseBN sets a momentum of 1 to read the statistics of single batches: there is no
+        # past that a shut gate could use.
+        if self.momentum == 1:
             return settings
         warmup = self.fct_warmup
-        if warmup is None:
+        if self.momentum is None:
+            # update_bn and stochastic weight averaging set it: the average is to be that of
+            # all batches, so no gate may leave one out.
+            warmup = _FOREVER
+        elif warmup is None:
             warmup = math.ceil(10 / self.momentum) if self.momentum else 10
         settings = settings._replace(
             fct=self.fct,

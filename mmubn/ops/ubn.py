@@ -1,6 +1,6 @@
 """A step of UBN and its kin: one plan for every backend, and what autograd sees of it."""
 
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, distributed
@@ -89,21 +89,29 @@ def _forward(
     backend, buffers, settings, group = step
     if not settings.training:
         return backend.normalize(x, None, None, parameters, buffers, settings)
-    stride = settings.stride if _measures(buffers, settings) else 0
+    due = _is_due(buffers, settings)
+    stride = settings.stride if due is not False else 0
     image_mean, row = backend.measure(x, parameters.center_weight, stride)
+    if isinstance(due, Tensor):  # without pairs there is no similarity
+        count, pairs, rest = row.split([1, 2, len(row) - 3])
+        row = torch.cat([count, torch.where(due, pairs, 0.0), rest])
     rows = row[None] if group is None else _all_gather(row, group)
     return backend.normalize(x, image_mean, rows, parameters, buffers, settings)
 
 
-def _measures(buffers: Buffers, settings: Settings) -> bool:
-    """Whether this step measures the similarity."""
+def _is_due(buffers: Buffers, settings: Settings) -> Union[bool, Tensor]:
+    """Whether this step measures the similarity.
+
+    A tensor where the step is written down, as a branch would be compiled or traced for each
+    number of steps. The similarity is then computed in every step and used in those.
+    """
     if settings.fct is None or not settings.update:
         return False
     if buffers.steps is None:
         return True
-    number = int(buffers.steps)  # on the CPU
+    due = buffers.steps % settings.interval == 0  # on the CPU
     buffers.steps.add_(1)
-    return number % settings.interval == 0
+    return due if tracing() else bool(due)
 
 
 class _UBNFunction(torch.autograd.Function):
