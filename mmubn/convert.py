@@ -3,7 +3,8 @@
 import fnmatch
 import inspect
 import logging
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from collections import Counter
+from typing import Any, Dict, List, Sequence, Tuple, Union
 
 import torch
 from torch import nn
@@ -29,15 +30,21 @@ def convert_norm(
     running statistics are kept as if a checkpoint of BatchNorm were loaded. The fused norm
     and activation layers of timm (``BatchNormAct2d`` and its like) keep their drop and
     activation. From those layers back to ``BN``: only where BatchNorm can give the same
-    output. From UBN to SyncUBN and back: with all that the layer holds. Settings that
-    ``norm_cfg`` does not name (eps, momentum, …), the device, dtype, training mode and
-    ``requires_grad`` are those of the layer replaced. Build the optimizer afterwards: there
-    are new parameters. One log line says what was replaced.
+    output. From UBN to SyncUBN and back: with all that the layer holds.
+
+    Parameters and buffers that keep their value are the very same tensors, so they keep
+    dtype, device, ``requires_grad``, gradient and whoever shares them; a weight that takes
+    another value keeps all but the gradient. What BatchNorm has not takes dtype, device and
+    ``requires_grad`` from the weight. The training mode, hooks and settings that
+    ``norm_cfg`` does not name (eps, momentum, …) are those of the layer replaced. Build the
+    optimizer afterwards: there are new parameters. One log line says what was replaced, and
+    why each other norm layer was not.
 
     Args:
         model (nn.Module): Any model, or a norm layer itself.
         norm_cfg (dict): ``dict(type='UBN', fct=0.15)``, as in an OpenMMLab config; type
-            is one of UBN, SyncUBN, RBN, BNET, IEBN and BN.
+            is one of UBN, SyncUBN, RBN, BNET, IEBN and BN. ``requires_grad``, where it is
+            there, is set on all parameters of the new layers.
         include (str | Sequence[str]): Shell patterns of module names, such as
             ``'layer[34].*'``; what matches none is left alone. Default: ``'*'``.
         exclude (str | Sequence[str]): Shell patterns of module names to leave alone.
@@ -47,34 +54,47 @@ def convert_norm(
         nn.Module: ``model``, or the new layer where ``model`` is a norm layer itself.
 
     Raises:
-        ValueError: A type or pattern that names nothing; no layer to replace; a layer
-            whose output BatchNorm cannot give, named with the reason; a setting with
-            which SyncUBN or UBN cannot hold what the other does. The model is then as
-            it was.
+        TypeError: ``norm_cfg`` is no dict; a setting that the type does not know.
+        ValueError: A type or pattern that names nothing; no layer to replace, with the
+            reason for each; a layer whose output BatchNorm cannot give, named with the
+            reason; a setting with which the new layer cannot hold what the old one does; a
+            weight that would change and belongs to another layer, too. The model is then
+            as it was.
     """
+    if not isinstance(norm_cfg, dict):
+        raise TypeError(f"norm_cfg must be a dict, such as dict(type='UBN'), got {norm_cfg!r}")
     settings = dict(norm_cfg)
     kind = settings.pop('type', None)
+    kind = kind.__name__ if isinstance(kind, type) else kind  # as in mmengine's pure Python configs
+    requires_grad = settings.pop('requires_grad', None)
     if kind not in _TYPES:
         raise ValueError(f'norm_cfg type must be one of {", ".join(_TYPES)}, got {kind!r}')
     target = _TYPES[kind]
     norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
     chosen = _match(norms, include) - _match(norms, exclude)
-    replaced, left = {}, []
+    left: Dict[str, List[str]] = {}  # reason -> names
+    replaced, weights = {}, _Weights()
     for name, module in norms.items():
-        new = _replacement(name, module, target, settings) if name in chosen else None
-        if new is None:
-            left.append(name)
+        reason = _why_not(module, target) if name in chosen else 'not chosen by include and exclude'
+        if reason:
+            left.setdefault(reason, []).append(name or 'the layer')
         else:
-            replaced[name] = new
+            replaced[name] = _replacement(name, module, target, settings, weights)
+    why = '; '.join(f'{", ".join(names)} ({reason})' for reason, names in left.items())
     if not replaced:
-        raise ValueError(f'no layer to replace by {kind} among the norm layers: {left}')
+        raise ValueError(f'no layer to replace by {kind}: {why or _other_norms(model)}')
+    weights.check(model, [norms[name] for name in replaced])
     logger.warning(
         '%d of %d norm layers became %s%s',
         len(replaced),
         len(norms),
         kind,
-        f'; left alone: {", ".join(left)}' if left else '',
+        f'; left alone: {why}' if why else '',
     )
+    for name, new in replaced.items():
+        _take_hooks(norms[name], new)
+        if requires_grad is not None:
+            new.requires_grad_(requires_grad)
     if '' in replaced:
         return replaced['']
     # A module registered under several names is replaced under each of them.
@@ -102,51 +122,136 @@ def _match(norms: Dict[str, nn.Module], patterns: Patterns) -> set:
     return matched
 
 
-def _replacement(
-    name: str, module: _BatchNorm, target: type, settings: Dict[str, Any]
-) -> Optional[nn.Module]:
-    """The new layer, or None where this one is not to be replaced."""
-    fused = hasattr(module, 'act') and hasattr(module, 'drop')
+def _is_fused(module: nn.Module) -> bool:
+    """Whether it is one of timm's layers of norm, drop and activation, or was one before."""
+    return hasattr(module, 'act') and hasattr(module, 'drop')
+
+
+def _why_not(module: _BatchNorm, target: type) -> str:
+    """Why this layer cannot be replaced by such a one; empty where it can."""
+    kind = type(module).__name__
+    if type(module) is target:
+        return f'already {kind}; set its attributes, such as eps or fct, to change it'
+    if isinstance(module, RectifiedBatchNorm):
+        if target is nn.BatchNorm2d or {type(module), target} == {layers.UBN, layers.SyncUBN}:
+            return ''
+        return f'{kind}, which becomes BN, and UBN or SyncUBN the other of the two, alone'
     # mmengine's SyncBatchNorm is a subclass that checks its input's dimensions and no more.
-    is_plain = type(module) is nn.BatchNorm2d or isinstance(module, nn.SyncBatchNorm) or fused
-    is_ours = isinstance(module, RectifiedBatchNorm)
-    if is_ours and {type(module), target} == {layers.UBN, layers.SyncUBN}:
-        new = _other_ubn(name, module, target, settings)
-    elif is_ours and target is nn.BatchNorm2d:
-        weight, bias = _as_batch_norm(name, module)
-        new = _filled(module, target, settings, {'weight': weight, 'bias': bias})
-    elif is_plain and not is_ours and target is not nn.BatchNorm2d:
-        new = _filled(module, target, settings, {})
-    else:
-        return None
-    if fused:
+    is_plain = type(module) is nn.BatchNorm2d or isinstance(module, nn.SyncBatchNorm)
+    if target is nn.BatchNorm2d or not (is_plain or _is_fused(module)):
+        return f'{kind}; {_SOURCES[target is nn.BatchNorm2d]} can be replaced'
+    if set(module._parameters) != {'weight', 'bias'}:
+        return 'its parameters are parametrized or pruned; make that permanent first'
+    return ''
+
+
+_SOURCES = {
+    True: 'UBN, SyncUBN, RBN, BNET and IEBN',
+    False: 'BatchNorm2d, SyncBatchNorm and those of timm with an activation',
+}
+
+
+def _other_norms(model: nn.Module) -> str:
+    """What to say of a model that has no BatchNorm at all."""
+    kinds = Counter(type(m).__name__ for m in model.modules() if 'Norm' in type(m).__name__)
+    found = ', '.join(f'{count} {kind}' for kind, count in kinds.items())
+    return f'the model has no BatchNorm; its norm layers are: {found or "none"}'
+
+
+class _Weights:
+    """The weights with another value, such that layers that shared one share the new one."""
+
+    def __init__(self) -> None:
+        self._new: Dict[int, nn.Parameter] = {}
+        self._old: Dict[int, nn.Parameter] = {}
+
+    def replace(self, old: nn.Parameter, value: torch.Tensor) -> nn.Parameter:
+        """The parameter in place of ``old``, made at the first call."""
+        if id(old) not in self._new:
+            new = nn.Parameter(value.to(old.dtype), requires_grad=old.requires_grad)
+            new.__dict__.update(old.__dict__)  # marks such as timm's _no_weight_decay
+            self._old[id(old)] = old
+            self._new[id(old)] = new.share_memory_() if _is_shared(old) else new
+        return self._new[id(old)]
+
+    def check(self, model: nn.Module, replaced: Sequence[nn.Module]) -> None:
+        """Raises a ValueError where a weight belongs to a layer that is not replaced, too."""
+        ids = {id(module) for module in replaced}
+        for name, module in model.named_modules():
+            for key, value in module._parameters.items():
+                if id(value) in self._old and id(module) not in ids:
+                    raise ValueError(
+                        f'{name}.{key} is also the weight of a layer to replace, where it takes '
+                        'another value: convert both or neither, by include and exclude'
+                    )
+
+
+def _replacement(
+    name: str, module: _BatchNorm, target: type, settings: Dict[str, Any], weights: _Weights
+) -> nn.Module:
+    """The new layer, with all that the old one holds."""
+    try:
+        if isinstance(module, RectifiedBatchNorm) and target is not nn.BatchNorm2d:
+            new = _other_ubn(module, target, settings)
+        else:
+            new = _filled(module, target, settings, weights)
+    except ValueError as error:
+        kind = 'BatchNorm' if target is nn.BatchNorm2d else target.__name__
+        raise ValueError(f'{name or "the layer"} cannot become {kind}: {error}') from error
+    # After the constructor, as both may have been changed on the built layer.
+    if 'track_running_stats' not in settings:
+        new.track_running_stats = module.track_running_stats
+    if _is_fused(module):
         new.drop, new.act = module.drop, module.act
-        new.register_forward_hook(_drop_and_activate)
     return new.train(module.training)
 
 
 def _filled(
-    module: _BatchNorm, target: type, settings: Dict[str, Any], state: Dict[str, torch.Tensor]
+    module: _BatchNorm, target: type, settings: Dict[str, Any], weights: _Weights
 ) -> nn.Module:
-    """A new layer with what the two kinds share, and ``state`` in place of some of it."""
+    """A new layer with what the two kinds share, and the rest such that the output is the same."""
+    state = {**module._parameters, **module._buffers}
+    state = {key: value for key, value in state.items() if value is not None}
+    changed = _as_batch_norm(module) if target is nn.BatchNorm2d else {}
     kept = dict(
         eps=float(module.eps),
         momentum=module.momentum,
-        affine=module.affine or bool(state),
-        track_running_stats=module.track_running_stats,
+        affine=not changed.keys().isdisjoint(_AFFINE) or not state.keys().isdisjoint(_AFFINE),
+        track_running_stats=module.running_mean is not None,
         **_place(module),
     )
     if target is layers.SyncUBN:
         kept['process_group'] = getattr(module, 'process_group', None)
     new = target(module.num_features, **{**kept, **settings})
-    state = {**module.state_dict(), **state}
     if isinstance(new, RectifiedBatchNorm):
-        state.update(new._complete_batch_norm(state, ''))
-    wanted = new.state_dict()
-    new.load_state_dict({key: value for key, value in state.items() if key in wanted})
-    for parameter in new.parameters():
-        parameter.requires_grad_(all(p.requires_grad for p in module.parameters()))
+        new.requires_grad_(module.weight is None or module.weight.requires_grad)
+        changed = new._complete_batch_norm(state, '')
+    lost = [key for key in (*_AFFINE, *_TRACKED) if key in state and getattr(new, key) is None]
+    if lost:
+        raise ValueError(f'with {settings} there would be no {" and ".join(lost)}')
+    for key in (*_AFFINE, *_TRACKED):
+        held = new._parameters if key in _AFFINE else new._buffers
+        if key in state and key in changed:
+            held[key] = weights.replace(state[key], changed.pop(key))
+        elif key in state:
+            held[key] = state[key]
+        elif getattr(module, 'affine' if key in _AFFINE else 'track_running_stats'):
+            held[key] = None  # taken away on the built layer
+    with torch.no_grad():
+        for key, value in changed.items():
+            getattr(new, key).copy_(value)
+    if any(map(_is_shared, state.values())):
+        new.share_memory()
     return new
+
+
+_AFFINE = ('weight', 'bias')
+_TRACKED = ('running_mean', 'running_var', 'num_batches_tracked')
+
+
+def _is_shared(value: torch.Tensor) -> bool:
+    """Whether other processes see it."""
+    return value.device.type == 'cpu' and value.is_shared()
 
 
 def _place(module: nn.Module) -> Dict[str, Any]:
@@ -156,21 +261,31 @@ def _place(module: nn.Module) -> Dict[str, Any]:
     return {} if like is None else dict(device=like.device, dtype=like.dtype)
 
 
-def _other_ubn(name: str, module: layers.UBN, target: type, settings: Dict[str, Any]) -> layers.UBN:
+def _other_ubn(module: layers.UBN, target: type, settings: Dict[str, Any]) -> layers.UBN:
     """The same layer, synchronised or no longer."""
     known = inspect.signature(target).parameters
     kept = {key: getattr(module, key) for key in known if hasattr(module, key)}
     kept.update(_place(module), eps=float(module.eps))
+    kept.update(track_running_stats=module.running_mean is not None)
     new = target(**{**kept, **settings})
-    state = module.state_dict()
-    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in new.state_dict().items()}:
-        raise ValueError(
-            f'{name or "the layer"} holds other weights than {target.__name__} with {settings} does'
-        )
-    new.load_state_dict(state)
-    for key, parameter in module.named_parameters():
-        getattr(new, key).requires_grad_(parameter.requires_grad)
+    old_shapes, new_shapes = (
+        {key: value.shape for key, value in layer.state_dict().items()} for layer in (module, new)
+    )
+    if old_shapes != new_shapes:
+        raise ValueError(f'it holds other weights than {target.__name__} with {settings} does')
+    new._parameters.update(module._parameters)
+    new._buffers.update(module._buffers)
     return new
+
+
+def _take_hooks(module: nn.Module, new: nn.Module) -> None:
+    """Puts the hooks of the old layer on the new one; their handles go on to work."""
+    for key, hooks in vars(module).items():
+        if 'hook' in key and isinstance(hooks, dict) and hooks:
+            setattr(new, key, hooks)
+    if _is_fused(new) and _drop_and_activate not in new._forward_hooks.values():
+        handle = new.register_forward_hook(_drop_and_activate)
+        new._forward_hooks.move_to_end(handle.id, last=False)
 
 
 def _drop_and_activate(module: nn.Module, args: Tuple, output: torch.Tensor) -> torch.Tensor:
@@ -178,28 +293,28 @@ def _drop_and_activate(module: nn.Module, args: Tuple, output: torch.Tensor) -> 
 
 
 @torch.no_grad()
-def _as_batch_norm(name: str, module: RectifiedBatchNorm) -> Tuple[torch.Tensor, torch.Tensor]:
-    """The weight and bias of the BatchNorm with the same output in evaluation."""
+def _as_batch_norm(module: RectifiedBatchNorm) -> Dict[str, torch.Tensor]:
+    """The weight and bias of the BatchNorm with the same output, where they are not the layer's."""
     reasons: List[str] = []
-    like = module.running_mean if module.running_mean is not None else next(module.parameters())
-    weight = torch.ones(module.num_features, device=like.device, dtype=like.dtype)
-    bias = torch.zeros_like(weight)
-    if module.affine:
-        weight, bias = module.weight.clone(), module.bias.clone()
     for key in ('center_weight', 'scale_weight'):
         value = getattr(module, key)
         if value is not None and value.any():
             reasons.append(f'{key} is not zero, so the output depends on the mean of each image')
+    factors = []
     if module.scale_bias is not None:
-        weight = weight * torch.sigmoid(module.scale_bias)
+        factors.append(torch.sigmoid(module.scale_bias))
     if module.kernel is not None:
-        middle = module.kernel_size // 2
-        tap = module.kernel[:, 0, middle, middle]
+        middle = module.kernel.shape[-1] // 2
+        factors.append(module.kernel[:, 0, middle, middle])
         rest = module.kernel.clone()
         rest[:, 0, middle, middle] = 0
         if rest.any():
             reasons.append('kernel has taps beside its middle, so the output mixes neighbours')
-        weight = weight * tap
     if reasons:
-        raise ValueError(f'{name or "the layer"} cannot become BatchNorm: {"; ".join(reasons)}')
-    return weight, bias
+        raise ValueError('; '.join(reasons))
+    if not factors:
+        return {}
+    weight = factors[0].new_ones(()) if module.weight is None else module.weight
+    for factor in factors:
+        weight = weight * factor
+    return {'weight': weight}

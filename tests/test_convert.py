@@ -186,7 +186,7 @@ def test_sync_ubn_from_batch_norms_and_to_batch_norm():
 
 def test_ubn_to_sync_ubn_of_another_kernel_is_refused():
     model = nn.Sequential(UBN(4))
-    with pytest.raises(ValueError, match='0 holds other weights than SyncUBN with'):
+    with pytest.raises(ValueError, match='0 cannot become SyncUBN: it holds other weights'):
         mmubn.convert_norm(model, dict(type='SyncUBN', kernel_size=5))
     assert type(model[0]) is UBN
 

@@ -3,6 +3,8 @@
 import difflib
 import inspect
 import logging
+import numbers
+from collections.abc import Mapping
 from typing import Any, Dict, List, Optional
 
 import torch
@@ -16,6 +18,8 @@ from .guards import BatchNormGuard
 
 logger = logging.getLogger('mmubn')
 
+# What has to fit the input.
+_CHECKED = (*ops.Parameters._fields, 'running_mean', 'running_var')
 # What a state dict of these layers may hold and one of BatchNorm never does.
 _OWN_NAMES = ('kernel', 'center_weight', 'scale_weight', 'scale_bias', 'running_similarity')
 
@@ -36,6 +40,8 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
     ``_BatchNorm`` as a base once more, as mmengine's initialisers look no deeper.
     """
 
+    # BatchNorm's is 2: a state dict that says 3 is ours, whatever it holds.
+    _version = 3
     # Initial w_b, and whether the sigmoid sees GAP(X) in place of GAP(X_s).
     _initial_scale_bias = 1.0
     _scale_from_input = False
@@ -57,8 +63,10 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
     ) -> None:
         if unknown:
             raise TypeError(_unknown_key_message(type(self), next(iter(unknown))))
-        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f'kernel_size must be a positive odd integer, got {kernel_size}')
+        check_integer('kernel_size', kernel_size, odd=True)
+        for name, value in (('center', center), ('scale', scale)):
+            if not isinstance(value, bool):
+                raise TypeError(f'{name} must be True or False, got {value!r}')
         if backend not in ops.BACKENDS:
             raise ValueError(f'backend must be one of {", ".join(ops.BACKENDS)}, got {backend!r}')
         factory = dict(device=device, dtype=dtype)
@@ -88,74 +96,100 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
     @torch.no_grad()
     def _reset_rectifications(self) -> None:
         if self.kernel is not None:
-            center = self.kernel_size // 2
-            self.kernel.zero_()[..., center, center] = 1
+            _set_identity(self.kernel)
         if self.center_weight is not None:
             self.center_weight.zero_()
         if self.scale_weight is not None:
             self.scale_weight.zero_()
             self.scale_bias.fill_(self._initial_scale_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_input(x)
-        if x.numel() == 0:
-            return self._forward_empty(x)
-        return self._step(x)
+    def forward(self, input: Tensor) -> Tensor:  # as BatchNorm calls it, which some give by name
+        if isinstance(input, torch.fx.Proxy):
+            return self._leaf(input)
+        parameters, buffers = self._parameters_of_step(input), self._state()
+        self._check_input(input, parameters, buffers)
+        if input.numel() == 0:
+            return self._forward_empty(input, parameters, buffers)
+        return self._step(input, parameters, buffers)
 
-    def _step(self, x: Tensor) -> Tensor:
-        parameters = ops.Parameters(
-            self.weight,
-            self.kernel,
-            self.bias,
-            self.center_weight,
-            self.scale_weight,
-            self.scale_bias,
-        )
-        return ops.ubn(
-            x, parameters, self._state(), self._settings(), self._group(), backend=self.backend
+    def _step(self, x: Tensor, parameters: ops.Parameters, buffers: ops.Buffers) -> Tensor:
+        counts = self.training and self.track_running_stats and buffers.running_mean is None
+        if counts and buffers.num_batches_tracked is not None:  # as BatchNorm, with nothing to move
+            buffers.num_batches_tracked.add_(1)
+        return ops.ubn(x, parameters, buffers, self._settings(), self._group(), self.backend)
+
+    def _parameters_of_step(self, x: Tensor) -> ops.Parameters:
+        weight = self.weight
+        if weight is None and self.kernel is not None:  # taken away on the built layer
+            weight = self.kernel.new_ones(len(self.kernel))
+        return ops.Parameters(
+            weight, self.kernel, self.bias, self.center_weight, self.scale_weight, self.scale_bias
         )
 
     def _state(self) -> ops.Buffers:
         """What a training step moves."""
-        return ops.Buffers(self.running_mean, self.running_var, self.num_batches_tracked)
+        count = self.num_batches_tracked
+        if count is None and self.running_mean is not None:  # as BatchNorm: nobody counts
+            count = torch.zeros((), dtype=torch.long, device=self.running_mean.device)
+        return ops.Buffers(self.running_mean, self.running_var, count)
 
     def _settings(self) -> ops.Settings:
-        """What this step does."""
+        """What this step does, by what the attributes say at this moment, as in BatchNorm."""
+        tracks = self._tracks()
+        if self.momentum is None and self.num_batches_tracked is None:
+            tracks = False  # no average without a count
         return ops.Settings(
             eps=self._eps,
             training=self.training or self.running_mean is None,
             momentum=self.momentum,
-            update=self.running_mean is not None and not recomputing(),
+            update=tracks and not recomputing(),
             scale_from_input=self._scale_from_input,
         )
+
+    def _tracks(self) -> bool:
+        """Whether this step belongs into the running statistics."""
+        return self.training and self.track_running_stats and self.running_mean is not None
 
     def _group(self) -> Optional[Any]:
         """The processes whose batches are one, None where it is this one alone."""
         return None
 
-    def _forward_empty(self, x: Tensor) -> Tensor:
+    def _forward_empty(self, x: Tensor, parameters: ops.Parameters, buffers: ops.Buffers) -> Tensor:
         # DDP waits for the gradient of every parameter, so all stay in the graph.
-        connected = x.new_ones(self.num_features)
-        for parameter in self.parameters():
+        connected = x.new_ones(x.shape[1])
+        for parameter in filter(lambda value: value is not None, parameters):
             # The product makes each gradient a tensor of its own: those of the sum alone
             # would be views of one, which DDP and accumulation add to in place.
             own = (0 * parameter).to(x.dtype)
-            connected = connected + own.reshape(self.num_features, -1).sum(1)
+            connected = connected + own.reshape(x.shape[1], -1).sum(1)
         return x * connected.view(1, -1, 1, 1)
 
-    def _check_input(self, x: Tensor) -> None:
-        if isinstance(x, torch.fx.Proxy):
-            raise TypeError(
-                f'{type(self).__name__} cannot be traced symbolically, as efficient_conv_bn_eval '
-                "does: turn that off, or make the layer a leaf of the tracer (torchvision's "
-                'tracer_kwargs=dict(leaf_modules=[...]))'
-            )
+    def _check_input(self, x: Tensor, parameters: ops.Parameters, buffers: ops.Buffers) -> None:
+        """Raises where BatchNorm does: the backends read what they are given."""
+        if not x.is_floating_point() or x.layout != torch.strided:
+            raise TypeError(f'expected a dense float input, got {x.dtype}, {x.layout}')
         if x.dim() != 4:
             raise ValueError(f'expected 4D input (got {x.dim()}D input)')
-        if x.shape[1] != self.num_features:
-            raise ValueError(
-                f'expected {self.num_features} channels, got input size {tuple(x.shape)}'
-            )
+        if self._eps <= 0:
+            raise ValueError(f'eps must be positive, got {self._eps}')
+        running = buffers.running_mean, buffers.running_var
+        if (running[0] is None) != (running[1] is None):
+            raise ValueError('running_mean and running_var must both be None or neither be None')
+        if running[0] is not None and (running[0].requires_grad or running[1].requires_grad):
+            raise RuntimeError('running_mean and running_var take no gradient: detach them')
+        reduced = x.dtype in (torch.float16, torch.bfloat16)
+        for name, value in zip(_CHECKED, (*parameters, *running)):
+            if value is None:
+                continue
+            if value.shape[0] != x.shape[1]:
+                raise ValueError(
+                    f'expected {value.shape[0]} channels, got input size {tuple(x.shape)}: '
+                    f'{name} has {value.shape[0]}'
+                )
+            if value.dtype != x.dtype and not (reduced and value.dtype == torch.float32):
+                raise TypeError(f'mixed dtypes: the input is {x.dtype}, {name} {value.dtype}')
+            if value.device != x.device:
+                raise RuntimeError(f'the input is on {x.device}, {name} on {value.device}')
         if self.training:
             self._check_count(x)
 
@@ -169,29 +203,60 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, *args
     ) -> None:
-        names = {key[len(prefix) :] for key in state_dict if key.startswith(prefix)}
-        if not names.isdisjoint(('weight', 'running_mean')) and names.isdisjoint(_OWN_NAMES):
+        if self._is_batch_norm(state_dict, prefix, local_metadata.get('version')):
             state_dict = {**state_dict, **self._complete_batch_norm(state_dict, prefix)}
             _announce_batch_norm(type(self).__name__, prefix[:-1], missing_keys)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, *args
         )
 
+    def _is_batch_norm(
+        self, state_dict: Dict[str, Tensor], prefix: str, version: Optional[int]
+    ) -> bool:
+        """Whether a state dict certainly has a whole BatchNorm here.
+
+        Part of a checkpoint of ours (a file of several, the statistics alone, a dict with
+        keys taken out) must be loaded as it stands: completing it would erase what was
+        learned. So all of BatchNorm's tensors are there, and no key of ours, here or in
+        another layer. ``version`` is that of the class that wrote the dict, where the dict
+        still says so.
+        """
+        affine = () if self.weight is None else ('weight', 'bias')
+        tracked = () if self.running_mean is None else ('running_mean', 'running_var')
+        if version is None and not (affine and tracked):
+            tracked += ('num_batches_tracked',)
+        if version == self._version or not affine + tracked:
+            return False
+        if any(prefix + name not in state_dict for name in affine + tracked):
+            return False
+        layers = {prefix}
+        whole = _whole_state_dict(state_dict)
+        layers.update(key[: -len('running_mean')] for key in whole if key.endswith('running_mean'))
+        return not any(layer + name in whole for layer in layers for name in _OWN_NAMES)
+
     @torch.no_grad()
     def _complete_batch_norm(self, state_dict: Dict[str, Tensor], prefix: str) -> Dict[str, Tensor]:
         """What a BatchNorm's state dict lacks, such that evaluation gives BatchNorm's output."""
-        RectifiedBatchNorm._reset_rectifications(self)
-        own = {name: getattr(self, name, None) for name in _OWN_NAMES}
-        if own['running_similarity'] is not None:
-            own['running_similarity'] = torch.ones_like(own['running_similarity'])
-        if self.scale:
-            weight = state_dict.get(prefix + 'weight')
+        weight = state_dict.get(prefix + 'weight')
+        like = state_dict.get(prefix + 'running_mean', weight)
+        if like is None:  # a BatchNorm without any tensor
+            like = torch.empty(()) if self.scale_bias is None else self.scale_bias
+        own = {}
+        if self.kernel is not None:
+            own['kernel'] = _set_identity(like.new_empty(self.kernel.shape))
+        for name in ('center_weight', 'scale_weight'):
+            if getattr(self, name) is not None:
+                own[name] = like.new_zeros(self.num_features)
+        if self.scale_bias is not None:
+            own['scale_bias'] = like.new_full((self.num_features,), self._initial_scale_bias)
             if weight is None:  # nothing can absorb sigmoid(w_b), so it becomes 1
-                own['scale_bias'] = torch.full_like(self.scale_bias, 40.0)
+                own['scale_bias'].fill_(40.0)
             else:
                 factor = torch.sigmoid(torch.tensor(self._initial_scale_bias, dtype=torch.float64))
                 own['weight'] = weight / factor.item()
-        return {prefix + name: value for name, value in own.items() if value is not None}
+        if getattr(self, 'running_similarity', None) is not None:
+            own['running_similarity'] = like.new_ones(())
+        return {prefix + name: value for name, value in own.items()}
 
     def extra_repr(self) -> str:
         """The settings, BatchNorm's first."""
@@ -201,12 +266,44 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
         return f'{self.num_features}, {settings}'
 
 
+def _set_identity(kernel: Tensor) -> Tensor:
+    """Makes a depthwise kernel, (C, 1, k, k), the identity, in place."""
+    # A DTensor takes no values by index; of FSDP's, each process holds whole channels.
+    own = kernel.to_local() if hasattr(kernel, 'to_local') else kernel
+    center = kernel.shape[-1] // 2
+    own.zero_()[..., center, center] = 1
+    return kernel
+
+
 def recomputing() -> bool:
     """Whether a checkpointed segment is being run again, inside the backward pass.
 
     Its statistics were counted the first time and its gate has decided.
     """
     return not compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _whole_state_dict(part: Dict[str, Tensor]) -> Mapping:
+    """All that is being loaded.
+
+    torch and mmengine hand a layer its own part alone; the function that was called with the
+    whole, ``load_state_dict`` of both, is on the stack.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        whole = frame.f_locals.get('state_dict')
+        if frame.f_code.co_name == 'load_state_dict' and isinstance(whole, Mapping):
+            return whole
+        frame = frame.f_back
+    return part
+
+
+def check_integer(name: str, value: Any, odd: bool = False) -> None:
+    """Raises a ValueError unless ``value`` is an integer (no bool) in its range."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < 1 or (odd and value % 2 == 0):
+        kind = 'odd integer' if odd else 'integer'
+        raise ValueError(f'{name} must be a positive {kind}, got {value!r}')
 
 
 # torch and mmengine hand one list of missing keys to every layer of a load, which

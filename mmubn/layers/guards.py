@@ -1,45 +1,122 @@
-"""Refuses passes that would take a rectified layer for a plain BatchNorm.
+"""Refuses what would take a rectified layer for a plain BatchNorm and lose its rectifications.
 
-Converters to SyncBatchNorm and fusers of convolution and norm match subclasses of
-``_BatchNorm``, copy what BatchNorm has and drop the rest without a word
-(pytorch#187298, timm#1254). A layer cannot see that it is being replaced, but it
-can make what those passes read unusable to them: the converters of torch and
-mmengine ask for ``qconfig``, the fusers compute ``running_var + eps``.
+Converters to SyncBatchNorm and the like, and fusers of convolution and norm, match
+subclasses of ``_BatchNorm``, copy what BatchNorm has and drop the rest without a word
+(pytorch#187298, timm#1254). A layer cannot see that it is being replaced. But converters
+put its tensors into another norm layer, and torch calls a hook for each tensor that a
+module takes. And fusers read the running variance and add ``eps`` to it.
 """
+
+import sys
+import weakref
+from typing import Dict, Optional
+
+import torch.fx
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+_layers: 'weakref.WeakSet[BatchNormGuard]' = weakref.WeakSet()
 
 
 class BatchNormGuard:
-    """Mixin in front of ``_BatchNorm``: what such a pass reads, ``eps`` or ``qconfig``, raises."""
+    """Mixin in front of ``_BatchNorm``: its tensors and ``eps`` are of no use to such a pass."""
+
+    def __new__(cls, *args, **kwargs):
+        layer = super().__new__(cls)  # copies and pickles come here, too
+        _layers.add(layer)
+        return layer
 
     @property
     def eps(self) -> float:
-        r""":math:`\epsilon`; a number for everything but arithmetic with tensors."""
-        return _Eps(self._eps)
+        r""":math:`\epsilon`; code that reads the running variance, too, cannot add it to that."""
+        reader = sys._getframe(1).f_code
+        return _Eps(self._eps) if 'running_var' in reader.co_names else self._eps
 
     @eps.setter
     def eps(self, value: float) -> None:
         self._eps = float(value)
 
-    def __getattr__(self, name: str):
-        # No property: torch.jit and inspect walk all that dir() names.
-        if name == 'qconfig':
-            raise RuntimeError(
-                f'{type(self).__name__} cannot become SyncBatchNorm or be quantized: its '
-                'rectifications would be lost. Leave sync_bn unset and do not call '
-                'convert_sync_batchnorm on a model that has this layer. For statistics over all '
-                "processes use norm_cfg=dict(type='SyncUBN'), or turn the UBN of a model into it "
-                "by mmubn.convert_norm(model, dict(type='SyncUBN'))."
+    def __prepare_scriptable__(self):
+        """What ``torch.jit.script`` asks every module for."""
+        raise RuntimeError(
+            f'torch.jit.script cannot compile {type(self).__name__}: use torch.jit.trace or '
+            'torch.export.export on the model in evaluation (model.eval())'
+        )
+
+    def _leaf(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
+        """The call of this layer in a symbolic trace, in which BatchNorm is a leaf as well."""
+        if _called_by('turn_on_efficient_conv_bn_eval'):
+            raise TypeError(
+                f'{type(self).__name__} cannot be traced symbolically, as efficient_conv_bn_eval '
+                'does to fuse it into a convolution: turn that off'
             )
-        return super().__getattr__(name)
+        return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x,), {})
 
 
 class _Eps(float):
-    """A float that no tensor can be added to."""
+    """A float that no tensor can be added to; for every other function of torch it is a float."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        raise RuntimeError(
-            'a rectified norm layer (UBN, RBN, BNET, IEBN) cannot be fused into a convolution as '
-            'BatchNorm can: turn fuse_conv_bn and efficient_conv_bn_eval off, or convert the '
-            "layer with mmubn.convert_norm(model, dict(type='BN')) where that is exact."
-        )
+        if function in _ADDITIONS:
+            raise RuntimeError(
+                'a rectified norm layer (UBN, SyncUBN, RBN, BNET, IEBN) cannot be fused into a '
+                'convolution as BatchNorm can: turn fuse_conv_bn and efficient_conv_bn_eval off, '
+                "or convert the layer with mmubn.convert_norm(model, dict(type='BN')) where that "
+                'is exact. For anything but fusing, add float(layer.eps)'
+            )
+        args = [float(value) if isinstance(value, cls) else value for value in args]
+        kwargs = {
+            key: float(value) if isinstance(value, cls) else value
+            for key, value in (kwargs or {}).items()
+        }
+        return function(*args, **kwargs)
+
+    def __reduce__(self):
+        return float, (float(self),)
+
+
+_ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
+
+
+def _refuse_replacement(module: nn.Module, name: str, value: Optional[Tensor]) -> None:
+    """Raises where another norm layer takes a second tensor of a rectified one."""
+    kind = type(module).__name__
+    if isinstance(module, BatchNormGuard) or not ('Norm' in kind or 'BN' in kind):
+        return
+    held = _tensors(module)
+    for layer in list(_layers):
+        own = _tensors(layer)
+        # One tensor that two layers share is no replacement yet.
+        if own.get(name) is value is not None and any(held.get(n) is own[n] for n in own):
+            raise RuntimeError(
+                f'{type(layer).__name__} cannot become {kind}: its rectifications would be lost. '
+                'Leave sync_bn unset and call no converter (convert_sync_batchnorm, '
+                'convert_splitbn_model) on a model that has this layer. For statistics over all '
+                "processes use norm_cfg=dict(type='SyncUBN'), or turn the UBN of a model into it "
+                "by mmubn.convert_norm(model, dict(type='SyncUBN'))."
+            )
+
+
+def _tensors(module: nn.Module) -> Dict[str, Tensor]:
+    """Its parameters and buffers; none of a layer that is being built."""
+    groups = (module.__dict__.get(group, {}) for group in ('_parameters', '_buffers'))
+    return {name: value for group in groups for name, value in group.items() if value is not None}
+
+
+# torch calls them for each tensor that a module takes, in a constructor or by assignment.
+register_module_parameter_registration_hook(_refuse_replacement)
+register_module_buffer_registration_hook(_refuse_replacement)
+
+
+def _called_by(prefix: str) -> bool:
+    """Whether a function whose name begins so is on the stack."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name.startswith(prefix):
+            return True
+        frame = frame.f_back
+    return False

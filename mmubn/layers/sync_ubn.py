@@ -5,6 +5,7 @@ from typing import Any, Optional
 from torch import Tensor, distributed
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .. import ops
 from .ubn import UBN
 
 
@@ -97,11 +98,12 @@ class SyncUBN(UBN, _BatchNorm):
         group = self.process_group or distributed.group.WORLD
         return group if distributed.get_world_size(group) > 1 else None
 
-    def _forward_empty(self, x: Tensor) -> Tensor:
+    def _forward_empty(self, x: Tensor, parameters: ops.Parameters, buffers: ops.Buffers) -> Tensor:
         if self._group() is None:
-            return super()._forward_empty(x)
+            return super()._forward_empty(x, parameters, buffers)
         # The other ranks wait for this one, forward and backward.
-        return self._step(x.reshape(0, self.num_features, 1, 1)).reshape(x.shape)
+        images = x.reshape(0, x.shape[1], 1, 1)
+        return self._step(images, parameters, buffers).reshape(x.shape)
 
     def _check_count(self, x: Tensor) -> None:
         if self._group() is None:  # the other ranks may hold more than one value

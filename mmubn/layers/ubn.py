@@ -1,14 +1,18 @@
 """Unified Batch Normalization, a drop-in for ``nn.BatchNorm2d``."""
 
 import math
-from typing import Optional
+import numbers
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import ops
-from .base import RectifiedBatchNorm
+from .base import RectifiedBatchNorm, check_integer
+
+# More batches than there will be.
+_FOREVER = 1 << 62
 
 
 class UBN(RectifiedBatchNorm, _BatchNorm):
@@ -51,8 +55,9 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         num_features (int): C.
         eps (float): :math:`\epsilon`. Default: 1e-5.
         momentum (float, optional): Weight of the newest batch in the running
-            statistics; None is the cumulative average. At 1, which PreciseBN sets to
-            measure, the gate stays open. Default: 0.1.
+            statistics; None is the cumulative average. At 1 and None, which PreciseBN and
+            ``torch.optim.swa_utils.update_bn`` set to measure the statistics of all batches,
+            the gate stays open; at 1, :math:`\tau` stays as it is. Default: 0.1.
         affine (bool): Whether there is an affine: ``weight``, ``bias`` and, for
             ``kernel_size`` above 1, ``kernel``. Default: True.
         track_running_stats (bool): As in ``nn.BatchNorm2d``; False needs
@@ -126,9 +131,8 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         **unknown,
     ) -> None:
         _check_gate(fct, fct_momentum, fct_warmup, track_running_stats)
-        for key, value in (('fct_interval', fct_interval), ('fct_stride', fct_stride)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f'{key} must be a positive integer, got {value!r}')
+        check_integer('fct_interval', fct_interval)
+        check_integer('fct_stride', fct_stride)
         super().__init__(
             num_features,
             eps,
@@ -159,7 +163,8 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         """Sets the running statistics and the running similarity to their initial values."""
         super().reset_running_stats()
         # BatchNorm's constructor comes here before the buffer exists.
-        if getattr(self, 'running_similarity', None) is not None:
+        tracked = self.track_running_stats
+        if tracked and getattr(self, 'running_similarity', None) is not None:
             self.running_similarity.fill_(1)
 
     @property
@@ -191,12 +196,18 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
 
     def _settings(self) -> ops.Settings:
         settings = super()._settings()
-        # A momentum of 1, as PreciseBN sets it to measure statistics, keeps nothing that a
-        # shut gate could use.
-        if self.fct is None or self.momentum == 1 or not self.training:
+        if self.fct is None or not self._tracks() or self.running_similarity is None:
+            return settings
+        # PreciseBN sets a momentum of 1 to read the statistics of single batches: there is no
+        # past that a shut gate could use.
+        if self.momentum == 1:
             return settings
         warmup = self.fct_warmup
-        if warmup is None:
+        if self.momentum is None:
+            # update_bn and stochastic weight averaging set it: the average is to be that of
+            # all batches, so no gate may leave one out.
+            warmup = _FOREVER
+        elif warmup is None:
             warmup = math.ceil(10 / self.momentum) if self.momentum else 10
         settings = settings._replace(
             fct=self.fct,
@@ -220,11 +231,16 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
 def _check_gate(
     fct: Optional[float], fct_momentum: float, fct_warmup: Optional[int], track_running_stats: bool
 ) -> None:
-    if fct is not None and not (isinstance(fct, (int, float)) and -1 <= fct <= 1):
+    if fct is not None and (not _is_number(fct) or not -1 <= fct <= 1):
         raise ValueError(f'fct is a cosine similarity in [-1, 1], or None for no gate; got {fct!r}')
     if fct is not None and not track_running_stats:
         raise ValueError('fct needs running statistics: set fct=None or track_running_stats=True')
-    if not 0 <= fct_momentum <= 1:
-        raise ValueError(f'fct_momentum must lie in [0, 1], got {fct_momentum}')
-    if fct_warmup is not None and fct_warmup < 0:
-        raise ValueError(f'fct_warmup counts batches and cannot be negative, got {fct_warmup}')
+    if not _is_number(fct_momentum) or not 0 <= fct_momentum <= 1:
+        raise ValueError(f'fct_momentum must lie in [0, 1], got {fct_momentum!r}')
+    if fct_warmup is not None and not (_is_number(fct_warmup) and fct_warmup >= 0):
+        raise ValueError(f'fct_warmup counts batches and cannot be negative, got {fct_warmup!r}')
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a real number; a bool is none here, as center and scale take those."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

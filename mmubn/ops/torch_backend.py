@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .interface import Backend, Buffers, Parameters, Settings, Sums
-from .utils import batch_slices, over_batch, plane, slices, statistics_dtype
+from .utils import (
+    batch_slices,
+    differentiable,
+    over_batch,
+    plane,
+    slices,
+    statistics_dtype,
+    without_autocast,
+)
 
 
 class _Coefficients(NamedTuple):
@@ -123,12 +131,45 @@ class TorchBackend:
         if image_mean is None and settings.needs_image_mean(parameters):
             image_mean = self._image_mean(x)
         rstd = torch.rsqrt(var + settings.eps)
-        known = _mean_or_zeros(image_mean, x, dtype)
-        coefficients = _coefficients(known, mean, rstd, parameters, settings)
-        y = self._forward(
-            x, coefficients.shift, coefficients.scale, _taps(x, parameters), parameters.bias
-        )
+        y = self._output(x, image_mean, mean, rstd, parameters, settings)
         return y, image_mean, torch.cat([mean, rstd, share[None]])
+
+    def again(
+        self, x: Tensor, statistics: Tensor, parameters: Parameters, settings: Settings
+    ) -> Tensor:
+        """Y of a step that was made before, as a function to differentiate; moves nothing.
+
+        Args:
+            x (Tensor): X.
+            statistics (Tensor): Those of :meth:`normalize`; they tell what the gate was.
+            parameters (Parameters): Of the layer.
+            settings (Settings): Of the step.
+        """
+        parameters = _as(parameters, statistics.dtype)
+        mean, rstd, share = _split(statistics)
+        image_mean = None
+        if settings.training:
+            image_mean, row = self.measure(x, parameters.center_weight, stride=0)
+            own_mean, own_var = row[3:].chunk(2)
+            mean = torch.where(share > 0, own_mean, mean)
+            rstd = torch.where(share > 0, torch.rsqrt(own_var + settings.eps), rstd)
+        elif settings.needs_image_mean(parameters):
+            image_mean = self._image_mean(x)
+        return self._output(x, image_mean, mean, rstd, parameters, settings)
+
+    def _output(
+        self,
+        x: Tensor,
+        image_mean: Optional[Tensor],
+        mean: Tensor,
+        rstd: Tensor,
+        parameters: Parameters,
+        settings: Settings,
+    ) -> Tensor:
+        """Stage 2: Y from the statistics and m."""
+        image_mean = _mean_or_zeros(image_mean, x, mean.dtype)
+        shift, _, _, scale = _coefficients(image_mean, mean, rstd, parameters, settings)
+        return self._forward(x, shift, scale, _taps(x, parameters), parameters.bias)
 
     def backward_sums(
         self,
@@ -216,7 +257,7 @@ class TorchBackend:
             x = x.permute(0, 2, 3, 1)
         flat = x.flatten(1)
         # Slices of coordinates, each summed over the whole batch: nothing of size D is kept.
-        with torch.autocast(x.device.type, enabled=False):  # it would send mv to half
+        with without_autocast(x.device):  # it would send mv to half
             parts = [
                 torch.mv(flat[:, part].to(weight.dtype).t(), weight).square().sum()
                 for part in slices(x, flat.shape[1])
@@ -234,7 +275,10 @@ class TorchBackend:
         parts = []
         for part in batch_slices(x):
             centred = x[part] - plane(mean[part])
-            parts.append(torch.linalg.vector_norm(centred, dim=(2, 3)).square())
+            if differentiable():  # the norm of a constant plane has no second derivative
+                parts.append(centred.square().sum((2, 3)))
+            else:
+                parts.append(torch.linalg.vector_norm(centred, dim=(2, 3)).square())
         return mean, torch.cat(parts) / (x.shape[2] * x.shape[3])
 
     def _forward(
@@ -246,7 +290,7 @@ class TorchBackend:
             return _convolve(_rectify(x[part], shift[part], scale[part]), taps, bias)
 
         # Autocast would send the convolution's float32 operands back to half.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return over_batch(x, slice_of_y)
 
     def _backward_sums(
@@ -258,7 +302,7 @@ class TorchBackend:
         d_taps = torch.zeros_like(taps)
         d_bias = torch.zeros_like(taps[:, 0, 0])
         d_x_r = torch.empty_like(x, dtype=taps.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             for part in batch_slices(x):
                 shifted = x[part] + plane(shift[part])
                 x_r = shifted * plane(scale[part])
@@ -402,6 +446,8 @@ def _move(
 
 def _rectify(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """``scale * (x + shift)`` with (N, C) coefficients, in their dtype."""
+    if differentiable():
+        return (x + plane(shift)) * plane(scale)
     return (x + plane(shift)).mul_(plane(scale))
 
 

@@ -1,14 +1,13 @@
 """A step of UBN and its kin: one plan for every backend, and what autograd sees of it."""
 
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, distributed
-from torch.autograd.function import once_differentiable
 
 from . import backend as backends
 from .interface import Backend, Buffers, Parameters, Settings
-from .utils import compiling, tracing
+from .utils import differentiable, tracing
 
 
 class Step(NamedTuple):
@@ -50,7 +49,8 @@ def ubn(
         Y &= \mathrm{dwconv}_k(a \, (X + h);\, \gamma \odot K) + \beta
 
     with the symbols of :mod:`mmubn.ops.interface`. The dependence of :math:`\mu` and
-    :math:`\sigma^2` on X is part of the backward pass.
+    :math:`\sigma^2` on X is part of the backward pass. Under ``create_graph=True``, transforms
+    of torch.func, forward mode, tracing, compilation and export plain torch does the work.
 
     Args:
         x (Tensor): X, (N, C, H, W), any float dtype and memory format; N may be 0.
@@ -66,16 +66,19 @@ def ubn(
         Tensor: Y, (N, C, H, W), in the dtype and memory format of ``x``.
 
     Raises:
-        RuntimeError: On double backward, which is not implemented; where the backend
-            cannot be had.
+        RuntimeError: On double backward with a ``group``, which is not implemented; where
+            the backend cannot be had.
         ValueError: There is no backend of that name.
     """
     chosen = backends.choose(backend, x, parameters.kernel_size)
     step = Step(chosen, buffers, settings, group)
     wanted = (x, *parameters)
     graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted)
-    if not graph or tracing():
+    if tracing():
         return _forward(x, parameters, step)[0]
+    if not graph:
+        with torch.no_grad():
+            return _forward(x, parameters, step)[0]
     return _UBNFunction.apply(x, *parameters, step)
 
 
@@ -86,21 +89,29 @@ def _forward(
     backend, buffers, settings, group = step
     if not settings.training:
         return backend.normalize(x, None, None, parameters, buffers, settings)
-    stride = settings.stride if _measures(buffers, settings) else 0
+    due = _is_due(buffers, settings)
+    stride = settings.stride if due is not False else 0
     image_mean, row = backend.measure(x, parameters.center_weight, stride)
+    if isinstance(due, Tensor):  # without pairs there is no similarity
+        count, pairs, rest = row.split([1, 2, len(row) - 3])
+        row = torch.cat([count, torch.where(due, pairs, 0.0), rest])
     rows = row[None] if group is None else _all_gather(row, group)
     return backend.normalize(x, image_mean, rows, parameters, buffers, settings)
 
 
-def _measures(buffers: Buffers, settings: Settings) -> bool:
-    """Whether this step measures the similarity."""
+def _is_due(buffers: Buffers, settings: Settings) -> Union[bool, Tensor]:
+    """Whether this step measures the similarity.
+
+    A tensor where the step is written down, as a branch would be compiled or traced for each
+    number of steps. The similarity is then computed in every step and used in those.
+    """
     if settings.fct is None or not settings.update:
         return False
     if buffers.steps is None:
         return True
-    number = int(buffers.steps)  # on the CPU
+    due = buffers.steps % settings.interval == 0  # on the CPU
     buffers.steps.add_(1)
-    return number % settings.interval == 0
+    return due if tracing() else bool(due)
 
 
 class _UBNFunction(torch.autograd.Function):
@@ -120,8 +131,10 @@ class _UBNFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy: Tensor) -> _Gradients:
+        if differentiable() or torch._C._functorch.is_legacy_batchedtensor(dy):
+            # create_graph=True, or a dY that vmap or is_grads_batched=True batched
+            return _differentiable_backward(ctx, dy)
         x, image_mean, statistics, *parameters = ctx.saved_tensors
         parameters = Parameters(*parameters)
         backend, _, settings, group = ctx.step
@@ -136,6 +149,28 @@ class _UBNFunction(torch.autograd.Function):
             bias=sums.gradients.bias if ctx.has_bias else None, center_weight=d_center_weight
         )
         return _Gradients(dx, *gradients)
+
+
+def _differentiable_backward(ctx, dy: Tensor) -> _Gradients:
+    """The gradients by autograd, which can be differentiated in turn."""
+    x, _, statistics, *parameters = ctx.saved_tensors
+    _, _, settings, group = ctx.step
+    if group is not None:
+        raise RuntimeError(
+            'no gradient of a gradient (create_graph=True) through statistics of several '
+            'processes: use UBN in place of SyncUBN there'
+        )
+    names = [name for name, value in zip(Parameters._fields, parameters) if value is not None]
+
+    def y(x: Tensor, *values: Tensor) -> Tensor:
+        given = Parameters(**dict(zip(names, values)))
+        return backends.TORCH.again(x, statistics, given, settings)
+
+    # Not autograd.grad: X may itself depend on a parameter, by an earlier call of the layer.
+    values = [value for value in parameters if value is not None]
+    dx, *gradients = torch.func.vjp(y, x, *values)[1](dy)
+    gradients = Parameters(**dict(zip(names, gradients)))
+    return _Gradients(dx, *gradients._replace(bias=dy.sum((0, 2, 3)) if ctx.has_bias else None))
 
 
 def _weighs(image_mean: Tensor, x: Tensor) -> bool:

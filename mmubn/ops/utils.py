@@ -1,9 +1,11 @@
 """Small things that the ops share."""
 
-from typing import Callable, List
+from contextlib import nullcontext
+from typing import Callable, ContextManager, List
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # What one step of a loop over the batch may hold on the CPU: about the second
 # level cache, beyond which a fresh temporary costs more than its arithmetic.
@@ -15,13 +17,36 @@ compiling = getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_co
 
 
 def tracing() -> bool:
-    """Whether what runs is being written down: only torch's own operations can be."""
-    return compiling() or torch.jit.is_tracing()
+    """Whether only torch's own operations can serve.
+
+    What runs is being written down (compile, export, trace), or is transformed: torch.func and
+    forward-mode derivatives.
+    """
+    return compiling() or torch.jit.is_tracing() or _transforming()
+
+
+def _transforming() -> bool:
+    """Whether a transform of torch.func, vmap or forward mode is active."""
+    inside = torch._C._functorch.peek_interpreter_stack() is not None
+    return inside or forward_ad._current_level >= 0
+
+
+def differentiable() -> bool:
+    """Whether each operation has to be differentiable by itself, so none may work in place.
+
+    An autograd Function and an evaluation without gradients run with grad mode off.
+    """
+    return torch.is_grad_enabled() or tracing()
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that statistics of an input of ``dtype`` are computed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(device: torch.device) -> ContextManager:
+    """In which autocast sends no operand to half; tensors on ``meta`` know no autocast."""
+    return nullcontext() if device.type == 'meta' else torch.autocast(device.type, enabled=False)
 
 
 def batch_slices(x: Tensor) -> List[slice]:
@@ -31,7 +56,7 @@ def batch_slices(x: Tensor) -> List[slice]:
 
 def slices(x: Tensor, length: int) -> List[slice]:
     """Slices of a dimension of ``x``, of that length, as :func:`batch_slices`."""
-    if x.device.type != 'cpu' or tracing() or not x.numel():
+    if x.device.type != 'cpu' or differentiable() or not x.numel():
         return [slice(None)]
     item_bytes = x.numel() // length * statistics_dtype(x.dtype).itemsize
     step = max(1, _CHUNK_BYTES // item_bytes)

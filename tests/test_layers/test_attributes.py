@@ -1,0 +1,294 @@
+"""What other code changes on a built BatchNorm has the same effect on the layers.
+
+Each layer has its rectifications neutral here, so that it is BatchNorm for a user: output,
+gradients and every buffer are compared with those of ``nn.BatchNorm2d`` under the same change.
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, update_bn
+
+from mmubn import layers
+
+CHANNELS = 4
+
+
+def pair(kind, **settings):
+    """BatchNorm with nothing at its initial value, and the layer with the same outputs."""
+    batch_norm = nn.BatchNorm2d(CHANNELS, **settings)
+    with torch.no_grad():
+        for value in (*batch_norm.parameters(), batch_norm.running_mean):
+            value.normal_()
+        batch_norm.running_var.uniform_(0.5, 2)
+        batch_norm.num_batches_tracked.fill_(3)
+    layer = getattr(layers, kind)(CHANNELS, **settings)
+    layer.load_state_dict(batch_norm.state_dict())
+    return batch_norm, layer
+
+
+@pytest.fixture(params=layers.__all__)
+def kind(request):
+    return request.param
+
+
+def assert_same_steps(batch_norm, layer, steps=3):
+    """Training steps, then an evaluation: outputs, gradient of the input, all buffers."""
+    buffers = dict(batch_norm.named_buffers())
+    for step in range(steps + 1):
+        for norm in (batch_norm, layer):
+            if step == steps:
+                norm.eval()
+        x = torch.randn(5, CHANNELS, 6, 7) + 2
+        inputs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        expected, actual = batch_norm(inputs[0]), layer(inputs[1])
+        torch.testing.assert_close(actual, expected)
+        upstream = torch.randn_like(x)
+        expected.backward(upstream)
+        actual.backward(upstream)
+        torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
+        for name in buffers:
+            torch.testing.assert_close(getattr(layer, name), getattr(batch_norm, name), msg=name)
+        assert layer.weight is None or layer.weight.grad is None or layer.weight.requires_grad
+
+
+def set_attributes(**values):
+    def change(norm):
+        for name, value in values.items():
+            setattr(norm, name, value)
+
+    return change
+
+
+def freeze_weight(norm):
+    norm.weight.requires_grad = False
+
+
+def lightning_swa(norm):
+    """StochasticWeightAveraging.reset_batch_norm_and_save_state."""
+    norm.running_mean = torch.zeros_like(norm.running_mean)
+    norm.running_var = torch.ones_like(norm.running_var)
+    norm.momentum = None
+    norm.num_batches_tracked *= 0
+
+
+CHANGES = {
+    'nothing': lambda norm: None,
+    'eps': set_attributes(eps=0.3),
+    'momentum': set_attributes(momentum=0.5),
+    'momentum 0': set_attributes(momentum=0.0),
+    'momentum 1': set_attributes(momentum=1.0),
+    'momentum None': set_attributes(momentum=None),
+    'no tracking': set_attributes(track_running_stats=False),
+    'no statistics': set_attributes(running_mean=None, running_var=None),
+    'no statistics, no tracking': lambda norm: torch.func.replace_all_batch_norm_modules_(norm),
+    'no count': set_attributes(num_batches_tracked=None),
+    'no count, momentum None': set_attributes(num_batches_tracked=None, momentum=None),
+    'other count': lambda norm: set_attributes(num_batches_tracked=torch.tensor(40), momentum=None)(
+        norm
+    ),
+    'other statistics': lambda norm: set_attributes(
+        running_mean=torch.arange(4.0), running_var=torch.arange(1.0, 5)
+    )(norm),
+    'no bias': set_attributes(bias=None),
+    'frozen weight': freeze_weight,
+    'num_features': set_attributes(num_features=7),
+    'reset_running_stats': lambda norm: norm.reset_running_stats(),
+    'affine': set_attributes(affine=False),
+    'training by attribute': set_attributes(training=False),
+    'lightning_swa': lightning_swa,
+}
+
+
+@pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES)
+def test_a_change_has_batch_norms_effect(kind, change):
+    batch_norm, layer = pair(kind)
+    before = getattr(layer, 'running_similarity', torch.zeros(())).clone()
+    change(batch_norm)
+    change(layer)
+    training = batch_norm.training
+    assert_same_steps(batch_norm, layer)
+    tracks = layer.track_running_stats and layer.running_mean is not None and training
+    if not tracks:  # the similarity is a running statistic, too
+        assert getattr(layer, 'running_similarity', before) == before
+
+
+def test_weight_taken_away_leaves_a_weight_of_one(kind):
+    _, layer = pair(kind)
+    with torch.no_grad():
+        expected = copy.deepcopy(layer)
+        expected.weight.fill_(1)
+    layer.weight = None
+    x = torch.randn(3, CHANNELS, 5, 5)
+    torch.testing.assert_close(layer(x), expected(x))
+    layer(x).square().sum().backward()
+    assert layer.kernel is None or layer.kernel.grad.abs().sum() > 0
+
+
+def test_half_of_the_statistics_is_refused(kind):
+    for name in ('running_mean', 'running_var'):
+        _, layer = pair(kind)
+        setattr(layer, name, None)
+        for training in (True, False):
+            with pytest.raises(ValueError, match='must both be None or neither'):
+                layer.train(training)(torch.randn(3, CHANNELS, 5, 5))
+
+
+def test_pruned_channels(kind):
+    """As pruning libraries do: tensors and num_features shrink; one that is forgotten is named."""
+    _, layer = pair(kind)
+    kept = torch.tensor([0, 2])
+    full = copy.deepcopy(layer).eval()
+    x = torch.randn(3, CHANNELS, 5, 5)
+    layer.num_features = 2
+    forgotten = list(layer.named_parameters())[-1][0]
+    for name, value in list(layer.named_parameters()):
+        if name != forgotten:
+            setattr(layer, name, nn.Parameter(value.detach()[kept]))
+    for name in ('running_mean', 'running_var'):
+        setattr(layer, name, getattr(layer, name)[kept])
+    with pytest.raises(ValueError, match=f'expected 4 channels, .*: {forgotten} has 4'):
+        layer(x[:, kept])
+    setattr(layer, forgotten, nn.Parameter(getattr(layer, forgotten).detach()[kept]))
+    torch.testing.assert_close(layer.eval()(x[:, kept]), full(x)[:, kept])
+    with pytest.raises(ValueError, match='expected 2 channels, got input size'):
+        layer(x)
+
+
+@pytest.mark.parametrize('gate', [dict(), dict(fct=1.0), dict(fct=1.0, fct_warmup=0)])
+@pytest.mark.parametrize('kind', ['UBN', 'SyncUBN'])
+def test_calibration_sees_all_batches(kind, gate):
+    """update_bn, and a loop over momenta, give BatchNorm's statistics whatever the gate says."""
+    batches = [torch.randn(8, CHANNELS, 6, 6) * (1 + step / 10) for step in range(40)]
+    norms = nn.BatchNorm2d(CHANNELS), getattr(layers, kind)(CHANNELS, **gate)
+    for norm in norms:
+        norm.train()(torch.randn(8, CHANNELS, 6, 6))
+        update_bn(batches, norm)
+        assert norm.momentum == 0.1
+    for name, expected in norms[0].named_buffers():
+        torch.testing.assert_close(getattr(norms[1], name), expected, msg=name)
+
+
+def test_recalibration_by_decreasing_momentum(kind):
+    """The recipe before update_bn: momentum 1, 1/2, 1/3, … over the batches."""
+    norms = pair(kind)
+    for step in range(30):
+        x = torch.randn(8, CHANNELS, 6, 6) * (1 + step / 10)
+        for norm in norms:
+            if step == 0:
+                norm.reset_running_stats()
+            norm.momentum = 1 / (step + 1)
+            norm(x)
+    for name, expected in norms[0].named_buffers():
+        torch.testing.assert_close(getattr(norms[1], name), expected, msg=name)
+
+
+def test_reset_running_stats_without_tracking_resets_nothing(kind):
+    _, layer = pair(kind)
+    for value in layer.buffers():
+        value.fill_(2)
+    layer.track_running_stats = False
+    layer.reset_running_stats()
+    assert all((value == 2).all() for value in layer.buffers())
+
+
+@pytest.mark.parametrize('copied', [copy.deepcopy, lambda norm: pickle.loads(pickle.dumps(norm))])
+def test_copies_are_independent_and_equal(kind, copied):
+    _, layer = pair(kind)
+    layer(torch.randn(5, CHANNELS, 6, 6))
+    twin = copied(layer)
+    x = torch.randn(5, CHANNELS, 6, 6)
+    assert torch.equal(twin(x), layer(x))
+    for (name, value), other in zip(layer.named_buffers(), twin.buffers()):
+        assert torch.equal(value, other), name
+        assert value.data_ptr() != other.data_ptr()
+
+
+def test_averaged_model_and_shared_memory(kind):
+    _, layer = pair(kind)
+    averaged = AveragedModel(layer, use_buffers=True)
+    averaged.update_parameters(layer)
+    layer.share_memory()
+    assert all(value.is_shared() for value in (*layer.parameters(), *layer.buffers()))
+    assert_same_steps(*pair(kind))
+
+
+def test_from_meta_by_to_empty_and_reset_parameters(kind):
+    with torch.device('meta'):
+        layer = getattr(layers, kind)(CHANNELS)
+    for training in (True, False):
+        layer.train(training)
+        assert layer(torch.empty(2, CHANNELS, 5, 5, device='meta')).is_meta
+    layer.to_empty(device='cpu')
+    for value in (*layer.parameters(), *layer.buffers()):
+        value.detach().fill_(float('nan') if value.is_floating_point() else 99)
+    torch.manual_seed(5)
+    layer.reset_parameters()
+    torch.manual_seed(5)
+    fresh = getattr(layers, kind)(CHANNELS)
+    for name, value in fresh.state_dict().items():
+        assert torch.equal(layer.state_dict()[name], value), name
+
+
+def test_input_by_name(kind):
+    batch_norm, layer = pair(kind)
+    x = torch.randn(3, CHANNELS, 5, 5)
+    torch.testing.assert_close(layer(input=x), batch_norm(input=x))
+
+
+@pytest.mark.parametrize('parameters', [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    'dtype', [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.complex64]
+)
+def test_dtypes_are_those_of_batch_norm(kind, parameters, dtype):
+    x = torch.ones(2, CHANNELS, 3, 3).to(dtype)
+    batch_norm, layer = (norm.to(parameters) for norm in pair(kind))
+    try:
+        expected = batch_norm(x).dtype
+    except RuntimeError:  # NotImplementedError is one
+        with pytest.raises(TypeError, match=r'mixed dtypes|expected a dense float input'):
+            layer(x)
+    else:
+        assert layer(x).dtype == expected
+
+
+@pytest.mark.parametrize('eps', [0.0, -1e-5])
+def test_eps_is_positive(kind, eps):
+    for norm in pair(kind):
+        norm.eps = eps
+        with pytest.raises(ValueError, match='eps must be positive'):
+            norm(torch.randn(2, CHANNELS, 3, 3))
+
+
+def test_tensors_elsewhere_and_sparse_ones_are_refused(kind):
+    _, layer = pair(kind)
+    with pytest.raises(RuntimeError, match=r'the input is on cpu, .* on meta'):
+        copy.deepcopy(layer).to('meta')(torch.randn(2, CHANNELS, 3, 3))
+    with pytest.raises(TypeError, match='expected a dense float input'):
+        layer(torch.randn(2, CHANNELS, 3, 3).to_sparse())
+
+
+def test_statistics_that_want_a_gradient_are_refused(kind):
+    """BatchNorm has none for them, and none is no zero."""
+    _, layer = pair(kind)
+    layer.eval().running_mean.requires_grad_()
+    with pytest.raises(RuntimeError, match='take no gradient'):
+        layer(torch.randn(2, CHANNELS, 3, 3))
+
+
+@pytest.mark.parametrize('kind', ['UBN', 'SyncUBN'])
+@pytest.mark.parametrize('name', ['fct', 'fct_momentum', 'fct_warmup', 'fct_interval'])
+@pytest.mark.parametrize('value', [True, False, 'yes', float('nan')])
+def test_numbers_of_the_gate_are_numbers(kind, name, value):
+    with pytest.raises((TypeError, ValueError), match=name):
+        getattr(layers, kind)(CHANNELS, **{name: value})
+
+
+@pytest.mark.parametrize('name', ['center', 'scale'])
+@pytest.mark.parametrize('value', [0.15, None, 'False'])
+def test_switches_are_switches(name, value):
+    with pytest.raises(TypeError, match=f'{name} must be True or False'):
+        layers.UBN(CHANNELS, **{name: value})

@@ -1,0 +1,168 @@
+"""Silent replacement by another norm is refused; everything else that BatchNorm takes passes."""
+
+import copy
+import json
+import math
+import pickle
+
+import pytest
+import timm
+import torch
+from timm.layers import convert_splitbn_model
+from timm.layers import convert_sync_batchnorm as timm_convert_sync_batchnorm
+from torch import nn
+from torch.ao.quantization import default_qconfig, get_default_qconfig_mapping, quantize_dynamic
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+from torch.fx.experimental.optimization import fuse
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from mmubn import layers
+
+
+@pytest.fixture(params=layers.__all__)
+def norm(request):
+    layer = getattr(layers, request.param)(4)
+    layer(torch.randn(6, 4, 5, 5))
+    return layer.eval()
+
+
+@pytest.fixture
+def net(norm):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Flatten(), nn.Linear(4 * 36, 2)).eval()
+
+
+CONVERTERS = {
+    'torch': nn.SyncBatchNorm.convert_sync_batchnorm,
+    'timm': timm_convert_sync_batchnorm,
+    'timm split': convert_splitbn_model,
+}
+
+
+@pytest.mark.parametrize('convert', CONVERTERS.values(), ids=CONVERTERS)
+@pytest.mark.parametrize('settings', [{}, dict(affine=False)])
+def test_converters_are_caught(net, convert, settings):
+    if settings and 'affine=False' not in repr(net[1]):
+        net[1] = type(net[1])(4, **settings)
+    with pytest.raises(RuntimeError, match=rf'{type(net[1]).__name__} cannot become S\w+Norm'):
+        convert(copy.deepcopy(net))
+    assert type(net[1]).__module__.startswith('mmubn')
+
+
+def test_mmengine_converters_are_caught(net, tmp_path):
+    model = pytest.importorskip('mmengine.model')
+    with pytest.raises(RuntimeError, match='cannot become SyncBatchNorm'):
+        model.convert_sync_batchnorm(copy.deepcopy(net))
+    reverted = model.revert_sync_batchnorm(copy.deepcopy(net))
+    assert type(reverted[1]) is type(net[1])
+
+
+def test_a_converter_of_ones_own_is_caught(norm):
+    """As apex and many a repository have it: an instance of _BatchNorm, another class."""
+
+    class MyBN(nn.BatchNorm2d):
+        pass
+
+    new = MyBN(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    new.running_mean = norm.running_mean  # sharing one tensor is no replacement
+    with pytest.raises(RuntimeError, match='cannot become MyBN'):
+        new.running_var = norm.running_var
+
+
+def test_fusers_are_caught(net):
+    with pytest.raises(RuntimeError, match='cannot be fused into a convolution'):
+        nn.utils.fuse_conv_bn_eval(net[0], net[1])
+    with pytest.raises(RuntimeError, match='cannot be fused into a convolution'):
+        net[1].eps + net[1].running_var
+    cnn = pytest.importorskip('mmcv.cnn')
+    with pytest.raises(RuntimeError, match='cannot be fused into a convolution'):
+        cnn.fuse_conv_bn(copy.deepcopy(net))
+
+
+def test_timm_and_torch_leave_other_types_alone(net):
+    """Passes that look for BatchNorm2d itself find none."""
+    before = net(torch.ones(2, 3, 8, 8))
+    for change in (timm.utils.model.freeze_batch_norm_2d, fuse):
+        changed = change(copy.deepcopy(net))
+        torch.testing.assert_close(changed(torch.ones(2, 3, 8, 8)), before)
+
+
+def test_eps_is_a_number(norm):
+    eps = norm.eps
+    assert type(eps) is float
+    assert math.sqrt(eps) == math.sqrt(1e-5)
+    assert json.dumps(dict(eps=eps)) == '{"eps": 1e-05}'
+    torch.testing.assert_close(eps, 1e-5)
+    assert torch.tensor(eps) == torch.tensor(1e-5)
+    assert torch.equal(torch.full((2,), eps), torch.full((2,), 1e-5))
+    x, var = torch.randn(5, 4, 3, 3), torch.ones(4)
+    torch.testing.assert_close(var * eps, var * 1e-5)
+    torch.testing.assert_close(var.clamp(min=eps), var)
+    torch.testing.assert_close(
+        nn.functional.batch_norm(x, None, None, training=True, eps=eps),
+        nn.functional.batch_norm(x, None, None, training=True, eps=1e-5),
+    )
+    norm.eps = torch.tensor(1e-3)
+    assert norm.eps == float(torch.tensor(1e-3))
+
+
+def test_eps_beside_the_running_variance_is_a_number_but_for_addition(norm):
+    var, eps = norm.running_var, norm.eps
+    assert eps == 1e-5
+    assert type(pickle.loads(pickle.dumps(eps))) is float
+    torch.testing.assert_close(var * eps, var * 1e-5)
+    torch.testing.assert_close(torch.clamp(var, min=eps), var)
+    torch.testing.assert_close(torch.full_like(var, eps), torch.full_like(var, 1e-5))
+    torch.testing.assert_close(var + float(eps), var + 1e-5)
+
+
+def test_other_layers_are_quantized(net):
+    x = torch.randn(2, 3, 8, 8)
+    expected = net(x)
+    dynamic = quantize_dynamic(net, {nn.Linear})
+    assert type(dynamic[3]) is not nn.Linear
+    assert (dynamic(x) - expected).abs().max() < 0.1
+    eager = copy.deepcopy(net)
+    eager[3].qconfig = default_qconfig
+    torch.ao.quantization.prepare(eager, inplace=True)
+    prepared = prepare_fx(copy.deepcopy(net), get_default_qconfig_mapping(), (x,))
+    prepared(x)
+    assert (convert_fx(prepared)(x) - expected).abs().max() < 0.2
+
+
+def test_it_is_a_leaf_of_a_symbolic_trace(net):
+    x = torch.randn(2, 3, 8, 8)
+    traced = torch.fx.symbolic_trace(net)
+    assert [node.target for node in traced.graph.nodes if node.op == 'call_module'][1] == '1'
+    assert torch.equal(traced(x), net(x))
+    extractor = create_feature_extractor(net, ['1'])
+    assert torch.equal(extractor(x)['1'], net[1](net[0](x)))
+
+
+def test_scripting_is_refused_in_one_line_and_tracing_saves(net, tmp_path):
+    with pytest.raises(
+        RuntimeError, match=r'^torch\.jit\.script cannot compile .*torch\.jit\.trace'
+    ):
+        torch.jit.script(net)
+    x = torch.randn(2, 3, 8, 8)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            torch.jit.trace(net, x).save(tmp_path / 'net.pt')
+        loaded = torch.jit.load(tmp_path / 'net.pt')
+        other = torch.randn(3, 3, 8, 8)
+        torch.testing.assert_close(loaded(other), net(other))
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.jit.freeze(loaded)(x), net(x))
+
+
+def test_tracing_in_training_moves_the_statistics(norm):
+    twin = copy.deepcopy(norm).train()
+    traced = torch.jit.trace(
+        copy.deepcopy(norm).train(), torch.randn(6, 4, 5, 5), check_trace=False
+    )
+    for name, value in norm.state_dict().items():  # as before the trace
+        traced.state_dict()[name].copy_(value)
+    for _ in range(3):
+        x = torch.randn(6, 4, 5, 5)
+        torch.testing.assert_close(traced(x), twin(x))
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(traced.state_dict()[name], value, msg=name)
