@@ -1,22 +1,15 @@
 """A step of UBN and its kin: one plan for every backend, and what autograd sees of it."""
 
-from typing import Any, NamedTuple, Optional, Tuple, Union
+from typing import Any, NamedTuple, Optional
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from . import backend as backends
-from .interface import Backend, Buffers, Parameters, Settings
-from .utils import differentiable, tracing
-
-
-class Step(NamedTuple):
-    """One call of a layer, but for X and the parameters."""
-
-    backend: Backend
-    buffers: Buffers
-    settings: Settings
-    group: Optional[Any] = None
+from . import compiled
+from .interface import Buffers, Parameters, Settings
+from .step import Step, keeps, step_backward, step_forward
+from .utils import compiling, differentiable, tracing
 
 
 class _Gradients(NamedTuple):
@@ -70,48 +63,24 @@ def ubn(
             the backend cannot be had.
         ValueError: There is no backend of that name.
     """
-    chosen = backends.choose(backend, x, parameters.kernel_size)
-    step = Step(chosen, buffers, settings, group)
-    wanted = (x, *parameters)
-    graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted)
+    if compiling() and x.numel():
+        if group is not None or not compiled.available or compiled.loses(buffers):
+            return _not_compiled(x, parameters, buffers, settings, group, backend)
+        if compiled.serves(settings):
+            return compiled.step(x, parameters, buffers, settings, backend)
+    step = Step(backends.choose(backend, x, parameters.kernel_size), buffers, settings, group)
     if tracing():
-        return _forward(x, parameters, step)[0]
-    if not graph:
-        with torch.no_grad():
-            return _forward(x, parameters, step)[0]
-    return _UBNFunction.apply(x, *parameters, step)
+        return step_forward(x, parameters, step)[0]
+    wanted = (x, *parameters)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted):
+        return _UBNFunction.apply(x, *parameters, step)
+    with torch.no_grad():
+        return step_forward(x, parameters, step)[0]
 
 
-def _forward(
-    x: Tensor, parameters: Parameters, step: Step
-) -> Tuple[Tensor, Optional[Tensor], Tensor]:
-    """Y, m and the statistics."""
-    backend, buffers, settings, group = step
-    if not settings.training:
-        return backend.normalize(x, None, None, parameters, buffers, settings)
-    due = _is_due(buffers, settings)
-    stride = settings.stride if due is not False else 0
-    image_mean, row = backend.measure(x, parameters.center_weight, stride)
-    if isinstance(due, Tensor):  # without pairs there is no similarity
-        count, pairs, rest = row.split([1, 2, len(row) - 3])
-        row = torch.cat([count, torch.where(due, pairs, 0.0), rest])
-    rows = row[None] if group is None else _all_gather(row, group)
-    return backend.normalize(x, image_mean, rows, parameters, buffers, settings)
-
-
-def _is_due(buffers: Buffers, settings: Settings) -> Union[bool, Tensor]:
-    """Whether this step measures the similarity.
-
-    A tensor where the step is written down, as a branch would be compiled or traced for each
-    number of steps. The similarity is then computed in every step and used in those.
-    """
-    if settings.fct is None or not settings.update:
-        return False
-    if buffers.steps is None:
-        return True
-    due = buffers.steps % settings.interval == 0  # on the CPU
-    buffers.steps.add_(1)
-    return due if tracing() else bool(due)
+# A break in what is compiled: for collectives, for torch older than 2.4, which knows no operators,
+# and for what compiled.loses() says.
+_not_compiled = torch.compiler.disable(lambda *arguments: ubn(*arguments))
 
 
 class _UBNFunction(torch.autograd.Function):
@@ -122,11 +91,10 @@ class _UBNFunction(torch.autograd.Function):
         ctx, x, weight, kernel, bias, center_weight, scale_weight, scale_bias, step
     ) -> Tensor:
         parameters = Parameters(weight, kernel, bias, center_weight, scale_weight, scale_bias)
-        y, image_mean, statistics = _forward(x, parameters, step)
+        y, image_mean, statistics = step_forward(x, parameters, step)
         ctx.step = step
-        # Where the planes are so small that m would weigh, backward takes it from X again.
-        kept = None if image_mean is None or _weighs(image_mean, x) else image_mean
         ctx.has_bias = bias is not None
+        kept = image_mean if keeps(image_mean, x) else None
         ctx.save_for_backward(x, kept, statistics, *parameters._replace(bias=None))
         return y
 
@@ -136,19 +104,10 @@ class _UBNFunction(torch.autograd.Function):
             # create_graph=True, or a dY that vmap or is_grads_batched=True batched
             return _differentiable_backward(ctx, dy)
         x, image_mean, statistics, *parameters = ctx.saved_tensors
-        parameters = Parameters(*parameters)
-        backend, _, settings, group = ctx.step
-        sums = backend.backward_sums(x, dy, image_mean, statistics, parameters, settings)
-        d_statistics = sums.d_statistics
-        if group is not None:
-            distributed.all_reduce(d_statistics, group=group)
-        dx, d_center_weight = backend.backward_input(
-            x, dy, statistics, d_statistics, parameters, settings, sums
+        dx, gradients = step_backward(
+            x, dy, image_mean, statistics, Parameters(*parameters), ctx.step
         )
-        gradients = sums.gradients._replace(
-            bias=sums.gradients.bias if ctx.has_bias else None, center_weight=d_center_weight
-        )
-        return _Gradients(dx, *gradients)
+        return _Gradients(dx, *(gradients if ctx.has_bias else gradients._replace(bias=None)))
 
 
 def _differentiable_backward(ctx, dy: Tensor) -> _Gradients:
@@ -171,19 +130,3 @@ def _differentiable_backward(ctx, dy: Tensor) -> _Gradients:
     dx, *gradients = torch.func.vjp(y, x, *values)[1](dy)
     gradients = Parameters(**dict(zip(names, gradients)))
     return _Gradients(dx, *gradients._replace(bias=dy.sum((0, 2, 3)) if ctx.has_bias else None))
-
-
-def _weighs(image_mean: Tensor, x: Tensor) -> bool:
-    """Whether m has more than 2 % of the bytes of X."""
-    plane_bytes = x.shape[2] * x.shape[3] * x.element_size()
-    return 50 * image_mean.element_size() > plane_bytes
-
-
-def _all_gather(row: Tensor, group: Any) -> Tensor:
-    """The rows of all ranks, (R, K)."""
-    rows = row.new_empty(distributed.get_world_size(group), len(row))
-    if distributed.get_backend(group) == 'gloo':  # torch 2.1's has no all_gather_into_tensor
-        distributed.all_gather(list(rows), row, group)
-    else:
-        distributed.all_gather_into_tensor(rows, row, group)
-    return rows

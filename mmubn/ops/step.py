@@ -1,0 +1,91 @@
+"""The order of a step, forward and backward, whatever makes its parts."""
+
+from typing import Any, NamedTuple, Optional, Tuple, Union
+
+import torch
+from torch import Tensor, distributed
+
+from .interface import Backend, Buffers, Parameters, Settings
+from .utils import tracing
+
+
+class Step(NamedTuple):
+    """One call of a layer, but for X and the parameters."""
+
+    backend: Backend
+    buffers: Buffers
+    settings: Settings
+    group: Optional[Any] = None
+
+
+def step_forward(
+    x: Tensor, parameters: Parameters, step: Step
+) -> Tuple[Tensor, Optional[Tensor], Tensor]:
+    """Y, m and the statistics, see :meth:`mmubn.ops.interface.Backend.normalize`."""
+    backend, buffers, settings, group = step
+    if not settings.training:
+        return backend.normalize(x, None, None, parameters, buffers, settings)
+    due = _is_due(buffers, settings)
+    stride = settings.stride if due is not False else 0
+    image_mean, row = backend.measure(x, parameters.center_weight, stride)
+    if isinstance(due, Tensor):  # without pairs there is no similarity
+        count, pairs, rest = row.split([1, 2, len(row) - 3])
+        row = torch.cat([count, torch.where(due, pairs, 0.0), rest])
+    rows = row[None] if group is None else _all_gather(row, group)
+    return backend.normalize(x, image_mean, rows, parameters, buffers, settings)
+
+
+def step_backward(
+    x: Tensor,
+    dy: Tensor,
+    image_mean: Optional[Tensor],
+    statistics: Tensor,
+    parameters: Parameters,
+    step: Step,
+) -> Tuple[Tensor, Parameters]:
+    """Gradients of X and of the parameters; there is always one of the bias."""
+    backend, _, settings, group = step
+    sums = backend.backward_sums(x, dy, image_mean, statistics, parameters, settings)
+    d_statistics = sums.d_statistics
+    if group is not None:
+        distributed.all_reduce(d_statistics, group=group)
+    dx, d_center_weight = backend.backward_input(
+        x, dy, statistics, d_statistics, parameters, settings, sums
+    )
+    return dx, sums.gradients._replace(center_weight=d_center_weight)
+
+
+def _is_due(buffers: Buffers, settings: Settings) -> Union[bool, Tensor]:
+    """Whether this step measures the similarity.
+
+    A tensor where the step is written down, as a branch would be compiled or traced for each
+    number of steps. The similarity is then computed in every step and used in those.
+    """
+    if settings.fct is None or not settings.update:
+        return False
+    if buffers.steps is None:
+        return True
+    due = buffers.steps % settings.interval == 0  # on the CPU
+    buffers.steps.add_(1)
+    return due if tracing() else bool(due)
+
+
+def keeps(image_mean: Optional[Tensor], x: Tensor) -> bool:
+    """Whether m is kept for the backward pass: not where it has over 2 % of the bytes of X.
+
+    Planes are so small there that taking it from X again costs little.
+    """
+    if image_mean is None:
+        return False
+    plane_bytes = x.shape[2] * x.shape[3] * x.element_size()
+    return 50 * image_mean.element_size() <= plane_bytes
+
+
+def _all_gather(row: Tensor, group: Any) -> Tensor:
+    """The rows of all ranks, (R, K)."""
+    rows = row.new_empty(distributed.get_world_size(group), len(row))
+    if distributed.get_backend(group) == 'gloo':  # torch 2.1's has no all_gather_into_tensor
+        distributed.all_gather(list(rows), row, group)
+    else:
+        distributed.all_gather_into_tensor(rows, row, group)
+    return rows
