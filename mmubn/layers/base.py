@@ -133,21 +133,21 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
             count = torch.zeros((), dtype=torch.long, device=self.running_mean.device)
         return ops.Buffers(self.running_mean, self.running_var, count)
 
-    def _settings(self) -> ops.Settings:
+    def _settings(self, **gate: Any) -> ops.Settings:
         """What this step does, by what the attributes say at this moment, as in BatchNorm."""
-        tracks = self._tracks()
-        if self.momentum is None and self.num_batches_tracked is None:
-            tracks = False  # no average without a count
-        return ops.Settings(
+        settings = dict(
             eps=self._eps,
             training=self.training or self.running_mean is None,
             momentum=self.momentum,
-            update=tracks and not recomputing(),
+            update=self._tracks() and not recomputing(),
             scale_from_input=self._scale_from_input,
         )
+        return ops.Settings(**{**settings, **gate})
 
     def _tracks(self) -> bool:
         """Whether this step belongs into the running statistics."""
+        if self.momentum is None and self.num_batches_tracked is None:
+            return False  # no average without a count
         return self.training and self.track_running_stats and self.running_mean is not None
 
     def _group(self) -> Optional[Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import ops
-from .base import RectifiedBatchNorm, check_integer
+from .base import RectifiedBatchNorm, check_integer, recomputing
 
 # More batches than there will be.
 _FOREVER = 1 << 62
@@ -157,7 +157,8 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         # Neither is a buffer, which would be saved, averaged over processes and copied by EMA.
         self._gate = torch.ones((), device=device, dtype=torch.bool)
         self._steps = torch.zeros((), device='cpu', dtype=torch.long)
-        self._has_decided = False
+        # In a dict, as torch 2.4's compiler sets no attribute of a module.
+        self._decided = dict(once=False)
 
     def reset_running_stats(self) -> None:
         """Sets the running statistics and the running similarity to their initial values."""
@@ -174,7 +175,7 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         None before the first, and where stage 1 is off. Reading it on a GPU waits for
         the device.
         """
-        return self._gate if self._has_decided else None
+        return self._gate if self._decided['once'] else None
 
     def _apply(self, fn, *args, **kwargs):
         """Moves the gate's decision with the buffers."""
@@ -183,25 +184,19 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         return self
 
     def _state(self) -> ops.Buffers:
-        return (
-            super()
-            ._state()
-            ._replace(
-                running_similarity=self.running_similarity,
-                gate=self._gate,
-                # No step to count, and for torch.compile to carry along, where each one measures.
-                steps=self._steps if self.fct_interval > 1 else None,
-            )
+        running_mean, running_var, count, *_ = super()._state()
+        # No step to count, and for torch.compile to carry along, where each one measures.
+        steps = self._steps if self.fct_interval > 1 else None
+        return ops.Buffers(
+            running_mean, running_var, count, self.running_similarity, self._gate, steps
         )
 
     def _settings(self) -> ops.Settings:
-        settings = super()._settings()
-        if self.fct is None or not self._tracks() or self.running_similarity is None:
-            return settings
         # PreciseBN sets a momentum of 1 to read the statistics of single batches: there is no
         # past that a shut gate could use.
-        if self.momentum == 1:
-            return settings
+        gated = self.fct is not None and self._tracks() and self.momentum != 1
+        if not gated or self.running_similarity is None:
+            return super()._settings()
         warmup = self.fct_warmup
         if self.momentum is None:
             # update_bn and stochastic weight averaging set it: the average is to be that of
@@ -209,16 +204,17 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
             warmup = _FOREVER
         elif warmup is None:
             warmup = math.ceil(10 / self.momentum) if self.momentum else 10
-        settings = settings._replace(
+        gate = dict(
             fct=self.fct,
             similarity_weight=1 - (1 - self.fct_momentum) ** self.fct_interval,
             interval=self.fct_interval,
             stride=self.fct_stride,
             warmup=warmup,
-            update=settings.update or not self._has_decided,
         )
-        self._has_decided = True
-        return settings
+        if recomputing() and not self._decided['once']:
+            gate['update'] = True
+        self._decided['once'] = True
+        return super()._settings(**gate)
 
     def extra_repr(self) -> str:
         """The settings, BatchNorm's first."""

@@ -257,10 +257,10 @@ def test_dtypes_are_those_of_batch_norm(kind, parameters, dtype):
 
 @pytest.mark.parametrize('eps', [0.0, -1e-5])
 def test_eps_is_positive(kind, eps):
-    for norm in pair(kind):
-        norm.eps = eps
-        with pytest.raises(ValueError, match='eps must be positive'):
-            norm(torch.randn(2, CHANNELS, 3, 3))
+    _, layer = pair(kind)
+    layer.eps = eps
+    with pytest.raises(ValueError, match='eps must be positive'):  # as torch 2.11's BatchNorm
+        layer(torch.randn(2, CHANNELS, 3, 3))
 
 
 def test_tensors_elsewhere_and_sparse_ones_are_refused(kind):

@@ -119,3 +119,104 @@ def test_missing_and_misfit_keys_stay_loud():
     del incomplete['running_var']
     with pytest.raises(RuntimeError, match=r'Missing key.*"running_var"'):
         full.load_state_dict(incomplete)
+
+
+@torch.no_grad()
+def learned(make_layer) -> nn.Module:
+    """A layer with nothing at its initial value."""
+    layer = make_layer(4)
+    for value in (*layer.parameters(), *layer.buffers()):
+        value.copy_(torch.rand(value.shape) + 2)
+    return layer
+
+
+def parts_of(state):
+    """State dicts that hold some of the keys, as files of a split checkpoint do."""
+    names = list(state)
+    for order in (names, sorted(names), names[::-1]):
+        for split in range(1, len(order)):
+            yield {name: state[name] for name in order[:split]}
+    for name in names:
+        yield {other: value for other, value in state.items() if other != name}
+
+
+def test_a_part_changes_what_it_holds_alone(make_layer):
+    state = {k: v.clone() for k, v in learned(make_layer).state_dict().items()}
+    own = set(state) - set(nn.BatchNorm2d(4).state_dict())
+    batch_norm = set(nn.BatchNorm2d(4).state_dict()) - {'num_batches_tracked'}
+    for part in parts_of(state):
+        if own and batch_norm <= set(part) and own.isdisjoint(part):
+            continue  # no one can tell it from BatchNorm's
+        target = make_layer(4)
+        before = {k: v.clone() for k, v in target.state_dict().items()}
+        missing, unexpected = target.load_state_dict(part, strict=False)
+        # BatchNorm does not miss its count where the dict does not say who wrote it.
+        assert set(missing) == set(state) - set(part) - {'num_batches_tracked'}
+        assert not unexpected
+        for name, value in target.state_dict().items():
+            assert torch.equal(value, part.get(name, before[name])), (name, list(part))
+
+
+def test_a_model_with_keys_of_ours_has_no_batch_norm():
+    """Keys taken out of one layer stay missing, as the rest of the model tells whose it is."""
+    model = nn.Sequential(UBN(4), nn.Conv2d(4, 4, 1), UBN(4))
+    for layer in (model[0], model[2]):
+        randomize(layer)
+    batch_norm = nn.BatchNorm2d(4).state_dict()
+    state = {
+        name: value
+        for name, value in model.state_dict().items()
+        if not name.startswith('2.') or name[2:] in batch_norm
+    }
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r'Missing key.*"2.kernel", "2.center_weight"'):
+        model.load_state_dict(state)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_version_tells_whose_a_state_dict_is(make_layer):
+    """Whole in BatchNorm's eyes, but written by one of these layers."""
+    state = learned(make_layer).state_dict()
+    for name in set(state) - set(nn.BatchNorm2d(4).state_dict()):
+        del state[name]
+    target = make_layer(4)
+    before = target.weight.clone()
+    missing, _ = target.load_state_dict(state, strict=False)
+    assert len(missing) == len(target.state_dict()) - len(state)
+    assert torch.equal(target.weight, state['weight'])
+    assert not torch.equal(before, target.weight)
+
+
+def test_a_file_without_metadata_is_batch_norms(make_layer):
+    """Safetensors and dict comprehensions keep no version."""
+    bn = trained_bn(4)
+    layer = make_layer(4)
+    randomize(layer)
+    layer.load_state_dict(dict(bn.state_dict()))
+    x = torch.randn(3, 4, 5, 5)
+    torch.testing.assert_close(layer.eval()(x), bn(x))
+    old = dict(bn.state_dict())
+    del old['num_batches_tracked']  # as before torch 0.4.1
+    layer.load_state_dict(old, strict=False)
+    torch.testing.assert_close(layer(x), bn(x))
+
+
+def test_batch_norm_on_meta_by_assignment(make_layer):
+    bn = trained_bn(4)
+    layer = make_layer(4, device='meta')
+    assert not any(layer.load_state_dict(bn.state_dict(), assign=True))
+    x = torch.randn(3, 4, 5, 5)
+    torch.testing.assert_close(layer.eval()(x), bn(x))
+    for name, parameter in layer.named_parameters():
+        assert parameter.requires_grad, name
+
+
+def test_a_load_that_fails_changes_nothing(make_layer):
+    layer = learned(make_layer)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(RuntimeError, match='size mismatch for running_mean'):
+        layer.load_state_dict(nn.BatchNorm2d(5).state_dict())
+    for name in set(before) - {'num_batches_tracked'}:
+        if name in ('weight', 'bias', 'running_mean', 'running_var'):
+            assert torch.equal(layer.state_dict()[name], before[name]), name

@@ -35,7 +35,8 @@ def test_compiled_training_equals_eager(network):
         actual.backward(upstream)
         torch.testing.assert_close(actual, expected)
     for (name, parameter), other in zip(network.named_parameters(), copied.parameters()):
-        torch.testing.assert_close(other.grad, parameter.grad, msg=name)
+        # Four steps are added up in another order.
+        torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-4, atol=3e-4, msg=name)
     for (name, buffer), other in zip(network.named_buffers(), copied.buffers()):
         torch.testing.assert_close(
             other, buffer, msg=lambda message, name=name: f'{name}: {message}'
@@ -43,6 +44,35 @@ def test_compiled_training_equals_eager(network):
     network.eval()
     compiled.eval()
     torch.testing.assert_close(compiled(x), network(x))
+
+
+@pytest.mark.parametrize('settings', [{}, dict(fct_interval=8), dict(fct=None)])
+@pytest.mark.parametrize('calls', [1, 2])
+def test_compiled_training_is_one_graph(settings, calls):
+    """Over 20 steps, in which gates open and shut; a layer that is called twice included."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    norm = UBN(4, fct_warmup=0, fct_momentum=0.7, **settings)
+    eager = copy.deepcopy(norm)
+
+    def forward(norm, x):
+        for _ in range(calls):
+            x = norm(x)
+        return x
+
+    compiled = torch.compile(forward, fullgraph=True, backend=backend)
+    for step in range(20):
+        x = torch.randn(4, 4, 6, 6) + step % 3
+        torch.testing.assert_close(compiled(norm, x), forward(eager, x))
+    for (name, buffer), expected in zip(norm.named_buffers(), eager.buffers()):
+        torch.testing.assert_close(buffer, expected, msg=name)
+    assert norm.batch_statistics_used == eager.batch_statistics_used
+    assert len(graphs) == 1
 
 
 @pytest.fixture(scope='module')
