@@ -18,8 +18,8 @@ from .utils import statistics_dtype
 
 # torch 2.4 and newer.
 available = hasattr(torch.library, 'custom_op')
-# Export, whose graph may hold no operator of ours, is told from compilation since torch 2.7; before,
-# evaluation is left to torch's own operations.
+# Export, whose graph may hold no operator of ours, is told from compilation since torch 2.7;
+# before, evaluation is left to torch's own operations.
 _tells_export = hasattr(torch.compiler, '_is_exporting_flag')
 
 

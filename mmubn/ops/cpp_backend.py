@@ -94,7 +94,7 @@ class CppBackend:
             image_mean = torch.empty((batch, channels), dtype=dtype)
         y = torch.empty_like(x)
         statistics = torch.empty(2 * channels + 1, dtype=dtype)
-        library(_DTYPES[x.dtype], parameters.kernel_size).ubn_normalize(
+        _library(x.dtype, parameters.kernel_size).ubn_normalize(
             _layer(x, pixels, parameters, settings),
             _state(state, settings),
             x.data_ptr(),
@@ -122,7 +122,7 @@ class CppBackend:
         """See :meth:`mmubn.ops.interface.Backend.backward_sums`."""
         x, pixels = _dense(x)
         dy = _like(dy, x)
-        code = library(_DTYPES[x.dtype], parameters.kernel_size)
+        code = _library(x.dtype, parameters.kernel_size)
         parameters = _as(parameters, statistics.dtype)
         gradients = Parameters(
             weight=_gradient(parameters.weight),
@@ -165,7 +165,7 @@ class CppBackend:
         numbers, layer, x, dy, parameters_alive = sums.rest
         d_center_weight = _gradient(parameters_alive.center_weight)
         dx = torch.empty_like(x)
-        library(_DTYPES[x.dtype], parameters.kernel_size).ubn_backward_input(
+        _library(x.dtype, parameters.kernel_size).ubn_backward_input(
             layer,
             x.data_ptr(),
             dy.data_ptr(),
@@ -194,11 +194,9 @@ class CppBackend:
 @functools.cache
 def _why_no_library(dtype: torch.dtype, kernel_size: int) -> str:
     try:
-        code = library(_DTYPES[dtype], kernel_size)
+        _library(dtype, kernel_size)
     except BuildError as error:
         return str(error)
-    _declare(code)
-    _LOADED.setdefault(dtype, code)
     return ''
 
 
@@ -206,8 +204,16 @@ def _why_no_library(dtype: torch.dtype, kernel_size: int) -> str:
 _LOADED: Dict[torch.dtype, ctypes.CDLL] = {}
 
 
+@functools.cache
+def _library(dtype: torch.dtype, kernel_size: int) -> ctypes.CDLL:
+    code = library(_DTYPES[dtype], kernel_size)
+    _declare(code)
+    _LOADED.setdefault(dtype, code)
+    return code
+
+
 def _any_library(dtype: torch.dtype) -> ctypes.CDLL:
-    return _LOADED[dtype]
+    return _LOADED.get(dtype) or _library(dtype, 3)
 
 
 def _declare(code: ctypes.CDLL) -> None:

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from against_reference import LAYERS, Reference, assert_equals_reference, randomize
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmubn.layers import UBN
 from mmubn.ops import backend, mean_cosine_similarity, triton_backend
-from mmubn.ops.backend import TORCH, TRITON
+from mmubn.ops.backend import CPP, TORCH, TRITON
 
 triton = pytest.importorskip('triton')
 
@@ -43,8 +44,28 @@ def test_empty_batch_with_triton():
     assert all(parameter.grad is not None for parameter in layer.parameters())
 
 
-def test_auto_is_torch_on_the_cpu():
-    assert backend.choose('auto', torch.randn(2, 3, 4, 4, device='cpu')) is TORCH
+@pytest.mark.parametrize(
+    ('x', 'kernel_size', 'reason'),
+    [
+        (torch.zeros(2, 3, 4, 4, dtype=torch.float16), 3, 'it has no kernels for float16'),
+        (torch.zeros(2, 3, 4, 4), 9, 'its kernels have kernel_size 1, 3, 5, 7, not 9'),
+    ],
+)
+def test_auto_on_the_cpu(x, kernel_size, reason, caplog):
+    """The compiled C++ where there is a compiler and it has kernels, else torch."""
+    x = x.cpu()
+    compiled = not CPP.why_not(torch.zeros(1, 3, 1, 1), 3)
+    assert backend.choose('auto', torch.zeros(2, 3, 4, 4)) is (CPP if compiled else TORCH)
+    backend._say_once.cache_clear()
+    assert backend.choose('auto', x, kernel_size) is TORCH
+    assert reason in caplog.text
+    assert backend.choose('auto', x[:0], kernel_size) is TORCH
+
+
+def test_torch_serves_where_operations_are_watched():
+    """Counters of FLOPs and fake tensors have to see torch's own operations."""
+    with FlopCounterMode(display=False):
+        assert backend.choose('auto', torch.zeros(2, 3, 4, 4)) is TORCH
 
 
 def test_triton_on_the_cpu_is_refused(monkeypatch):
@@ -62,9 +83,9 @@ def test_wide_kernel_with_triton_is_refused():
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="must be one of auto, torch, triton, got 'cuda'"):
+    with pytest.raises(ValueError, match="must be one of auto, torch, cpp, triton, got 'cuda'"):
         UBN(3, backend='cuda')
-    with pytest.raises(ValueError, match="must be one of auto, torch, triton, got 'cuda'"):
+    with pytest.raises(ValueError, match="must be one of auto, torch, cpp, triton, got 'cuda'"):
         mean_cosine_similarity(torch.randn(2, 3), backend='cuda')
 
 

@@ -1,0 +1,351 @@
+"""The C++ backend: against the literal equations, against torch's errors, and as a library."""
+
+import os
+import stat
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch import multiprocessing
+
+from mmubn.layers import BNET, IEBN, RBN, UBN
+from mmubn.ops import Buffers, Parameters, Settings, cpp_build
+from mmubn.ops.backend import CPP, TORCH
+
+WHY_NOT = CPP.why_not(torch.zeros(1, 1, 1, 1), 3)
+pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+
+# Planes of a pixel, a row, a column; of fewer and of more than a vector; of several strips;
+# channels that fill vectors and that do not.
+SHAPES = [
+    (2, 3, 1, 1),
+    (3, 17, 4, 4),
+    (2, 3, 1, 6),
+    (2, 17, 5, 1),
+    (3, 40, 2, 2),
+    (2, 20, 9, 9),
+    (3, 4, 2, 300),
+    (2, 18, 40, 30),
+]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+CENTRED, SCALED = ('center_weight',), ('scale_weight', 'scale_bias')
+RECTIFIED = dict(ubn=CENTRED + SCALED, center=CENTRED, scale=SCALED, none=())
+
+
+def parameters(channels, kernel_size=3, rectified='ubn', dtype=torch.float64):
+    given = {name: torch.randn(channels, dtype=dtype) for name in RECTIFIED[rectified]}
+    if kernel_size > 1:
+        given['kernel'] = torch.randn(channels, 1, kernel_size, kernel_size, dtype=dtype)
+    return Parameters(
+        weight=torch.randn(channels, dtype=dtype), bias=torch.randn(channels, dtype=dtype), **given
+    )
+
+
+def buffers(channels, dtype=torch.float64):
+    return Buffers(
+        torch.randn(channels, dtype=dtype),
+        torch.rand(channels, dtype=dtype) + 0.5,
+        torch.tensor(3),
+        torch.tensor(0.7, dtype=dtype),
+        torch.tensor(True),
+    )
+
+
+def step(backend, x, dy, given, state, settings, ranks=1):
+    """All that a step makes, by name; the rows of several processes are those of one and more."""
+    made = {}
+    image_mean = rows = None
+    if settings.training:
+        image_mean, row = backend.measure(x, given.center_weight, settings.stride)
+        made['row'] = row
+        rows = torch.stack([row, *[row * torch.rand_like(row) for _ in range(ranks - 1)]])
+    y, image_mean, statistics = backend.normalize(x, image_mean, rows, given, state, settings)
+    sums = backend.backward_sums(x, dy, image_mean, statistics, given, settings)
+    dx, d_center_weight = backend.backward_input(
+        x, dy, statistics, sums.d_statistics, given, settings, sums
+    )
+    made.update(y=y, image_mean=image_mean, statistics=statistics, dx=dx)
+    made.update({f'buffer {key}': value for key, value in state._asdict().items()})
+    made.update({f'd_{key}': value for key, value in sums.gradients._asdict().items()})
+    return dict(made, d_statistics=sums.d_statistics, d_center_weight=d_center_weight)
+
+
+def both(x, dy, given, settings, ranks=1):
+    """What C++ makes and what torch does."""
+    state = buffers(x.shape[1], given.weight.dtype)
+    copied = Buffers(*[None if value is None else value.clone() for value in state])
+    results = []
+    for backend, owned in ((CPP, state), (TORCH, copied)):
+        torch.manual_seed(1)
+        results.append(step(backend, x, dy, given, owned, settings, ranks))
+    return results
+
+
+def equal(x, dy, given, settings, ranks=1):
+    made, expected = both(x, dy, given, settings, ranks)
+    for name, value in expected.items():
+        if value is None:
+            assert made[name] is None, name
+        else:
+            torch.testing.assert_close(made[name], value, msg=lambda m, name=name: f'{name}: {m}')
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('kernel_size', [1, 3, 5, 7])
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+def test_shapes_and_kernels(shape, kernel_size, layout):
+    """In float64; a mean of 30 shows what cancels."""
+    x = (torch.randn(shape, dtype=torch.float64) + 30).contiguous(memory_format=layout)
+    dy = torch.randn_like(x)
+    equal(x, dy, parameters(shape[1], kernel_size), Settings(fct=0.15))
+    x -= 30
+    equal(x, dy, parameters(shape[1], kernel_size), Settings(training=False))
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        Settings(),
+        Settings(fct=0.99),  # shuts the gate
+        Settings(fct=0.99, warmup=4),
+        Settings(fct=0.15, stride=0),  # nothing is measured
+        Settings(fct=0.15, stride=2),
+        Settings(fct=0.15, update=False),
+        Settings(momentum=None),
+        Settings(eps=0.1, scale_from_input=True),
+        Settings(training=False, scale_from_input=True),
+    ],
+    ids=lambda settings: str({k: v for k, v in settings._asdict().items() if v}),
+)
+@pytest.mark.parametrize('rectified', RECTIFIED)
+@pytest.mark.parametrize('ranks', [1, 3])
+def test_settings(settings, rectified, ranks):
+    if settings.scale_from_input and rectified != 'scale':
+        pytest.skip('IEBN scales and does not center')
+    x = torch.randn(4, 19, 6, 5, dtype=torch.float64) + 0.5
+    equal(x, torch.randn_like(x), parameters(19, 3, rectified), settings, ranks)
+
+
+def test_one_image_has_no_similarity():
+    x = torch.randn(1, 5, 6, 5, dtype=torch.float64)
+    equal(x, torch.randn_like(x), parameters(5), Settings(fct=0.15))
+    made, _ = both(x, torch.randn_like(x), parameters(5), Settings(fct=0.15))
+    assert made['buffer running_similarity'] == 0.7
+
+
+@pytest.mark.parametrize('strided', ['input', 'gradient', 'both'])
+def test_strides(strided):
+    x, dy = torch.randn(2, 3, 5, 7, 12, dtype=torch.float64)
+    if strided != 'gradient':
+        x = x[..., ::2]
+    if strided != 'input':
+        dy = dy.transpose(1, 2).contiguous().transpose(1, 2)
+    x, dy = x[..., :6], dy[..., :6]
+    equal(x, dy, parameters(5), Settings(fct=0.15))
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('shape', [(8, 33, 4, 4), (4, 20, 19, 21)], ids=str)
+def test_error_is_at_most_twice_that_of_torch(shape, dtype, layout):
+    """Both beside float64 on the same rounded input."""
+    x = (torch.randn(shape) + 1).to(dtype).contiguous(memory_format=layout)
+    dy = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+    given = parameters(shape[1], dtype=torch.float32)
+    settings = Settings(fct=0.15)
+    by_cpp, by_torch = both(x, dy, given, settings)
+    wide = Parameters(*[value.double() for value in given])
+    _, oracle = both(x.double(), dy.double(), wide, settings)
+    for name, expected in oracle.items():
+        if expected is None or not expected.is_floating_point() or name.startswith('buffer'):
+            continue
+        assert by_cpp[name].dtype == by_torch[name].dtype
+        allowed = 2 * (by_torch[name] - expected).abs().max() + 2e-6 * expected.abs().max()
+        assert (by_cpp[name] - expected).abs().max() <= allowed, name
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('shape', [(16, 40, 4, 4), (6, 24, 33, 30)], ids=str)
+def test_threads_change_no_bit(shape, layout, dtype):
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+    dy = torch.randn_like(x)
+    given = parameters(shape[1], dtype=torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            torch.manual_seed(2)
+            results.append(both(x, dy, given, Settings(fct=0.15))[0])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize('bad', [float('inf'), float('nan')])
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('shape', [(2, 5, 4, 5), (2, 16, 12, 30)], ids=str)
+def test_what_is_not_finite_reaches_what_it_should(shape, layout, bad):
+    """In evaluation without calibrations, where nothing but the convolution spreads it."""
+    height, width = shape[2:]
+    given = parameters(shape[1], 3, 'none', torch.float32)
+    settings = Settings(training=False)
+    for i, j in ((0, 2), (height - 1, width - 1), (2, 0), (1, 2)):
+        x = torch.randn(shape).contiguous(memory_format=layout)
+        dy = torch.randn_like(x)
+        x[1, 3, i, j] = bad
+        made = step(CPP, x, dy, given, buffers(shape[1], torch.float32), settings)
+        near = torch.zeros(shape, dtype=torch.bool)
+        near[1, 3, max(0, i - 1) : i + 2, max(0, j - 1) : j + 2] = True
+        assert torch.equal(~made['y'].isfinite(), near)
+        assert made['dx'].isfinite().all()
+
+        x, dy[1, 3, i, j] = torch.randn_like(x), bad
+        made = step(CPP, x, dy, given, buffers(shape[1], torch.float32), settings)
+        assert torch.equal(~made['dx'].isfinite(), near)
+        # A tap meets this pixel of dY where it sees a pixel of X inside the plane.
+        rows = [u for u in range(3) if 0 <= i + u - 1 < height]
+        columns = [v for v in range(3) if 0 <= j + v - 1 < width]
+        reached = torch.zeros(shape[1], 1, 3, 3, dtype=torch.bool)
+        reached[3, 0, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = True
+        assert torch.equal(~made['d_kernel'].isfinite(), reached)
+
+
+@pytest.mark.parametrize('make', [UBN, RBN, BNET, IEBN])
+def test_autograd_takes_it(make):
+    """Layers with it and with torch give the same, in training and in evaluation."""
+    layers = [make(6, backend=backend).double() for backend in ('cpp', 'torch')]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = torch.randn(4, 6, 7, 8, dtype=torch.double, requires_grad=True)
+    dy = torch.randn_like(x)
+    for training in (True, False):
+        results = []
+        for layer in layers:
+            layer.train(training).zero_grad()
+            y = layer(x)
+            (dx,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+            y.backward(dy)
+            gradients = [parameter.grad for parameter in layer.parameters()]
+            results.append([y, dx, *gradients, *layer.state_dict().values()])
+        for ours, theirs in zip(*results):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_threads_of_python():
+    """Several layers at once, whose scratch memory may not be one."""
+    x = torch.randn(4, 20, 9, 9)
+    expected = UBN(20, backend='cpp')(x)
+    outputs = [None] * 4
+
+    def run(index):
+        for _ in range(20):
+            outputs[index] = UBN(20, backend='cpp')(x)
+
+    workers = [threading.Thread(target=run, args=(index,)) for index in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(torch.equal(output, expected) for output in outputs)
+
+
+def _in_worker(queue, x):
+    torch.set_num_threads(1)  # as a worker of a DataLoader
+    queue.put(UBN(x.shape[1], backend='cpp')(x).detach().numpy())
+
+
+def test_forked_worker():
+    x = torch.randn(8, 16, 20, 20)
+    expected = UBN(16, backend='cpp')(x)
+    context = multiprocessing.get_context('fork')
+    queue = context.SimpleQueue()
+    worker = context.Process(target=_in_worker, args=(queue, x))
+    worker.start()
+    found = queue.get()
+    worker.join(60)
+    assert worker.exitcode == 0
+    assert torch.equal(torch.from_numpy(found), expected)
+
+
+def test_loading_flushes_no_denormals():
+    UBN(3, backend='cpp')(torch.randn(2, 3, 4, 4))
+    assert (torch.tensor([1e-40]) * torch.tensor([1.0])).item() > 0
+
+
+# --- Building the library.
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """As in a process that has loaded nothing."""
+    cpp_build.library.cache_clear()
+    yield monkeypatch
+    cpp_build.library.cache_clear()
+
+
+def test_no_compiler(fresh, tmp_path):
+    fresh.setenv('CXX', str(tmp_path / 'none'))
+    with pytest.raises(cpp_build.BuildError, match='there is no C\\+\\+ compiler'):
+        cpp_build.library('float', 3)
+
+
+def test_compiler_that_fails(fresh, tmp_path):
+    fresh.setenv('CXX', '/bin/false')
+    fresh.setenv('MMUBN_CACHE', str(tmp_path / 'cache'))
+    with pytest.raises(cpp_build.BuildError, match='false failed'):
+        cpp_build.library('float', 3)
+    assert not list((tmp_path / 'cache').iterdir())  # nothing half made
+
+
+def test_folder_that_others_can_write_to(fresh, tmp_path):
+    tmp_path.chmod(0o777)
+    fresh.setenv('MMUBN_CACHE', str(tmp_path))
+    with pytest.raises(cpp_build.BuildError, match='can be written by other users'):
+        cpp_build.library('float', 3)
+
+
+@pytest.mark.skipif(os.name != 'posix' or os.getuid() == 0, reason='root can write anywhere')
+def test_folder_that_cannot_be_written(fresh, tmp_path):
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    fresh.setenv('MMUBN_CACHE', str(tmp_path))
+    with pytest.raises(cpp_build.BuildError, match='cannot be written'):
+        cpp_build.library('float', 3)
+
+
+def test_without_a_compiler_torch_serves_and_one_line_says_so(tmp_path):
+    script = (
+        'import torch, mmubn\n'
+        'for _ in range(2):\n'
+        '    mmubn.UBN(3)(torch.randn(2, 3, 4, 4)).sum().backward()\n'
+        "try: mmubn.UBN(3, backend='cpp')(torch.randn(2, 3, 4, 4))\n"
+        'except RuntimeError as error: print(error)\n'
+    )
+    environment = {**os.environ, 'CXX': '/bin/false', 'MMUBN_CACHE': str(tmp_path / 'cache')}
+    result = subprocess.run(
+        [sys.executable, '-c', script], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stderr.splitlines() if 'mmubn' in line]
+    assert len(lines) == 1
+    assert 'plain torch replaces the cpp backend of mmubn: /bin/false failed' in lines[0]
+    assert result.stdout.startswith("backend='cpp' cannot be used: /bin/false failed")
+
+
+@pytest.mark.slow
+def test_two_processes_build_at_once(tmp_path):
+    """Each takes a whole library, and one of each lies there."""
+    script = "import mmubn, torch; print(mmubn.UBN(3, backend='cpp')(torch.ones(2, 3, 4, 4)).sum())"
+    environment = {**os.environ, 'MMUBN_CACHE': str(tmp_path / 'cache')}
+    workers = [
+        subprocess.Popen([sys.executable, '-c', script], env=environment, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    outputs = [worker.communicate()[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0]
+    assert outputs[0] == outputs[1]
+    assert len(list((tmp_path / 'cache').iterdir())) == 1
