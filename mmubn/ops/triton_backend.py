@@ -10,6 +10,8 @@ sums     where m was not kept moments; sum_pixels; reduce_sums
 (SyncUBN adds up d_statistics)
 dX       write_input_gradient
 ======== =================================================================================
+
+and one copy more where dY comes in another memory format than X.
 """
 
 import functools
@@ -32,6 +34,8 @@ _TRITON_VERSION = (3, 3)
 # Programs that fill a large GPU; where an image and channel block each give fewer, they
 # are split further.
 _ENOUGH_PROGRAMS = 1024
+# Small numbers that a program reads at once. One for all shapes, as each takes a compilation.
+_BLOCK = 1024
 
 
 class _Rest(NamedTuple):
@@ -200,9 +204,10 @@ class TritonBackend:
                 settings.scale_from_input,
                 size,
                 _power(size * size),
-                min(_power(parts), 1024 // _power(size * size)),
-                min(_power(batch), 32),
+                _BLOCK // _power(size * size),
+                min(_power(batch), 64),
                 block_c,
+                num_warps=8,
             )
         return Sums(d_statistics, gradients, rest)
 
@@ -294,12 +299,16 @@ class TritonBackend:
 
     def _squared_sums(self, x: Tensor, norm: Tensor, parts: Optional[int], stride: int) -> Tensor:
         """Partial sums of the square of the sum of all images, by their norms' parts; where there
-        are none, ``norm`` is what each is multiplied by."""
+        are none, ``norm`` is what each is multiplied by.
+        """
         batch, channels, height, width = x.shape
         height, width = _cdiv(height, stride), _cdiv(width, stride)
         size = channels * height * width
-        block = min(max(_power(_cdiv(size, _ENOUGH_PROGRAMS)), 128), 1024)
-        block_n = min(_power(batch), 4096 // block)
+        flat = stride == 1 and _is_dense(x)
+        # Values at once; those that are not one after the other cost an address each.
+        values = 4096 if flat else 1024
+        block = min(max(_power(_cdiv(size, _ENOUGH_PROGRAMS)), 128), values // 4)
+        block_n = min(_power(batch), values // block)
         programs = min(_cdiv(size, block), 2 * _ENOUGH_PROGRAMS)
         partial = norm.new_empty(programs)
         stride_n, stride_c, stride_h, stride_w = x.stride()
@@ -317,13 +326,13 @@ class TritonBackend:
             stride_c,
             stride_h * stride,
             stride_w * stride,
-            stride == 1 and _is_dense(x),
+            flat,
             _channels_last(x),
             parts is None,
             batch <= block_n,
             block_n,
             block,
-            min(_power(parts or 1), 1024 // block_n),
+            _BLOCK // block_n,
         )
         return partial
 
@@ -334,12 +343,12 @@ class TritonBackend:
         center_weight: Optional[Tensor],
         partial: Optional[Tensor],
     ) -> Tuple[Tensor, Tensor]:
-        """m and the row."""
+        """M and the row."""
         batch, channels, height, width = x.shape
         mean = moments.mean
         row = mean.new_empty(2 * channels + 3)
         image_mean = None if moments.splits == 1 else torch.empty_like(mean[0])
-        block_n, block_c = min(_power(batch), 32), min(_power(channels), 16)
+        block_n, block_c = min(_power(batch), 128), min(_power(channels), 16)
         measured = partial is not None
         parts, partials = (moments.parts, len(partial)) if measured else (1, 1)
         self._kernels.finish_row[(_cdiv(channels, block_c) + measured,)](
@@ -361,8 +370,9 @@ class TritonBackend:
             partials,
             block_n,
             block_c,
-            min(_power(parts), 1024 // block_n),
-            min(_power(partials), 1024),
+            _BLOCK // block_n,
+            _BLOCK,
+            num_warps=8,
         )
         return mean[0] if image_mean is None else image_mean, row
 
@@ -391,7 +401,7 @@ class TritonBackend:
             settings.training and fct is not None,
             settings.training and settings.update and buffers.running_mean is not None,
             momentum is None,
-            min(_power(channels), 1024),
+            _BLOCK,
         )
         return statistics
 
@@ -421,7 +431,7 @@ class _Tiling(NamedTuple):
     blocks: Tuple[int, int]  # channels and columns of a program
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _tile(
     images: int, channels: int, height: int, width: int, channels_last: bool, kernel_size: int
 ) -> _Tiling:
@@ -442,7 +452,7 @@ def _tile(
     return _Tiling((images * blocks_c, tiles), rows, (block_c, block_w))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _tile_groups(batch: int, *plane: Any) -> Tuple[int, int, _Tiling]:
     """Groups of images, images of each, tiling: a program of the sums takes one after the other."""
     groups = min(batch, _cdiv(_ENOUGH_PROGRAMS, _tile(1, *plane).grid[0]))
@@ -451,11 +461,11 @@ def _tile_groups(batch: int, *plane: Any) -> Tuple[int, int, _Tiling]:
     return groups, share, _tile(groups, *plane)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _split_pixels(
     batch: int, channels: int, pixels: int, channels_last: bool, may_split: bool
 ) -> Tuple[int, int, int, int, int]:
-    """Pixels of a split, splits, channel blocks of a program, and its channels and pixels at once."""
+    """Pixels of a split, splits, channel blocks of a program, channels and pixels at once."""
     block_c = min(_power(channels), 64) if channels_last else 1
     block_p = min(_power(pixels), 2048 // block_c)
     block_c = min(_power(channels), 2048 // block_p)

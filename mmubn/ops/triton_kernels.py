@@ -977,7 +977,8 @@ def write_input_gradient(
     K: tl.constexpr,
 ):
     r"""``dX = a dX_r + 2 dsigma^2 (X - m) + level``, dX_r made anew from dY; and the gradient of
-    the center weight."""
+    the center weight.
+    """
     DTYPE: tl.constexpr = statistics_ptr.dtype.element_ty
     n, c, w, first = _program(channels, width, rows, BLOCK_C, BLOCK_W)
     known = c < channels

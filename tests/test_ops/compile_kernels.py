@@ -44,7 +44,7 @@ class Compiled:
     def __getitem__(self, grid):
         return self.launch
 
-    def launch(self, *arguments):
+    def launch(self, *arguments, **options):
         signature, constants, attributes = {}, {}, {}
         for index, (parameter, value) in enumerate(zip(self.kernel.params, arguments)):
             is_tensor = isinstance(value, torch.Tensor)
@@ -59,7 +59,7 @@ class Compiled:
                     attributes[(index,)] = [['tt.divisibility', 16]]
         assert len(arguments) == len(self.kernel.params), self.kernel.__name__
         source = ASTSource(self.kernel, signature, constants, attributes)
-        binary = triton.compile(source, target=self.target)
+        binary = triton.compile(source, target=self.target, options=options)
         usage = nvidia_usage if self.target.backend == 'cuda' else amd_usage
         print(json.dumps(dict(kernel=self.kernel.__name__, **self.label, **usage(binary))))
 
@@ -94,9 +94,12 @@ def layers(channels, kernel_size, dtype):
     yield 'UBN', ubn, Settings(fct=0.15), 1
     yield 'SyncUBN', ubn, Settings(fct=0.15, stride=2, momentum=None), 2
     yield 'recomputed', ubn, Settings(fct=0.15, update=False), 1
-    yield 'IEBN', affine._replace(**dict(calibration, center_weight=None)), (
-        Settings(scale_from_input=True)
-    ), 1
+    yield (
+        'IEBN',
+        affine._replace(**dict(calibration, center_weight=None)),
+        (Settings(scale_from_input=True)),
+        1,
+    )
     yield 'BNET', affine, Settings(), 1
     yield 'plain', Parameters(), Settings(update=False), 1
 

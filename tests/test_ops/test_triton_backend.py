@@ -307,9 +307,7 @@ def test_a_step_has_the_same_bits_every_time():
     parameters, buffers = random_parameters(3, 3, torch.float32), random_buffers(3, torch.float32)
     settings = Settings(fct=0.35)
     first = run_step(TRITON, x, dy, parameters, copy(buffers), settings)
-    assert_same(
-        run_step(TRITON, x, dy, parameters, copy(buffers), settings), first, rtol=0, atol=0
-    )
+    assert_same(run_step(TRITON, x, dy, parameters, copy(buffers), settings), first, rtol=0, atol=0)
 
 
 # Corners, edges and the middle, one a channel; tiles meet at row 24.
@@ -346,7 +344,8 @@ def test_what_is_not_finite_spreads_as_in_the_reference(where):
 
 class Launches(TorchDispatchMode):
     """What a GPU would have been told to run: kernels, and torch's operations but for views and
-    fresh memory."""
+    fresh memory.
+    """
 
     def __init__(self, monkeypatch, layer):
         super().__init__()
