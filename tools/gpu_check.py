@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import List
+from typing import List, Optional, Sequence
 
 import torch
 
@@ -43,16 +43,17 @@ STEPS = [
 ]
 
 
-def main() -> None:
+def main(argv: Optional[Sequence[str]] = None) -> None:
     """Runs the tests, then the benchmarks that the time allows."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--minutes', type=float, default=10, help='of the call (%(default)s)')
     parser.add_argument('--csv', type=Path, help="the rows' file (benchmark_norm.py's own)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        sys.exit('gpu_check: torch sees no GPU, so there is nothing to check here')
+        print('gpu_check: torch sees no GPU, so there is nothing to check', file=sys.stderr)
+        sys.exit(1)
     end = time.monotonic() + 60 * args.minutes - 15  # to stop in
     pytest = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider']
     tests = [_start([*pytest, '-m', 'not slow', *arguments]) for arguments in TESTS]
