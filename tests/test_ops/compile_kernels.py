@@ -88,18 +88,14 @@ def layers(channels, kernel_size, dtype):
     weight, kernel = torch.empty(channels), torch.empty(channels, 1, kernel_size, kernel_size)
     affine = Parameters(weight, kernel if kernel_size > 1 else None, weight)
     affine = Parameters(*[None if value is None else value.to(dtype) for value in affine])
-    calibration = dict(center_weight=affine.weight, scale_weight=affine.weight)
-    calibration['scale_bias'] = affine.weight
-    ubn = affine._replace(**calibration)
+    calibration = ('center_weight', 'scale_weight', 'scale_bias')
+    ubn = affine._replace(**dict.fromkeys(calibration, affine.weight))
     yield 'UBN', ubn, Settings(fct=0.15), 1
     yield 'SyncUBN', ubn, Settings(fct=0.15, stride=2, momentum=None), 2
+    yield 'evaluation', ubn, Settings(training=False), 1
     yield 'recomputed', ubn, Settings(fct=0.15, update=False), 1
-    yield (
-        'IEBN',
-        affine._replace(**dict(calibration, center_weight=None)),
-        (Settings(scale_from_input=True)),
-        1,
-    )
+    iebn = ubn._replace(center_weight=None)
+    yield 'IEBN', iebn, Settings(scale_from_input=True), 1
     yield 'BNET', affine, Settings(), 1
     yield 'plain', Parameters(), Settings(update=False), 1
 
@@ -112,7 +108,7 @@ def step(backend, x, parameters, settings, ranks):
     buffers = Buffers(running, running, count, running[0], flag)
     stride = settings.stride if settings.fct is not None and settings.update else 0
     image_mean, row = backend.measure(x, parameters.center_weight, stride)
-    rows = row.expand(ranks, -1)
+    rows = row.expand(ranks, -1) if settings.training else None
     *_, statistics = backend.normalize(x, image_mean, rows, parameters, buffers, settings)
     known = statistics, parameters, settings
     sums = backend.backward_sums(x, x, image_mean, *known)
