@@ -1,299 +1,466 @@
-r"""The passes over the large tensors as Triton kernels; the functions of :mod:`passes_torch`.
+r"""The Triton kernels of a step; :mod:`mmubn.ops.triton_backend` launches them.
 
-Bytes, in passes over X: moments 1 read, similarity 1 read, forward 1 read and 1 write,
-first backward pass 2 reads (X, dY), second 2 reads and 1 write. Nothing of X's size is
-kept but X.
+Bytes, in passes over X: :func:`moments` 1 read, :func:`squared_sums` 1 read, :func:`write_output`
+1 read and 1 write, :func:`sum_pixels` 2 reads (X, dY), :func:`write_input_gradient` 2 reads and
+1 write. The other three read and write numbers a channel, or an image and channel. What a program
+needs of the coefficients of Eqs. 4 and 5 it works out itself (:func:`_coefficients`).
 
 The convolutions march down the rows of an image. Each row is read k times, once a column
 shift, and added to the k output rows that it touches, of which k - 1 are carried in
 registers; k^2 loads an output, the obvious way, would be bound by the first level cache
 in half precision.
 
-Every kernel takes both dense memory formats by strides, adds up in a fixed order (no
-atomics: the same input gives the same bits), works in float32 (float64 for float64) and
-addresses images and rows with 64 bits. No function waits for the device or asks it
-anything, so all of them can be captured in a CUDA graph.
+Every kernel takes tensors of any strides, adds up in a fixed order (no atomics: the same input
+gives the same bits), works in float32 (float64 for float64), converts parameters and buffers of
+another dtype, and addresses images and rows with 64 bits. None reads what another program of
+the same launch writes.
 
-Symbols as in :mod:`mmubn.ops.ubn`; p is k // 2.
+Symbols as in :mod:`mmubn.ops.interface`; p is k // 2. A pointer may be None where a switch is
+off. Numbers of Python that a kernel takes are annotated as float64, or float32 would round them.
 """
 
-from typing import NamedTuple, Optional, Tuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from .torch_backend import PassSums
-from .utils import statistics_dtype
-
-# Programs that fill a large GPU; where an image and channel block each give fewer, they
-# are split further.
-_ENOUGH_PROGRAMS = 1024
-
-
-def image_mean(x: Tensor) -> Tensor:
-    """Mean over H and W, (N, C)."""
-    return image_moments(x)[0]
-
-
-def image_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
-    """Mean and biased variance over H and W, two of (N, C)."""
-    x = _dense(x)
-    batch, channels, height, width = x.shape
-    pixels = height * width
-    block_c = min(_power(channels), 64) if x.stride(1) == 1 else 1
-    block_p = min(_power(pixels), 2048 // block_c)
-    block_c = min(_power(channels), 2048 // block_p)
-    blocks_c = triton.cdiv(channels, block_c)
-    blocks_p = triton.cdiv(pixels, block_p)
-    splits = min(blocks_p, triton.cdiv(_ENOUGH_PROGRAMS, batch * blocks_c))
-    share = triton.cdiv(blocks_p, splits) * block_p  # pixels of every split but the last
-    splits = triton.cdiv(pixels, share)
-    mean = x.new_empty((splits, batch, channels), dtype=statistics_dtype(x.dtype))
-    square = torch.empty_like(mean)  # sum of squares about that mean
-    with torch.cuda.device_of(x):
-        _moments[(blocks_c * batch, splits)](
-            x,
-            mean,
-            square,
-            batch,
-            channels,
-            pixels,
-            share,
-            x.stride(0),
-            x.stride(1),
-            x.stride(3) if width > 1 else x.stride(2),  # a size of 1 has any stride
-            block_c,
-            block_p,
-        )
-    if splits == 1:
-        return mean[0], square[0].div_(pixels)
-    last = pixels - (splits - 1) * share
-    total = (mean[:-1].sum(0) * share + mean[-1] * last) / pixels
-    between = (mean - total).square()
-    within = square.sum(0) + between[:-1].sum(0) * share + between[-1] * last
-    return total, within / pixels
-
-
-def squared_sum(x: Tensor, weight: Tensor) -> Tensor:
-    """``|| sum_n weight_n X_n ||^2``, a scalar, with weight (N,)."""
-    x = _dense(x) if x.dim() == 4 else x.contiguous()
-    batch = x.shape[0]
-    size = x[0].numel()
-    block = 256 if size > 256 * _ENOUGH_PROGRAMS else 128
-    partial = weight.new_empty(triton.cdiv(size, block))
-    with torch.cuda.device_of(x):
-        _squared_sum[partial.shape](x, weight, partial, batch, size, x.stride(0), 8, block)
-    return partial.sum()
-
-
-def forward(
-    x: Tensor, shift: Tensor, scale: Tensor, taps: Tensor, bias: Optional[Tensor]
-) -> Tensor:
-    """``Y = dwconv(a (X + h); K) + beta``, in the dtype and memory format of X."""
-    x = _dense(x)
-    tiling = _tile(x, taps.shape[-1], x.shape[0])
-    y = torch.empty_like(x)
-    with torch.cuda.device_of(x):
-        _forward[tiling.grid](
-            x,
-            y,
-            shift.contiguous(),
-            scale.contiguous(),
-            taps.contiguous(),
-            taps if bias is None else bias,
-            bias is not None,
-            *x.shape[1:],
-            *x.stride(),
-            *tiling.blocks,
-            taps.shape[-1],
-        )
-    return y
-
-
-def backward_sums(x: Tensor, dy: Tensor, shift: Tensor, scale: Tensor, taps: Tensor) -> PassSums:
-    """First backward pass: everything that is a sum over X's pixels. Keeps no dX_r."""
-    x = _dense(x)
-    dy = _like(dy, x)
-    batch, channels = shift.shape
-    size = taps.shape[-1]
-    tiling = _tile(x, size, 1)
-    groups = min(batch, triton.cdiv(_ENOUGH_PROGRAMS, tiling.grid[0]))
-    share = triton.cdiv(batch, groups)  # images of a program, one after the other
-    groups = triton.cdiv(batch, share)
-    tiling = _tile(x, size, groups)
-    tiles = tiling.grid[1]
-    d_scale = shift.new_empty((tiles, batch, channels))
-    d_shift = torch.empty_like(d_scale)
-    d_taps = shift.new_empty((groups, tiles, channels, size, size))
-    d_bias = shift.new_empty((groups, tiles, channels))
-    with torch.cuda.device_of(x):
-        _backward_sums[tiling.grid](
-            x,
-            dy,
-            shift.contiguous(),
-            scale.contiguous(),
-            taps.contiguous(),
-            d_scale,
-            d_shift,
-            d_taps,
-            d_bias,
-            batch,
-            share,
-            *x.shape[1:],
-            *x.stride(),
-            *tiling.blocks,
-            size,
-        )
-    return PassSums(
-        _add_up(d_scale), _add_up(d_shift), d_taps.sum((0, 1)), d_bias.sum((0, 1)), d_x_r=None
-    )
-
-
-def backward_input(
-    x: Tensor,
-    dy: Tensor,
-    image_mean: Tensor,
-    scale: Tensor,
-    slope: Tensor,
-    level: Tensor,
-    taps: Tensor,
-    d_x_r: None,
-) -> Tensor:
-    """Second backward pass: ``dX = a dX_r + slope (X - m) + level``, dX_r made anew from dY."""
-    x = _dense(x)
-    dy = _like(dy, x)
-    tiling = _tile(x, taps.shape[-1], x.shape[0])
-    dx = torch.empty_like(x)
-    with torch.cuda.device_of(x):
-        _backward_input[tiling.grid](
-            x,
-            dy,
-            dx,
-            image_mean,
-            scale.contiguous(),
-            slope.contiguous(),
-            level.contiguous(),
-            taps.contiguous(),
-            *x.shape[1:],
-            *x.stride(),
-            *tiling.blocks,
-            taps.shape[-1],
-        )
-    return dx
-
-
-class _Tiling(NamedTuple):
-    """How programs share out images: blocks of channels, tiles of rows and columns, images."""
-
-    grid: Tuple[int, int]  # images (or groups of them) x channel blocks, tiles
-    blocks: Tuple[int, int, int]  # rows, channels and columns of a program
-
-
-def _tile(x: Tensor, kernel_size: int, images: int) -> _Tiling:
-    _, channels, height, width = x.shape
-    # Values of a row in a program of 128 threads. Each costs k^2 registers in the first
-    # backward pass: more would leave too few threads on the GPU to hide its latency.
-    values = 256 if kernel_size <= 3 else 128
-    if x.stride(1) == 1:
-        block_c = min(_power(channels), 64)
-        block_w = min(_power(width), values // block_c)
-    else:
-        block_w = min(_power(width), 128)
-        block_c = min(_power(channels), values // block_w)
-    blocks_c, blocks_w = triton.cdiv(channels, block_c), triton.cdiv(width, block_w)
-    # Rows read twice, kernel_size - 1 a tile, must not weigh much.
-    wanted = triton.cdiv(_ENOUGH_PROGRAMS, blocks_c * blocks_w * images)
-    rows = max(triton.cdiv(height, wanted), min(height, 8 * kernel_size))
-    tiles = triton.cdiv(height, rows) * blocks_w
-    return _Tiling((images * blocks_c, tiles), (rows, block_c, block_w))
-
-
-def _dense(x: Tensor) -> Tensor:
-    """``x`` in one of the two dense memory formats."""
-    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
-        return x
-    return x.contiguous()
-
-
-def _like(dy: Tensor, x: Tensor) -> Tensor:
-    """``dy`` with the strides of ``x``."""
-    return dy if dy.stride() == x.stride() else torch.empty_like(x, dtype=dy.dtype).copy_(dy)
-
-
-def _power(size: int) -> int:
-    return triton.next_power_of_2(size)
-
-
-def _add_up(parts: Tensor) -> Tensor:
-    return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
 @triton.jit
-def _moments(
+def _load(ptr, mask, DTYPE: tl.constexpr):
+    return tl.load(ptr, mask=mask, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def _is_finite(value):
+    return tl.abs(value) < float('inf')
+
+
+@triton.jit
+def _lerp(start, end, weight):
+    """As torch's: exact at both ends."""
+    near_start = start + weight * (end - start)
+    return tl.where(weight < 0.5, near_start, end - (end - start) * (1 - weight))
+
+
+@triton.jit
+def _coefficients(
+    n,
+    c,
+    mask,
+    channels,
+    image_mean_ptr,
+    statistics_ptr,
+    center_weight_ptr,
+    scale_weight_ptr,
+    scale_bias_ptr,
+    SCALE_FROM_INPUT: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """m, h, what the sigmoid sees, g and r, for images ``n`` and channels ``c``."""
+    mean = _load(statistics_ptr + c, mask, DTYPE)
+    rstd = _load(statistics_ptr + channels + c, mask, DTYPE)
+    image_mean = tl.zeros_like(mean)
+    if image_mean_ptr is not None:
+        image_mean = _load(image_mean_ptr + n * channels + c, mask, DTYPE)
+    shift = -mean
+    if center_weight_ptr is not None:
+        shift += _load(center_weight_ptr + c, mask, DTYPE) * image_mean
+    pooled = image_mean
+    if not SCALE_FROM_INPUT:
+        pooled = (image_mean + shift) * rstd
+    factor = tl.full(mean.shape, 1.0, DTYPE)
+    if scale_weight_ptr is not None:
+        weight = _load(scale_weight_ptr + c, mask, DTYPE)
+        factor = tl.sigmoid(weight * pooled + _load(scale_bias_ptr + c, mask, DTYPE))
+    return image_mean, shift, pooled, factor, rstd
+
+
+@triton.jit
+def moments(
     x_ptr,
     mean_ptr,
     square_ptr,
+    norm_ptr,
+    batch,
+    channels,
+    width,
+    pixels,
+    share,
+    together,
+    stride_n,
+    stride_c,
+    stride_h,
+    stride_w,
+    FLAT: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Mean of one share of the pixels, and the sum of squares about it, by Chan's update.
+
+    A program takes ``together`` blocks of channels of an image. It also writes their part of
+    the image's squared norm over every STRIDE-th row and column. FLAT is one stride for all
+    pixels.
+    """
+    DTYPE: tl.constexpr = mean_ptr.dtype.element_ty
+    blocks_c = tl.cdiv(channels, BLOCK_C)
+    groups = tl.cdiv(blocks_c, together)
+    n, group, split = tl.program_id(0) // groups, tl.program_id(0) % groups, tl.program_id(1)
+    start = split * share
+    end = tl.minimum(start + share, pixels)
+    norm = tl.zeros([BLOCK_C], DTYPE)
+    for block in range(group * together, tl.minimum((group + 1) * together, blocks_c)):
+        c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+        image = x_ptr + n.to(tl.int64) * stride_n + c[:, None].to(tl.int64) * stride_c
+        mean = tl.zeros([BLOCK_C], DTYPE)
+        square = tl.zeros([BLOCK_C], DTYPE)
+        for first in range(start, end, BLOCK_P):
+            p = first + tl.arange(0, BLOCK_P)
+            mask = (c[:, None] < channels) & (p[None, :] < end)
+            place = p.to(tl.int64) * stride_w
+            if not FLAT:
+                place = (p // width).to(tl.int64) * stride_h + (p % width).to(tl.int64) * stride_w
+            x = _load(image + place[None, :], mask, DTYPE)
+            before = first - start
+            here = tl.minimum(end - first, BLOCK_P)
+            weight = here.to(DTYPE) / (before + here)
+            here_mean = tl.sum(x, 1) / here
+            centred = tl.where(mask, x - here_mean[:, None], 0.0)
+            step = here_mean - mean
+            mean += step * weight
+            square += tl.sum(centred * centred, 1) + step * step * (before * weight)
+            if STRIDE > 1:
+                sampled = (p // width % STRIDE == 0) & (p % width % STRIDE == 0)
+                norm += tl.sum(tl.where(sampled[None, :], x * x, 0.0), 1)
+        out = (split * batch + n).to(tl.int64) * channels + c
+        tl.store(mean_ptr + out, mean, mask=c < channels)
+        tl.store(square_ptr + out, square, mask=c < channels)
+        if STRIDE == 1:
+            norm += square + mean * mean * (end - start)
+    if norm_ptr is not None:
+        part = tl.program_id(0) * tl.num_programs(1) + split
+        tl.store(norm_ptr + part, tl.sum(norm, 0))
+
+
+@triton.jit
+def _squared_norms(norm_ptr, n, batch, parts, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """``|| X_n ||^2`` of a block of images, from its parts."""
+    norm = tl.zeros([n.shape[0], BLOCK], DTYPE)
+    for first in range(0, parts, BLOCK):
+        part = first + tl.arange(0, BLOCK)
+        mask = (n[:, None] < batch) & (part[None, :] < parts)
+        norm += _load(norm_ptr + n[:, None] * parts + part[None, :], mask, DTYPE)
+    return tl.sum(norm, 1)
+
+
+@triton.jit
+def _image_weights(
+    norm_ptr, n, batch, parts, ARE_WEIGHTS: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """``1 / || X_n ||``, 0 for a zero image; or what is given."""
+    if ARE_WEIGHTS:
+        weight = _load(norm_ptr + n, n < batch, DTYPE)
+    else:
+        norm = _squared_norms(norm_ptr, n, batch, parts, DTYPE, BLOCK)
+        weight = tl.where(norm > 0, tl.rsqrt(tl.where(norm > 0, norm, 1.0)), 0.0)
+    return weight
+
+
+@triton.jit
+def squared_sums(
+    x_ptr,
+    norm_ptr,
+    partial_ptr,
+    batch,
+    parts,
+    size,
+    channels,
+    height,
+    width,
+    stride_n,
+    stride_c,
+    stride_h,
+    stride_w,
+    FLAT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ARE_WEIGHTS: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+):
+    """Sum over coordinates of the square of the weighted sum over the batch.
+
+    FLAT reads an image as ``size`` numbers one after the other; else they are the channels,
+    rows and columns given, in an order near that of the memory.
+    """
+    DTYPE: tl.constexpr = partial_ptr.dtype.element_ty
+    weight = tl.zeros([BLOCK_N], DTYPE)
+    if ONE_BLOCK:  # of images: the same for all coordinates
+        n = tl.arange(0, BLOCK_N)
+        weight = _image_weights(norm_ptr, n, batch, parts, ARE_WEIGHTS, DTYPE, BLOCK_PARTS)
+    squares = tl.zeros([BLOCK], DTYPE)
+    mine = tl.program_id(0).to(tl.int64)
+    for block in range(mine, tl.cdiv(size, BLOCK), tl.num_programs(0)):
+        d = block * BLOCK + tl.arange(0, BLOCK)
+        place = d
+        if not FLAT:
+            if CHANNELS_LAST:
+                c, h, w = d % channels, d // channels // width, d // channels % width
+            else:
+                c, h, w = d // width // height, d // width % height, d % width
+            place = c * stride_c + h * stride_h + w * stride_w
+        total = tl.zeros([BLOCK_N, BLOCK], DTYPE)
+        for first in range(0, batch, BLOCK_N):
+            n = first + tl.arange(0, BLOCK_N)
+            if not ONE_BLOCK:
+                weight = _image_weights(norm_ptr, n, batch, parts, ARE_WEIGHTS, DTYPE, BLOCK_PARTS)
+            row = x_ptr + n[:, None].to(tl.int64) * stride_n
+            mask = (n[:, None] < batch) & (d[None, :] < size)
+            total += _load(row + place[None, :], mask, DTYPE) * weight[:, None]
+        sums = tl.sum(total, 0)
+        squares += sums * sums
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(squares, 0))
+
+
+@triton.jit
+def _store_similarity(
+    row_ptr,
+    norm_ptr,
+    partial_ptr,
+    batch,
+    pairs,
+    parts,
+    partials,
+    DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    nonzero = tl.zeros([BLOCK_N], DTYPE)
+    overflow = tl.zeros([BLOCK_N], DTYPE)
+    for first in range(0, batch, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        norm = _squared_norms(norm_ptr, n, batch, parts, DTYPE, BLOCK_PARTS)
+        nonzero += tl.where(norm > 0, 1.0, 0.0)
+        overflow += tl.where(_is_finite(norm), 0.0, 1.0)
+    total = tl.zeros([BLOCK], DTYPE)
+    for first in range(0, partials, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        total += _load(partial_ptr + at, at < partials, DTYPE)
+    similarity = (tl.sum(total, 0) - tl.sum(nonzero, 0)) / pairs
+    defined = (tl.sum(overflow, 0) == 0) & _is_finite(similarity)
+    tl.store(row_ptr + 1, tl.where(defined, pairs, 0))
+    tl.store(row_ptr + 2, tl.where(defined, similarity, 0.0))
+
+
+@triton.jit
+def finish_row(
+    mean_ptr,
+    square_ptr,
+    image_mean_ptr,
+    center_weight_ptr,
+    norm_ptr,
+    partial_ptr,
+    row_ptr,
     batch,
     channels,
     pixels,
     share,
-    stride_n,
-    stride_c,
-    stride_p,
+    splits,
+    count,
+    pairs,
+    parts,
+    partials,
+    BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Mean of one share of the pixels, and the sum of squares about it, by Chan's update."""
-    blocks_c = tl.cdiv(channels, BLOCK_C)
-    n, split = tl.program_id(0) // blocks_c, tl.program_id(1)
-    c = (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
-    start = split * share
-    end = tl.minimum(start + share, pixels)
-    image = x_ptr + n.to(tl.int64) * stride_n + c[:, None].to(tl.int64) * stride_c
-    mean = tl.zeros([BLOCK_C], mean_ptr.dtype.element_ty)
-    square = tl.zeros([BLOCK_C], mean_ptr.dtype.element_ty)
-    for first in range(start, end, BLOCK_P):
-        p = first + tl.arange(0, BLOCK_P)
-        mask = (c[:, None] < channels) & (p[None, :] < end)
-        x = tl.load(image + p[None, :].to(tl.int64) * stride_p, mask=mask, other=0.0)
-        x = x.to(mean.dtype)
-        before = first - start
-        here = tl.minimum(end - first, BLOCK_P)
-        weight = here.to(mean.dtype) / (before + here)
-        here_mean = tl.sum(x, 1) / here
-        centred = tl.where(mask, x - here_mean[:, None], 0.0)
-        step = here_mean - mean
-        mean += step * weight
-        square += tl.sum(centred * centred, 1) + step * step * (before * weight)
-    out = (split * batch + n).to(tl.int64) * channels + c
-    tl.store(mean_ptr + out, mean, mask=c < channels)
-    tl.store(square_ptr + out, square, mask=c < channels)
+    r"""The row of :meth:`mmubn.ops.interface.Backend.measure`.
+
+    A program for each block of channels puts the shares of the pixels together and takes
+    :math:`\mu` and :math:`\sigma^2` over the images; one more, where it was measured, the
+    similarity.
+    """
+    DTYPE: tl.constexpr = row_ptr.dtype.element_ty
+    block = tl.program_id(0)
+    if block == 0:
+        tl.store(row_ptr, count)
+        if norm_ptr is None:
+            tl.store(row_ptr + 1, 0.0)
+            tl.store(row_ptr + 2, 0.0)
+    if norm_ptr is not None and block == tl.cdiv(channels, BLOCK_C):
+        _store_similarity(
+            row_ptr,
+            norm_ptr,
+            partial_ptr,
+            batch,
+            pairs,
+            parts,
+            partials,
+            DTYPE,
+            BLOCK_N,
+            BLOCK_PARTS,
+            BLOCK,
+        )
+    else:
+        c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+        calibration = tl.full([BLOCK_C], 1.0, DTYPE)
+        if center_weight_ptr is not None:
+            calibration += _load(center_weight_ptr + c, c < channels, DTYPE)
+        mean = tl.zeros([BLOCK_C], DTYPE)
+        square = tl.zeros([BLOCK_C], DTYPE)  # between images
+        within = tl.zeros([BLOCK_N, BLOCK_C], DTYPE)
+        for first in range(0, batch, BLOCK_N):
+            n = first + tl.arange(0, BLOCK_N)
+            mask = (n[:, None] < batch) & (c[None, :] < channels)
+            image_mean = tl.zeros([BLOCK_N, BLOCK_C], DTYPE)
+            for split in range(splits):
+                place = (split * batch + n[:, None]).to(tl.int64) * channels + c[None, :]
+                before = split * share
+                here = tl.minimum(share, pixels - before)
+                step = _load(mean_ptr + place, mask, DTYPE) - image_mean
+                weight = here.to(DTYPE) / (before + here)
+                image_mean += step * weight
+                within += _load(square_ptr + place, mask, DTYPE) + step * step * (before * weight)
+            if image_mean_ptr is not None:
+                place = n[:, None].to(tl.int64) * channels + c[None, :]
+                tl.store(image_mean_ptr + place, image_mean, mask=mask)
+            image_mean *= calibration[None, :]
+            here = tl.minimum(BLOCK_N, batch - first)
+            weight = here.to(DTYPE) / (first + here)
+            here_mean = tl.sum(tl.where(mask, image_mean, 0.0), 0) / here
+            centred = tl.where(mask, image_mean - here_mean[None, :], 0.0)
+            step = here_mean - mean
+            mean += step * weight
+            square += tl.sum(centred * centred, 0) + step * step * (first * weight)
+        var = tl.sum(within, 0) / count + square / batch
+        tl.store(row_ptr + 3 + c, mean, mask=c < channels)
+        tl.store(row_ptr + 3 + channels + c, var, mask=c < channels)
 
 
 @triton.jit
-def _squared_sum(
-    x_ptr,
-    weight_ptr,
-    partial_ptr,
-    batch,
-    size,
-    stride_n,
-    BLOCK_N: tl.constexpr,
-    BLOCK: tl.constexpr,
+def _merge(
+    rows_ptr,
+    c,
+    channels,
+    total,
+    RANKS: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
-    """Sum over one block of coordinates of the square of the weighted sum over the batch."""
-    d = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK_N, BLOCK], weight_ptr.dtype.element_ty)
-    for first in range(0, batch, BLOCK_N):
-        n = first + tl.arange(0, BLOCK_N)
-        weight = tl.load(weight_ptr + n, mask=n < batch, other=0.0)
-        row = x_ptr + n[:, None].to(tl.int64) * stride_n
-        mask = (n[:, None] < batch) & (d[None, :] < size)
-        total += tl.load(row + d[None, :], mask=mask, other=0.0).to(total.dtype) * weight[:, None]
-    sums = tl.sum(total, 0)
-    tl.store(partial_ptr + tl.program_id(0), tl.sum(sums * sums, 0))
+    r""":math:`\mu` and :math:`\sigma^2` over the rows of all processes."""
+    mask = c < channels
+    row_ptr = rows_ptr + 3 + c
+    if RANKS == 1:
+        mean = _load(row_ptr, mask, DTYPE)
+        var = _load(row_ptr + channels, mask, DTYPE)
+    else:
+        mean = tl.zeros(c.shape, DTYPE)
+        var = tl.zeros(c.shape, DTYPE)
+        for rank in range(RANKS):
+            at = rank * (2 * channels + 3)
+            mean += tl.load(rows_ptr + at) / total * _load(row_ptr + at, mask, DTYPE)
+        for rank in range(RANKS):
+            at = rank * (2 * channels + 3)
+            step = _load(row_ptr + at, mask, DTYPE) - mean
+            inside = _load(row_ptr + at + channels, mask, DTYPE)
+            var += tl.load(rows_ptr + at) / total * (inside + step * step)
+    return mean, var
+
+
+@triton.jit
+def decide(
+    rows_ptr,
+    statistics_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    tracked_ptr,
+    tau_ptr,
+    gate_ptr,
+    channels,
+    warmup,
+    eps: tl.float64,
+    momentum: tl.float64,
+    fct: tl.float64,
+    similarity_weight: tl.float64,
+    RANKS: tl.constexpr,
+    GATED: tl.constexpr,
+    UPDATE: tl.constexpr,
+    CUMULATIVE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Similarity, gate, running statistics, and the statistics that normalise. One program.
+
+    Barriers keep a thread from writing a buffer that another has still to read.
+    """
+    DTYPE: tl.constexpr = statistics_ptr.dtype.element_ty
+    eps = tl.full((), eps, DTYPE)
+    total = tl.full((), 0.0, DTYPE)
+    pairs = tl.full((), 0.0, DTYPE)
+    similarities = tl.full((), 0.0, DTYPE)
+    if rows_ptr is not None:
+        for rank in range(RANKS):
+            row_ptr = rows_ptr + rank * (2 * channels + 3)
+            total += tl.load(row_ptr)
+            pairs += tl.load(row_ptr + 1)
+            similarities += tl.load(row_ptr + 1) * tl.load(row_ptr + 2)
+    values = tl.maximum(total, 1.0)
+    share = 1.0 / values
+    gate = rows_ptr is not None
+    if GATED:
+        if UPDATE:
+            tau = tl.load(tau_ptr).to(DTYPE)
+            newest = similarities / tl.where(pairs > 0, pairs, 1.0)
+            moved = _lerp(tau, newest, tl.full((), similarity_weight, DTYPE))
+            # Undefined for N = 1 and for a batch that is not finite: neither may enter.
+            tau = tl.where((pairs > 0) & _is_finite(newest), moved, tau)
+            tau = tau.to(tau_ptr.dtype.element_ty)
+            gate = tau.to(DTYPE) > tl.full((), fct, DTYPE)
+            gate = gate | (tl.load(tracked_ptr) < warmup)
+            tl.debug_barrier()
+            tl.store(tau_ptr, tau)
+            tl.store(gate_ptr, gate)
+        else:
+            gate = tl.load(gate_ptr)
+        share = tl.where(gate, share, 0.0)
+    finite = tl.full([BLOCK_C], 1, tl.int32)
+    for first in range(0, channels, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        mask = c < channels
+        if rows_ptr is not None:
+            mean, var = _merge(rows_ptr, c, channels, values, RANKS, DTYPE)
+            unbiased = var * (total / (total - 1))
+            finite = finite & (_is_finite(mean) & _is_finite(unbiased) | ~mask).to(tl.int32)
+        else:
+            mean = _load(running_mean_ptr + c, mask, DTYPE)
+            var = _load(running_var_ptr + c, mask, DTYPE)
+            share = tl.full((), 0.0, DTYPE)
+        if GATED:
+            mean = tl.where(gate, mean, _load(running_mean_ptr + c, mask, DTYPE))
+            var = tl.where(gate, var, _load(running_var_ptr + c, mask, DTYPE))
+        tl.store(statistics_ptr + c, mean, mask=mask)
+        tl.store(statistics_ptr + channels + c, tl.rsqrt(var + eps), mask=mask)
+    tl.store(statistics_ptr + 2 * channels, share)
+    if UPDATE:
+        # One value has no unbiased variance, none has no mean.
+        allowed = (total > 1) & gate & (tl.min(finite, 0) == 1)
+        tracked = tl.load(tracked_ptr) + allowed.to(tl.int64)
+        weight = tl.full((), momentum, DTYPE)
+        if CUMULATIVE:
+            weight = 1.0 / tl.maximum(tracked, 1).to(DTYPE)
+        tl.debug_barrier()
+        tl.store(tracked_ptr, tracked)
+        for first in range(0, channels, BLOCK_C):
+            c = first + tl.arange(0, BLOCK_C)
+            mask = c < channels
+            mean, var = _merge(rows_ptr, c, channels, values, RANKS, DTYPE)
+            unbiased = var * (total / (total - 1))
+            old_mean = _load(running_mean_ptr + c, mask, DTYPE)
+            old_var = _load(running_var_ptr + c, mask, DTYPE)
+            mean = tl.where(allowed, _lerp(old_mean, mean, weight), old_mean)
+            var = tl.where(allowed, _lerp(old_var, unbiased, weight), old_var)
+            tl.debug_barrier()
+            tl.store(running_mean_ptr + c, mean, mask=mask)
+            tl.store(running_var_ptr + c, var, mask=mask)
 
 
 @triton.jit
@@ -310,45 +477,73 @@ def _program(channels, width, rows, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr
 
 
 @triton.jit
-def _load_taps(taps_ptr, c, channels, DTYPE: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr):
+def _load_taps(
+    weight_ptr,
+    kernel_ptr,
+    c,
+    channels,
+    DTYPE: tl.constexpr,
+    K: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
     """The k^2 taps of (BLOCK_C, 1) each, row by row; REVERSE begins with the last."""
+    mask = c < channels
+    weight = tl.full(c.shape, 1.0, DTYPE)
+    if weight_ptr is not None:
+        weight = _load(weight_ptr + c, mask, DTYPE)
     taps = ()
     for index in tl.static_range(K * K):
         place = K * K - 1 - index if REVERSE else index
-        tap = tl.load(taps_ptr + c * (K * K) + place, mask=c < channels, other=0.0)
-        taps = taps + (tap.to(DTYPE)[:, None],)
+        tap = weight
+        if kernel_ptr is not None:
+            tap = weight * _load(kernel_ptr + c * (K * K) + place, mask, DTYPE)
+        taps = taps + (tap[:, None],)
     return taps
 
 
 @triton.jit
-def _convolve_row(
+def _load_row(
     row_ptr,
     inside,
     w,
     width,
     stride_w,
-    taps,
     shift,
     scale,
     RECTIFY: tl.constexpr,
+    DTYPE: tl.constexpr,
+    K: tl.constexpr,
+):
+    """A row shifted by -p to p columns, zero outside of the image; as X_r where RECTIFY.
+
+    ``inside`` masks channels, columns and the row.
+    """
+    shifted = ()
+    for j in tl.static_range(K):
+        column = w[None, :] + (j - K // 2)
+        mask = inside & (column >= 0) & (column < width)
+        x = _load(row_ptr + column.to(tl.int64) * stride_w, mask, DTYPE)
+        if RECTIFY:
+            x = tl.where(mask, (x + shift) * scale, 0.0)
+        shifted = shifted + (x,)
+    return shifted
+
+
+@triton.jit
+def _convolve_row(
+    shifted,
+    taps,
+    DTYPE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_W: tl.constexpr,
     K: tl.constexpr,
 ):
-    """What a row adds to the k rows of the output that it touches, the lowest first.
-
-    ``inside`` masks channels and row; RECTIFY makes X_r of X.
-    """
-    new = (tl.zeros([BLOCK_C, BLOCK_W], scale.dtype),) * K
+    """What a row adds to the k rows of the output that it touches, the lowest first."""
+    new = (tl.zeros([BLOCK_C, BLOCK_W], DTYPE),) * K
     for j in tl.static_range(K):
-        column = w[None, :] + (j - K // 2)
-        mask = inside & (column >= 0) & (column < width)
-        x = tl.load(row_ptr + column * stride_w, mask=mask, other=0.0).to(scale.dtype)
-        if RECTIFY:
-            x = tl.where(mask, (x + shift) * scale, 0.0)
         added = ()
         for i in tl.static_range(K):
-            added = added + (new[i] + taps[i * K + j] * x,)
+            added = added + (new[i] + taps[i * K + j] * shifted[j],)
         new = added
     return new
 
@@ -366,106 +561,127 @@ def _finish_row(carried, new, K: tl.constexpr):
 
 
 @triton.jit
-def _forward(
+def write_output(
     x_ptr,
     y_ptr,
-    shift_ptr,
-    scale_ptr,
-    taps_ptr,
+    image_mean_ptr,
+    statistics_ptr,
+    weight_ptr,
+    kernel_ptr,
     bias_ptr,
-    HAS_BIAS: tl.constexpr,
+    center_weight_ptr,
+    scale_weight_ptr,
+    scale_bias_ptr,
     channels,
     height,
     width,
+    rows,
     stride_n,
     stride_c,
     stride_h,
     stride_w,
-    rows,
+    y_stride_n,
+    y_stride_c,
+    y_stride_h,
+    y_stride_w,
+    SCALE_FROM_INPUT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_W: tl.constexpr,
     K: tl.constexpr,
 ):
+    """``Y = dwconv(a (X + h); K) + beta``."""
+    DTYPE: tl.constexpr = statistics_ptr.dtype.element_ty
     n, c, w, first = _program(channels, width, rows, BLOCK_C, BLOCK_W)
-    shift = tl.load(shift_ptr + n * channels + c, mask=c < channels, other=0.0)[:, None]
-    scale = tl.load(scale_ptr + n * channels + c, mask=c < channels, other=0.0)[:, None]
-    taps = _load_taps(taps_ptr, c, channels, scale.dtype, K, REVERSE=False)
-    bias = tl.zeros([BLOCK_C, 1], scale.dtype)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(scale.dtype)[:, None]
-    image = n * stride_n + c[:, None].to(tl.int64) * stride_c
-    carried = (tl.zeros([BLOCK_C, BLOCK_W], scale.dtype),) * (K - 1)
+    _, shift, _, factor, rstd = _coefficients(
+        n,
+        c,
+        c < channels,
+        channels,
+        image_mean_ptr,
+        statistics_ptr,
+        center_weight_ptr,
+        scale_weight_ptr,
+        scale_bias_ptr,
+        SCALE_FROM_INPUT,
+        DTYPE,
+    )
+    shift, scale = shift[:, None], (factor * rstd)[:, None]
+    taps = _load_taps(weight_ptr, kernel_ptr, c, channels, DTYPE, K, REVERSE=False)
+    bias = tl.zeros([BLOCK_C], DTYPE)
+    if bias_ptr is not None:
+        bias = _load(bias_ptr + c, c < channels, DTYPE)
+    columns = (c[:, None] < channels) & (w[None, :] < width)
+    image = x_ptr + n * stride_n + c[:, None].to(tl.int64) * stride_c
+    place = c[:, None].to(tl.int64) * y_stride_c + w[None, :].to(tl.int64) * y_stride_w
+    out = y_ptr + n * y_stride_n + place
+    carried = (tl.zeros([BLOCK_C, BLOCK_W], DTYPE),) * (K - 1)
     last = tl.minimum(first + rows, height)
     for step in range(last - first + 2 * (K // 2)):
         q = first - K // 2 + step
-        row_ptr = x_ptr + image + q * stride_h
-        inside = (c[:, None] < channels) & (q >= 0) & (q < height)
-        new = _convolve_row(
-            row_ptr, inside, w, width, stride_w, taps, shift, scale, True, BLOCK_C, BLOCK_W, K
-        )
+        inside = columns & (q >= 0) & (q < height)
+        row_ptr = image + q * stride_h
+        x_r = _load_row(row_ptr, inside, w, width, stride_w, shift, scale, True, DTYPE, K)
+        new = _convolve_row(x_r, taps, DTYPE, BLOCK_C, BLOCK_W, K)
         y, carried = _finish_row(carried, new, K)
         h = q - K // 2
-        mask = (c[:, None] < channels) & (w[None, :] < width) & (h >= first)
-        place = image + h * stride_h + w[None, :] * stride_w
-        tl.store(y_ptr + place, (y + bias).to(y_ptr.dtype.element_ty), mask=mask)
+        y = (y + bias[:, None]).to(y_ptr.dtype.element_ty)
+        tl.store(out + h * y_stride_h, y, mask=columns & (h >= first))
 
 
 @triton.jit
-def _backward_input(
-    x_ptr,
-    dy_ptr,
-    dx_ptr,
-    mean_ptr,
-    scale_ptr,
-    slope_ptr,
-    level_ptr,
-    taps_ptr,
-    channels,
-    height,
-    width,
-    stride_n,
-    stride_c,
-    stride_h,
-    stride_w,
-    rows,
-    BLOCK_C: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    K: tl.constexpr,
-):
-    n, c, w, first = _program(channels, width, rows, BLOCK_C, BLOCK_W)
-    at = n * channels + c
-    mean = tl.load(mean_ptr + at, mask=c < channels, other=0.0)[:, None]
-    scale = tl.load(scale_ptr + at, mask=c < channels, other=0.0)[:, None]
-    slope = tl.load(slope_ptr + at, mask=c < channels, other=0.0)[:, None]
-    level = tl.load(level_ptr + at, mask=c < channels, other=0.0)[:, None]
-    # dX_r[h, w] sums K[i, j] dY[h - i + p, w - j + p]: the forward with K reversed.
-    taps = _load_taps(taps_ptr, c, channels, scale.dtype, K, REVERSE=True)
-    image = n * stride_n + c[:, None].to(tl.int64) * stride_c
-    carried = (tl.zeros([BLOCK_C, BLOCK_W], scale.dtype),) * (K - 1)
-    last = tl.minimum(first + rows, height)
-    for step in range(last - first + 2 * (K // 2)):
-        q = first - K // 2 + step
-        row_ptr = dy_ptr + image + q * stride_h
-        inside = (c[:, None] < channels) & (q >= 0) & (q < height)
-        new = _convolve_row(
-            row_ptr, inside, w, width, stride_w, taps, scale, scale, False, BLOCK_C, BLOCK_W, K
-        )
-        d_x_r, carried = _finish_row(carried, new, K)
-        h = q - K // 2
-        mask = (c[:, None] < channels) & (w[None, :] < width) & (h >= first)
-        place = image + h * stride_h + w[None, :] * stride_w
-        x = tl.load(x_ptr + place, mask=mask, other=0.0).to(scale.dtype)
-        dx = scale * d_x_r + (slope * (x - mean) + level)
-        tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+def _tap_rows(taps, w, width, DTYPE: tl.constexpr, K: tl.constexpr):
+    """For each row of the taps the sum of those that find X inside of the image from columns w."""
+    rows = ()
+    for i in tl.static_range(K):
+        row = tl.zeros([taps[0].shape[0], w.shape[0]], DTYPE)
+        for j in tl.static_range(K):
+            column = w[None, :] + (j - K // 2)
+            row += tl.where((column >= 0) & (column < width), taps[i * K + j], 0.0)
+        rows = rows + (row,)
+    return rows
 
 
 @triton.jit
-def _backward_sums(
+def _add_rows(tap_rows, q, height, EDGE: tl.constexpr, K: tl.constexpr):
+    """Those of them that find X from row q; near an EDGE some do not."""
+    total = tl.zeros_like(tap_rows[0])
+    for i in tl.static_range(K):
+        row = tap_rows[i]
+        if EDGE:
+            h = q + i - K // 2
+            row = tl.where((h >= 0) & (h < height), row, 0.0)
+        total += row
+    return total
+
+
+@triton.jit
+def _multiply_rows(products, shifted, dys, h, height, EDGE: tl.constexpr, K: tl.constexpr):
+    """Adds row h of X times the k rows of dY that it touches.
+
+    Near an EDGE some of these are outside of the image: zeros, which an X that is not finite
+    may not meet.
+    """
+    added = ()
+    for at in tl.static_range(K * K):
+        x = shifted[at % K]
+        if EDGE:
+            q = h - at // K + K // 2
+            x = tl.where((q >= 0) & (q < height), x, 0.0)
+        added = added + (products[at] + x * dys[at // K],)
+    return added
+
+
+@triton.jit
+def sum_pixels(
     x_ptr,
     dy_ptr,
-    shift_ptr,
-    scale_ptr,
-    taps_ptr,
+    image_mean_ptr,
+    statistics_ptr,
+    weight_ptr,
+    kernel_ptr,
+    center_weight_ptr,
+    scale_weight_ptr,
+    scale_bias_ptr,
     d_scale_ptr,
     d_shift_ptr,
     d_taps_ptr,
@@ -475,67 +691,350 @@ def _backward_sums(
     channels,
     height,
     width,
+    rows,
     stride_n,
     stride_c,
     stride_h,
     stride_w,
-    rows,
+    dy_stride_n,
+    dy_stride_c,
+    dy_stride_h,
+    dy_stride_w,
+    SCALE_FROM_INPUT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_W: tl.constexpr,
     K: tl.constexpr,
 ):
-    """A program's pixels of X meet all dY within p of them, image after image of its share."""
+    """A program's pixels of dY meet all of X within p of them, image after image of its share.
+
+    With P the k^2 sums of (X + h) and dY shifted, those of (X + h) dX_r and of the taps are
+    sums of K P and of a P: the loop needs neither taps nor dX_r.
+    """
+    DTYPE: tl.constexpr = statistics_ptr.dtype.element_ty
     group, c, w, first = _program(channels, width, rows, BLOCK_C, BLOCK_W)
     tile = tl.program_id(1).to(tl.int64)
     last = tl.minimum(first + rows, height)
-    known = c[:, None] < channels
-    DTYPE: tl.constexpr = d_scale_ptr.dtype.element_ty
+    columns = (c[:, None] < channels) & (w[None, :] < width)
     zero = tl.zeros([BLOCK_C, BLOCK_W], DTYPE)
-    taps = _load_taps(taps_ptr, c, channels, DTYPE, K, REVERSE=False)
+    taps = _load_taps(weight_ptr, kernel_ptr, c, channels, DTYPE, K, REVERSE=False)
+    tap_rows = _tap_rows(taps, w, width, DTYPE, K)
+    inner_taps = _add_rows(tap_rows, 0, height, False, K)
     d_taps = (zero,) * (K * K)
     d_bias = zero
-    for i in range(tl.minimum(share, batch - group * share)):
-        n = group * share + i
-        shift = tl.load(shift_ptr + n * channels + c, mask=c < channels, other=0.0)[:, None]
-        scale = tl.load(scale_ptr + n * channels + c, mask=c < channels, other=0.0)[:, None]
-        image = n * stride_n + c[:, None].to(tl.int64) * stride_c
-        d_scale = zero
-        d_x_r_sum = zero
-        shifted = (zero,) * K  # X + h of the rows q - p, ..., q + p, zero outside of the tile
+    for index in range(tl.minimum(share, batch - group * share)):
+        n = group * share + index
+        _, shift, _, factor, rstd = _coefficients(
+            n,
+            c,
+            c < channels,
+            channels,
+            image_mean_ptr,
+            statistics_ptr,
+            center_weight_ptr,
+            scale_weight_ptr,
+            scale_bias_ptr,
+            SCALE_FROM_INPUT,
+            DTYPE,
+        )
+        scale = (factor * rstd)[:, None]
+        image = x_ptr + n * stride_n + c[:, None].to(tl.int64) * stride_c
+        place = c[:, None].to(tl.int64) * dy_stride_c + w[None, :].to(tl.int64) * dy_stride_w
+        dy_image = dy_ptr + n * dy_stride_n + place
+        products = (zero,) * (K * K)
+        d_x_r = zero
+        dys = (zero,) * K  # rows h + p, ..., h - p of dY, zero outside of the tile
         for step in range(last - first + 2 * (K // 2)):
-            q = first - K // 2 + step
-            h = q + K // 2
-            mask = known & (w[None, :] < width) & (h >= first) & (h < last)
-            place = image + h * stride_h + w[None, :] * stride_w
-            x = tl.load(x_ptr + place, mask=mask, other=0.0).to(DTYPE)
-            newest = (tl.where(mask, x + shift, 0.0),)
-            shifted = shifted[1:] + newest
-            row = image + q * stride_h
-            for j in tl.static_range(K):
-                column = w[None, :] + (K // 2 - j)
-                inside = (column >= 0) & (column < width) & (q >= 0) & (q < height)
-                # Columns of X outside of the image belong to no program.
-                inside = inside & known & (w[None, :] < width)
-                dy = tl.load(dy_ptr + row + column * stride_w, mask=inside, other=0.0).to(DTYPE)
-                if j == K // 2:
-                    d_bias += tl.where((q >= first) & (q < last), dy, 0.0)
-                scaled = dy * scale
-                added = ()
-                for index in tl.static_range(K * K):
-                    if index % K == j:
-                        added = added + (d_taps[index] + shifted[index // K] * scaled,)
-                        h = q + index // K - K // 2
-                        d_x_r = taps[index] * dy
-                        d_scale += shifted[index // K] * d_x_r
-                        d_x_r_sum += tl.where((h >= first) & (h < last), d_x_r, 0.0)
-                    else:
-                        added = added + (d_taps[index],)
-                d_taps = added
+            q = first + step
+            dy = _load(dy_image + q * dy_stride_h, columns & (q < last), DTYPE)
+            d_bias += dy
+            covered = inner_taps
+            if (q < K // 2) | (q + K // 2 >= height):
+                covered = _add_rows(tap_rows, q, height, True, K)
+            d_x_r += covered * dy
+            dys = (dy,) + dys[: K - 1]
+            h = q - K // 2
+            inside = columns & (h >= 0) & (h < height)
+            row_ptr = image + h * stride_h
+            shifted = _load_row(
+                row_ptr, inside, w, width, stride_w, shift[:, None], 1.0, True, DTYPE, K
+            )
+            if (h < K // 2) | (h + K // 2 >= height):
+                products = _multiply_rows(products, shifted, dys, h, height, True, K)
+            else:
+                products = _multiply_rows(products, shifted, dys, h, height, False, K)
+        taps = _load_taps(weight_ptr, kernel_ptr, c, channels, DTYPE, K, REVERSE=False)
+        d_scale = zero
+        added = ()
+        for at in tl.static_range(K * K):
+            d_scale += taps[at] * products[at]
+            added = added + (d_taps[at] + scale * products[at],)
+        d_taps = added
         out = (tile * batch + n) * channels + c
         tl.store(d_scale_ptr + out, tl.sum(d_scale, 1), mask=c < channels)
-        d_shift = tl.sum(d_x_r_sum * scale, 1)
-        tl.store(d_shift_ptr + out, d_shift, mask=c < channels)
+        tl.store(d_shift_ptr + out, tl.sum(d_x_r * scale, 1), mask=c < channels)
     part = (group * tl.num_programs(1) + tile) * channels + c
     tl.store(d_bias_ptr + part, tl.sum(d_bias, 1), mask=c < channels)
-    for index in tl.static_range(K * K):
-        tl.store(d_taps_ptr + part * (K * K) + index, tl.sum(d_taps[index], 1), mask=c < channels)
+    if d_taps_ptr is not None:
+        for at in tl.static_range(K * K):
+            d_tap = tl.sum(d_taps[at], 1)
+            tl.store(d_taps_ptr + part * (K * K) + at, d_tap, mask=c < channels)
+
+
+@triton.jit
+def _store_affine_gradients(
+    c,
+    weight_ptr,
+    kernel_ptr,
+    d_taps_part_ptr,
+    d_bias_part_ptr,
+    d_weight_ptr,
+    d_kernel_ptr,
+    d_bias_ptr,
+    channels,
+    parts,
+    DTYPE: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_TAPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of one channel."""
+    at = tl.arange(0, BLOCK_TAPS)
+    d_taps = tl.zeros([BLOCK, BLOCK_TAPS], DTYPE)
+    d_bias = tl.zeros([BLOCK], DTYPE)
+    for first in range(0, parts, BLOCK):
+        part = first + tl.arange(0, BLOCK)
+        place = part.to(tl.int64) * channels + c
+        d_bias += _load(d_bias_part_ptr + place, part < parts, DTYPE)
+        if weight_ptr is not None:
+            mask = (part[:, None] < parts) & (at[None, :] < K * K)
+            taps_ptr = d_taps_part_ptr + place[:, None] * (K * K) + at[None, :]
+            d_taps += _load(taps_ptr, mask, DTYPE)
+    tl.store(d_bias_ptr + c, tl.sum(d_bias, 0))
+    if weight_ptr is not None:
+        sums = tl.sum(d_taps, 0)
+        if kernel_ptr is not None:
+            place = c * (K * K) + at
+            d_kernel = sums * tl.load(weight_ptr + c).to(DTYPE)
+            tl.store(d_kernel_ptr + place, d_kernel, mask=at < K * K)
+            sums *= _load(kernel_ptr + place, at < K * K, DTYPE)
+        tl.store(d_weight_ptr + c, tl.sum(sums, 0))
+
+
+@triton.jit
+def reduce_sums(
+    d_scale_part_ptr,
+    d_shift_part_ptr,
+    d_taps_part_ptr,
+    d_bias_part_ptr,
+    image_mean_ptr,
+    statistics_ptr,
+    weight_ptr,
+    kernel_ptr,
+    center_weight_ptr,
+    scale_weight_ptr,
+    scale_bias_ptr,
+    d_statistics_ptr,
+    d_weight_ptr,
+    d_kernel_ptr,
+    d_bias_ptr,
+    d_scale_weight_ptr,
+    d_scale_bias_ptr,
+    d_shift_ptr,
+    d_gap_ptr,
+    center_sums_ptr,
+    batch,
+    channels,
+    tiles,
+    parts,
+    SCALE_FROM_INPUT: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_TAPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    r"""From the sums of :func:`sum_pixels` to the gradients of the parameters, :math:`\mu` and
+    :math:`\sigma^2`.
+
+    A program for each block of channels follows the shift h and the scale a; one for each
+    channel adds up what reached the affine.
+    """
+    DTYPE: tl.constexpr = statistics_ptr.dtype.element_ty
+    blocks = tl.cdiv(channels, BLOCK_C)
+    if tl.program_id(0) >= blocks:
+        _store_affine_gradients(
+            tl.program_id(0) - blocks,
+            weight_ptr,
+            kernel_ptr,
+            d_taps_part_ptr,
+            d_bias_part_ptr,
+            d_weight_ptr,
+            d_kernel_ptr,
+            d_bias_ptr,
+            channels,
+            parts,
+            DTYPE,
+            K,
+            BLOCK_TAPS,
+            BLOCK,
+        )
+    else:
+        c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+        zero = tl.zeros([BLOCK_N, BLOCK_C], DTYPE)
+        d_mean, d_rstd, d_scale_weight, d_scale_bias = zero, zero, zero, zero
+        shift_by_mean, mean_sum, centred_by_mean = zero, zero, zero
+        rstd = _load(statistics_ptr + channels + c, c < channels, DTYPE)
+        for first in range(0, batch, BLOCK_N):
+            n = first + tl.arange(0, BLOCK_N)[:, None].to(tl.int64)
+            mask = (n < batch) & (c < channels)
+            image_mean, shift, pooled, factor, _ = _coefficients(
+                n,
+                c + tl.zeros([BLOCK_N, 1], tl.int32),
+                mask,
+                channels,
+                image_mean_ptr,
+                statistics_ptr,
+                center_weight_ptr,
+                scale_weight_ptr,
+                scale_bias_ptr,
+                SCALE_FROM_INPUT,
+                DTYPE,
+            )
+            centred = image_mean + shift  # (1 + w_m) m - mu
+            d_scale, d_shift = zero, zero
+            for tile in range(tiles):
+                place = (tile * batch + n) * channels + c
+                d_scale += _load(d_scale_part_ptr + place, mask, DTYPE)
+                d_shift += _load(d_shift_part_ptr + place, mask, DTYPE)
+            d_rstd += d_scale * factor
+            if scale_weight_ptr is not None:
+                d_logit = d_scale * rstd * factor * (1 - factor)
+                d_scale_weight += d_logit * pooled
+                d_scale_bias += d_logit
+                d_gap = d_logit * _load(scale_weight_ptr + c, c < channels, DTYPE)
+                if not SCALE_FROM_INPUT:
+                    d_rstd += d_gap * centred
+                    d_gap *= rstd
+                    d_shift += d_gap
+                tl.store(d_gap_ptr + n * channels + c, d_gap, mask=mask)
+            tl.store(d_shift_ptr + n * channels + c, d_shift, mask=mask)
+            d_mean -= d_shift
+            if center_weight_ptr is not None:
+                shift_by_mean += d_shift * image_mean
+                mean_sum += image_mean
+                centred_by_mean += centred * image_mean
+        c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+        known = c < channels
+        rstd = _load(statistics_ptr + channels + c, known, DTYPE)
+        d_var = -0.5 * rstd * rstd * rstd * tl.sum(d_rstd, 0)
+        tl.store(d_statistics_ptr + c, tl.sum(d_mean, 0), mask=known)
+        tl.store(d_statistics_ptr + channels + c, d_var, mask=known)
+        if scale_weight_ptr is not None:
+            tl.store(d_scale_weight_ptr + c, tl.sum(d_scale_weight, 0), mask=known)
+            tl.store(d_scale_bias_ptr + c, tl.sum(d_scale_bias, 0), mask=known)
+        if center_weight_ptr is not None:
+            tl.store(center_sums_ptr + c, tl.sum(shift_by_mean, 0), mask=known)
+            tl.store(center_sums_ptr + channels + c, tl.sum(mean_sum, 0), mask=known)
+            tl.store(center_sums_ptr + 2 * channels + c, tl.sum(centred_by_mean, 0), mask=known)
+
+
+@triton.jit
+def write_input_gradient(
+    x_ptr,
+    dy_ptr,
+    dx_ptr,
+    image_mean_ptr,
+    statistics_ptr,
+    d_statistics_ptr,
+    d_shift_ptr,
+    d_gap_ptr,
+    center_sums_ptr,
+    weight_ptr,
+    kernel_ptr,
+    center_weight_ptr,
+    scale_weight_ptr,
+    scale_bias_ptr,
+    d_center_weight_ptr,
+    channels,
+    height,
+    width,
+    rows,
+    stride_n,
+    stride_c,
+    stride_h,
+    stride_w,
+    dy_stride_n,
+    dy_stride_c,
+    dy_stride_h,
+    dy_stride_w,
+    dx_stride_n,
+    dx_stride_c,
+    dx_stride_h,
+    dx_stride_w,
+    SCALE_FROM_INPUT: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    K: tl.constexpr,
+):
+    r"""``dX = a dX_r + 2 dsigma^2 (X - m) + level``, dX_r made anew from dY; and the gradient of
+    the center weight.
+    """
+    DTYPE: tl.constexpr = statistics_ptr.dtype.element_ty
+    n, c, w, first = _program(channels, width, rows, BLOCK_C, BLOCK_W)
+    known = c < channels
+    image_mean, shift, _, factor, rstd = _coefficients(
+        n,
+        c,
+        known,
+        channels,
+        image_mean_ptr,
+        statistics_ptr,
+        center_weight_ptr,
+        scale_weight_ptr,
+        scale_bias_ptr,
+        SCALE_FROM_INPUT,
+        DTYPE,
+    )
+    scale = (factor * rstd)[:, None]
+    # Statistics of the batch depend on X, running ones do not.
+    share = tl.load(statistics_ptr + 2 * channels)
+    moving = share > 0
+    d_mean = tl.where(moving, _load(d_statistics_ptr + c, known, DTYPE) * share, 0.0)
+    d_var = tl.where(moving, _load(d_statistics_ptr + channels + c, known, DTYPE) * share, 0.0)
+    through_statistics = d_mean + 2 * d_var * (image_mean + shift)
+    level = tl.where(moving, through_statistics, 0.0)
+    if center_weight_ptr is not None:
+        center_weight = _load(center_weight_ptr + c, known, DTYPE)
+        d_shift = _load(d_shift_ptr + n * channels + c, known, DTYPE)
+        level += center_weight * (d_shift / (height * width) + level)
+        if (n == 0) & (tl.program_id(1) == 0):
+            shift_by_mean = _load(center_sums_ptr + c, known, DTYPE)
+            mean_sum = _load(center_sums_ptr + channels + c, known, DTYPE)
+            centred_by_mean = _load(center_sums_ptr + 2 * channels + c, known, DTYPE)
+            through_statistics = d_mean * mean_sum + 2 * d_var * centred_by_mean
+            through_statistics = tl.where(moving, through_statistics, 0.0) * (height * width)
+            tl.store(d_center_weight_ptr + c, shift_by_mean + through_statistics, mask=known)
+    if d_gap_ptr is not None:
+        level += _load(d_gap_ptr + n * channels + c, known, DTYPE) / (height * width)
+    # dX_r[h, w] sums K[i, j] dY[h - i + p, w - j + p]: the forward with K reversed.
+    taps = _load_taps(weight_ptr, kernel_ptr, c, channels, DTYPE, K, REVERSE=True)
+    columns = known[:, None] & (w[None, :] < width)
+    wide = w[None, :].to(tl.int64)
+    image = x_ptr + n * stride_n + c[:, None].to(tl.int64) * stride_c + wide * stride_w
+    dy_image = dy_ptr + n * dy_stride_n + c[:, None].to(tl.int64) * dy_stride_c
+    out = dx_ptr + n * dx_stride_n + c[:, None].to(tl.int64) * dx_stride_c + wide * dx_stride_w
+    carried = (tl.zeros([BLOCK_C, BLOCK_W], DTYPE),) * (K - 1)
+    last = tl.minimum(first + rows, height)
+    for step in range(last - first + 2 * (K // 2)):
+        q = first - K // 2 + step
+        inside = columns & (q >= 0) & (q < height)
+        row_ptr = dy_image + q * dy_stride_h
+        dy = _load_row(row_ptr, inside, w, width, dy_stride_w, 0.0, 1.0, False, DTYPE, K)
+        new = _convolve_row(dy, taps, DTYPE, BLOCK_C, BLOCK_W, K)
+        d_x_r, carried = _finish_row(carried, new, K)
+        h = q - K // 2
+        mask = columns & (h >= first)
+        centred = _load(image + h * stride_h, mask, DTYPE) - image_mean[:, None]
+        through_var = tl.where(moving, (2 * d_var)[:, None] * centred, 0.0)
+        dx = scale * d_x_r + (through_var + level[:, None])
+        tl.store(out + h * dx_stride_h, dx.to(dx_ptr.dtype.element_ty), mask=mask)

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from mmubn.layers import UBN
-from mmubn.ops import mean_cosine_similarity, passes_torch
+from mmubn.ops import Buffers, Parameters, Settings, mean_cosine_similarity
+from mmubn.ops.backend import TORCH, TRITON
 
-passes_triton = pytest.importorskip('mmubn.ops.passes_triton', exc_type=ImportError)
+pytest.importorskip('mmubn.ops.triton_kernels', exc_type=ImportError)
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 
 
@@ -23,7 +24,7 @@ def step(layer, x, upstream):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('shape', [(32, 64, 56, 56), (16, 512, 7, 7), (2, 256, 100, 152)])
-def test_layer_equals_torch_passes(shape, layout, dtype):
+def test_layer_equals_that_in_torch(shape, layout, dtype):
     x = torch.randn(shape, device='cuda').to(dtype).contiguous(memory_format=layout) + 1
     upstream = torch.randn_like(x)
     results = []
@@ -76,17 +77,28 @@ def test_step_in_a_cuda_graph():
 
 
 def test_more_than_31_bits_of_elements():
-    """2.2 billion elements, 4.3 GB in half precision; the last image is looked at."""
+    """2.2 billion elements, 4.3 GB in half precision; all images are the same."""
     shape = (33, 64, 1024, 1024)
     x = torch.randn(1, *shape[1:], device='cuda', dtype=torch.bfloat16).expand(shape).contiguous()
-    mean, var = passes_triton.image_moments(x)
-    expected = passes_torch.image_moments(x[-1:])
-    torch.testing.assert_close(mean[-1:], expected[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(var[-1:], expected[1], rtol=1e-4, atol=1e-4)
-    taps = torch.randn(64, 3, 3, device='cuda')
-    y = passes_triton.forward(x, -mean, var.rsqrt(), taps, None)
-    last = passes_torch.forward(x[-1:], -mean[-1:], var[-1:].rsqrt(), taps, None)
-    torch.testing.assert_close(y[-1:], last, rtol=2e-2, atol=2e-2)
+    parameters = Parameters(
+        weight=torch.randn(64, device='cuda'), kernel=torch.randn(64, 1, 3, 3, device='cuda')
+    )
+    settings = Settings(update=False)
+    image_mean, row = TRITON.measure(x, None, 1)
+    torch.testing.assert_close(row[2].item(), 1.0, rtol=1e-4, atol=0)
+    last = TORCH.measure(x[-1:], None, 0)
+    torch.testing.assert_close(image_mean[-1:], last[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(row[3:], last[1][3:], rtol=1e-4, atol=1e-4)
+
+    known = row[None], parameters, Buffers(), settings
+    y, _, statistics = TRITON.normalize(x, image_mean, *known)
+    expected = TORCH.normalize(x[-1:], image_mean[-1:], *known)[0]
+    torch.testing.assert_close(y[-1:], expected, rtol=2e-2, atol=2e-2)
+    del y
+    sums = TRITON.backward_sums(x, x, image_mean, statistics, parameters, settings)
+    known = statistics, sums.d_statistics, parameters, settings, sums
+    dx = TRITON.backward_input(x, x, *known)[0]
+    assert torch.equal(dx[-1], dx[0])
 
 
 def test_autocast_network_trains():

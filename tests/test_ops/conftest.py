@@ -1,0 +1,24 @@
+"""Makes Triton's interpreter quicker."""
+
+import pytest
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _patch_the_language_once():
+    """The interpreter patches Triton's language at each call of one device function by another.
+
+    The launch has done so already for all functions that see the language by the same name.
+    """
+    interpreter = pytest.importorskip('triton.runtime.interpreter', exc_type=ImportError)
+    patched = set()
+
+    def call(self, *arguments, **keywords):
+        module = self.fn.__module__
+        if module not in patched and not module.startswith('mmubn'):
+            patched.add(module)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*arguments, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, '__call__', call)
+        yield

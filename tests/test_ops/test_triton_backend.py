@@ -1,0 +1,443 @@
+"""The fused backend beside the plain one, in Triton's interpreter where there is no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmubn.layers import BNET, IEBN, RBN, UBN, SyncUBN
+from mmubn.ops import Buffers, Parameters, Settings, reference, triton_backend
+from mmubn.ops.backend import TORCH, TRITON
+
+kernels = pytest.importorskip('mmubn.ops.triton_kernels', exc_type=ImportError)
+
+pytestmark = pytest.mark.usefixtures('on_kernel_device')
+
+# Maps of one pixel, one image, one channel; more channels, columns or rows than a block.
+SHAPES = [(2, 3, 5, 7), (3, 5, 1, 1), (1, 2, 30, 3), (2, 1, 3, 130), (1, 70, 2, 4)]
+LAYOUTS = ['contiguous', 'channels_last', 'strided']
+CALIBRATION = ('center_weight', 'scale_weight', 'scale_bias')
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """``torch.empty`` is full of NaN: what a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[1, 1024], ids='programs{}'.format)
+def _programs(request, monkeypatch):
+    """With 1 a program takes all images, channels and rows, with 1024 as few as it may."""
+    plans = triton_backend._tile, triton_backend._tile_groups, triton_backend._split_pixels
+    monkeypatch.setattr(triton_backend, '_ENOUGH_PROGRAMS', request.param)
+    for plan in plans:
+        plan.cache_clear()
+    yield
+    for plan in plans:
+        plan.cache_clear()
+
+
+def arrange(x, layout):
+    """The same values in another order of the memory."""
+    if layout == 'channels_last':
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == 'strided':
+        return torch.stack([x, torch.zeros_like(x)], -1).flatten(3)[..., ::2]
+    if layout == 'transposed':
+        return x.mT.contiguous().mT
+    return x
+
+
+def random_input(shape, layout='contiguous', dtype=torch.float64):
+    """A mean of 30 shows what cancels."""
+    return arrange((torch.randn(shape) + 30).to(dtype), layout)
+
+
+def random_parameters(channels, kernel_size, dtype=torch.float64, without=()):
+    """Of a layer that has all but some."""
+    shapes = dict.fromkeys(Parameters._fields, (channels,))
+    shapes['kernel'] = (channels, 1, kernel_size, kernel_size)
+    values = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+    if kernel_size == 1:
+        without = (*without, 'kernel')
+    return Parameters(**values)._replace(**dict.fromkeys(without))
+
+
+def random_buffers(channels, dtype=torch.float64, tau=0.4, tracked=3):
+    """Of a layer in training."""
+    return Buffers(
+        running_mean=torch.randn(channels).to(dtype),
+        running_var=(torch.rand(channels) + 0.5).to(dtype),
+        num_batches_tracked=torch.tensor(tracked),
+        running_similarity=torch.tensor(tau, dtype=dtype),
+        gate=torch.tensor(False),
+    )
+
+
+def copy(buffers):
+    return Buffers(*[None if value is None else value.clone() for value in buffers])
+
+
+def assert_same(actual, expected, **tolerance):
+    """Tuples of tensors and None, by name where they have names."""
+    names = getattr(expected, '_fields', range(len(expected)))
+    for name, got, wanted in zip(names, actual, expected):
+        assert (got is None) == (wanted is None), name
+        if wanted is not None:
+            torch.testing.assert_close(got, wanted, msg=lambda m, n=name: f'{n}: {m}', **tolerance)
+
+
+@pytest.mark.usefixtures('_programs')
+@pytest.mark.parametrize('layout', [*LAYOUTS, 'transposed'])
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+def test_measure(shape, layout):
+    x = random_input(shape, layout)
+    center_weight = torch.randn(shape[1], dtype=torch.float64)
+    for stride in (1, 2):
+        expected = TORCH.measure(x, center_weight, stride)
+        assert_same(TRITON.measure(x, center_weight, stride), expected)
+    assert_same(TRITON.measure(x, None, 0), TORCH.measure(x, None, 0))
+
+
+def test_measure_of_more_images_than_a_block():
+    """At random signs the similarity is near 0; an image of zeros counts."""
+    x = random_input((70, 1, 1, 3)) - 30
+    x[5] = 0
+    for stride in (1, 2):
+        assert_same(TRITON.measure(x, None, stride), TORCH.measure(x, None, stride))
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), 1e200], ids=str)
+def test_similarity_of_a_batch_that_is_not_finite(value):
+    """Nor are its squares at 1e200."""
+    x = random_input((3, 4, 3, 3))
+    x[1, 2, 0, 0] = value
+    for stride in (1, 2):
+        assert TRITON.measure(x, None, stride)[1][1:3].tolist() == [0, 0]
+
+
+@pytest.mark.usefixtures('_programs')
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_squared_sum(layout):
+    x = random_input((3, 6, 5, 7), layout)
+    weight = torch.randn(3, dtype=torch.float64)
+    expected = TORCH.squared_sum(x, weight)
+    torch.testing.assert_close(TRITON.squared_sum(x, weight), expected)
+    torch.testing.assert_close(TRITON.squared_sum(x.flatten(1), weight), expected)
+
+
+ROWS = {
+    'open': [[12, 2, 0.9]],
+    'shut': [[12, 2, -0.9]],
+    'not_measured': [[12, 0, 0]],
+    'one_value': [[1, 0, 0]],
+    'ranks': [[12, 2, 0.9], [5, 6, 0.3], [0, 0, 0]],
+    'nan': [[12, 2, float('nan')]],
+}
+SETTINGS = {
+    'no_gate': Settings(),
+    'cumulative': Settings(momentum=None),
+    'gate': Settings(fct=0.35, similarity_weight=0.3),
+    'gate_cumulative': Settings(fct=0.35, similarity_weight=0.7, momentum=None, eps=0.3),
+    'precise': Settings(momentum=1.0),
+    'warmup': Settings(fct=0.35, similarity_weight=1.0, warmup=4),
+    'again': Settings(fct=0.35, update=False),
+    'no_update': Settings(update=False),
+    'evaluation': Settings(training=False),
+}
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float16])
+@pytest.mark.parametrize('rows', ROWS)
+@pytest.mark.parametrize('settings', SETTINGS)
+def test_gate_and_running_statistics(settings, rows, dtype):
+    """With the NaN a mean that is not finite, in the second block of channels."""
+    settings, channels = SETTINGS[settings], 1030 if rows == 'nan' else 5
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x = torch.zeros(1, channels, 1, 2, dtype=torch.promote_types(dtype, torch.float32))
+    known = torch.tensor(ROWS[rows], dtype=wide)
+    means, variances = torch.randn(len(known), channels), torch.rand(len(known), channels)
+    if rows == 'nan':
+        means[0, -1], variances[0, -1] = float('inf'), float('nan')
+    gathered = torch.cat([known, means.to(wide), variances.to(wide)], 1)
+    gathered = gathered if settings.training else None
+    for gate in (False, True)[: 1 if settings.update else 2]:
+        first = random_buffers(channels, dtype)
+        first.gate.fill_(gate)
+        second = copy(first)
+        image_mean = torch.zeros(1, channels, dtype=wide) if settings.training else None
+        arguments = x, image_mean, gathered, Parameters()
+        expected = TORCH.normalize(*arguments, first, settings)[2]
+        actual = TRITON.normalize(*arguments, second, settings)[2]
+        # Torch rounds what moves to half precision more than once.
+        tolerance = dict(rtol=1e-2, atol=1e-3) if dtype == torch.float16 else {}
+        assert_same([actual, *second], [expected, *first], equal_nan=True, **tolerance)
+
+
+def test_statistics_without_buffers():
+    x = random_input((2, 3, 4, 4))
+    image_mean, row = TORCH.measure(x, None, 0)
+    arguments = x, image_mean, row[None], Parameters(), Buffers(), Settings(update=False)
+    assert_same(TRITON.normalize(*arguments), TORCH.normalize(*arguments))
+
+
+def run_step(backend, x, dy, parameters, buffers, settings):
+    """Everything that a step hands out."""
+    image_mean = rows = None
+    if settings.training:
+        image_mean, row = backend.measure(x, parameters.center_weight, 1 if settings.fct else 0)
+        rows = row[None]
+    y, image_mean, statistics = backend.normalize(
+        x, image_mean, rows, parameters, buffers, settings
+    )
+    known = statistics, parameters._replace(bias=None), settings
+    sums = backend.backward_sums(x, dy, image_mean, *known)
+    d_statistics = sums.d_statistics * 2  # as if another process had the same
+    dx, d_center_weight = backend.backward_input(x, dy, statistics, d_statistics, *known[1:], sums)
+    gradients = sums.gradients._replace(center_weight=d_center_weight)
+    return y, image_mean, statistics, sums.d_statistics, dx, *gradients
+
+
+LAYERS = {
+    'ubn': dict(fct=0.35),
+    'ubn_gate_alone': dict(fct=0.35, without=CALIBRATION),
+    'ubn_shut': dict(fct=0.999),
+    'ubn_no_affine': dict(fct=0.35, without=('weight', 'kernel', 'bias')),
+    'no_bias': dict(without=('bias',)),
+    'bnet': dict(without=CALIBRATION),
+    'iebn': dict(without=('center_weight',), scale_from_input=True),
+    'ubn_evaluation': dict(training=False),
+    'bnet_evaluation': dict(training=False, without=CALIBRATION),
+}
+# By shape, kernel size and layouts of X and dY; what is new in each.
+MAPS = [
+    *[(shape, 3, layout, layout) for shape in SHAPES for layout in LAYOUTS[:2]],
+    ((2, 3, 18, 5), 1, 'channels_last', 'contiguous'),
+    ((2, 3, 5, 7), 1, 'strided', 'channels_last'),
+    ((2, 3, 2, 7), 5, 'contiguous', 'expanded'),
+    ((1, 2, 1, 4), 7, 'channels_last', 'expanded'),
+    ((2, 3, 6, 7), 3, 'strided', 'strided'),
+    ((2, 3, 6, 7), 3, 'transposed', 'contiguous'),
+]
+
+
+def assert_steps_agree(layer, shape, kernel_size, layout, dy_layout):
+    settings = dict(LAYERS[layer])
+    x, channels = random_input(shape, layout), shape[1]
+    dy = torch.randn(shape, dtype=torch.float64)
+    dy = dy[:1, :, :1, :1].expand(shape) if dy_layout == 'expanded' else arrange(dy, dy_layout)
+    parameters = random_parameters(channels, kernel_size, without=settings.pop('without', ()))
+    settings, first = Settings(**settings), random_buffers(channels)
+    second = copy(first)
+    expected = run_step(TORCH, x, dy, parameters, first, settings)
+    actual = run_step(TRITON, x, dy, parameters, second, settings)
+    assert actual[0].stride() == torch.empty_like(x).stride()
+    assert_same(actual, expected)
+    assert_same(second, first)
+
+
+@pytest.mark.usefixtures('_programs')
+@pytest.mark.parametrize('case', MAPS, ids=str)
+def test_step_by_shape(case):
+    assert_steps_agree('ubn', *case)
+
+
+@pytest.mark.parametrize('layer', LAYERS)
+@pytest.mark.parametrize('kernel_size', [1, 3])
+def test_step_by_layer(layer, kernel_size):
+    assert_steps_agree(layer, (3, 3, 4, 5), kernel_size, 'contiguous', 'contiguous')
+
+
+def test_image_mean_that_was_not_kept():
+    """Backward takes it from X again."""
+    x, dy = random_input((2, 40, 7, 7), 'channels_last'), torch.randn(2, 40, 7, 7).double()
+    parameters, settings = random_parameters(40, 1), Settings()
+    image_mean, row = TORCH.measure(x, parameters.center_weight, 0)
+    buffers = random_buffers(40)
+    statistics = TORCH.normalize(x, image_mean, row[None], parameters, buffers, settings)[2]
+    results = []
+    for kept in (image_mean, None):
+        sums = TRITON.backward_sums(x, dy, kept, statistics, parameters, settings)
+        known = statistics, sums.d_statistics, parameters, settings, sums
+        results.append((*sums.gradients, *TRITON.backward_input(x, dy, *known)))
+    assert_same(results[1], results[0])
+
+
+def test_half_parameters_and_buffers():
+    """They are converted inside; their gradients have their dtype."""
+    x, dy = random_input((2, 3, 5, 6), dtype=torch.float32), torch.randn(2, 3, 5, 6)
+    parameters = random_parameters(3, 3, torch.float16)
+    buffers, settings = random_buffers(3, torch.float16), Settings(fct=0.35)
+    expected = run_step(TORCH, x, dy, parameters, copy(buffers), settings)
+    actual = run_step(TRITON, x, dy, parameters, buffers, settings)
+    assert_same(actual[:5], expected[:5], rtol=2e-5, atol=2e-4)
+    for got, wanted in zip(actual[5:], expected[5:]):
+        assert got.dtype == torch.float16
+        torch.testing.assert_close(got, wanted.half(), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.usefixtures('_programs')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_error_is_at_most_twice_that_of_torch(dtype, kernel_device):
+    """Both beside float64 on the same rounded input."""
+    if dtype == torch.bfloat16 and kernel_device == 'cpu':
+        pytest.skip('the interpreter cuts off to bfloat16 where a GPU rounds')
+    x, dy = random_input((2, 3, 4, 25), dtype=dtype), torch.randn(2, 3, 4, 25).to(dtype)
+    parameters, buffers = random_parameters(3, 3, torch.float32), random_buffers(3, torch.float32)
+    settings = Settings(fct=0.35)
+    double = Parameters(*[value.double() for value in parameters])
+    oracle = run_step(TORCH, x.double(), dy.double(), double, copy(buffers), settings)
+    eager = run_step(TORCH, x, dy, parameters, copy(buffers), settings)
+    fused = run_step(TRITON, x, dy, parameters, copy(buffers), settings)
+    for expected, by_torch, by_triton in zip(oracle, eager, fused):
+        assert by_triton.dtype == by_torch.dtype
+        allowed = 2 * (by_torch - expected).abs().max() + 2e-6 * expected.abs().max()
+        assert (by_triton - expected).abs().max() <= allowed
+
+
+def test_a_step_has_the_same_bits_every_time():
+    x, dy = random_input((5, 3, 2, 9), dtype=torch.float32), torch.randn(5, 3, 2, 9)
+    parameters, buffers = random_parameters(3, 3, torch.float32), random_buffers(3, torch.float32)
+    settings = Settings(fct=0.35)
+    first = run_step(TRITON, x, dy, parameters, copy(buffers), settings)
+    assert_same(run_step(TRITON, x, dy, parameters, copy(buffers), settings), first, rtol=0, atol=0)
+
+
+# Corners, edges and the middle, one a channel; tiles meet at row 24.
+PLACES = [(0, 0), (0, 2), (24, 1), (25, 4), (26, 3), (12, 2)]
+
+
+@pytest.mark.parametrize('where', ['x', 'dy'])
+def test_what_is_not_finite_spreads_as_in_the_reference(where):
+    """From one value a channel, of X in evaluation or of dY."""
+    channels = len(PLACES)
+    x, dy = torch.randn(2, 1, channels, 27, 5, dtype=torch.float64)
+    for channel, (row, column) in enumerate(PLACES):
+        (x if where == 'x' else dy)[0, channel, row, column] = float('inf')
+    parameters = random_parameters(channels, 3, without=CALIBRATION)
+    buffers, settings = random_buffers(channels), Settings(training=False)
+    y, _, _, _, dx, *gradients = run_step(TRITON, x, dy, parameters, buffers, settings)
+    x.requires_grad_()
+    wanted = [x, parameters.weight.requires_grad_(), parameters.kernel.requires_grad_()]
+    expected = reference.normalize(
+        x,
+        buffers.running_mean,
+        buffers.running_var,
+        settings.eps,
+        parameters.weight,
+        parameters.bias,
+        parameters.kernel,
+    )
+    expected_gradients = torch.autograd.grad(expected, wanted, dy)
+    for actual, oracle in zip([y, dx, *gradients], [expected, *expected_gradients]):
+        finite = oracle.isfinite()
+        assert torch.equal(actual.isfinite(), finite)
+        torch.testing.assert_close(actual[finite], oracle[finite])
+
+
+class Launches(TorchDispatchMode):
+    """What a GPU would have been told to run: kernels, and torch's operations but for views and
+    fresh memory.
+    """
+
+    def __init__(self, monkeypatch, layer):
+        super().__init__()
+        self.names, self._inside = [], False
+        self._on_host = getattr(layer, '_steps', None)
+        kernel_type = type(kernels.moments)
+        run = kernel_type.run
+
+        def counted(kernel, *arguments, **keywords):
+            self.names.append(kernel.__name__)
+            self._inside = True  # the interpreter copies arguments
+            try:
+                return run(kernel, *arguments, **keywords)
+            finally:
+                self._inside = False
+
+        monkeypatch.setattr(kernel_type, 'run', counted)
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        returns = function._schema.returns
+        view = all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        name = function._schema.name
+        free = view or name.startswith(('aten::empty', 'aten::new_empty'))
+        if not (self._inside or free or arguments[0] is self._on_host):
+            self.names.append(name)
+        return function(*arguments, **(keywords or {}))
+
+
+COUNTED = {
+    'ubn': lambda: UBN(4, backend='triton'),
+    'ubn_sampled': lambda: UBN(4, backend='triton', fct_stride=2, fct_interval=2),
+    'ubn_cumulative': lambda: UBN(4, backend='triton', momentum=None),
+    'ubn_no_gate': lambda: UBN(4, backend='triton', fct=None),
+    'ubn_no_affine': lambda: UBN(4, backend='triton', affine=False),
+    'ubn_gate_alone': lambda: UBN(4, backend='triton', kernel_size=1, center=False, scale=False),
+    'ubn_untracked': lambda: UBN(4, backend='triton', fct=None, track_running_stats=False),
+    'ubn_half': lambda: UBN(4, backend='triton', dtype=torch.float16),
+    'rbn': lambda: RBN(4, backend='triton'),
+    'bnet': lambda: BNET(4, backend='triton'),
+    'iebn': lambda: IEBN(4, backend='triton'),
+    'sync_ubn': lambda: SyncUBN(4, backend='triton'),
+}
+
+
+@pytest.mark.parametrize('training', [True, False], ids=['training', 'evaluation'])
+@pytest.mark.parametrize('width', [7, 60])  # the image means are kept only for the larger
+@pytest.mark.parametrize('name', COUNTED)
+def test_at_most_five_launches_forward_and_four_backward(name, width, training, monkeypatch):
+    layer = COUNTED[name]().train(training)
+    if name == 'sync_ubn':
+        rows = torch.rand(2, 2 * 4 + 3)
+        monkeypatch.setattr(SyncUBN, '_group', lambda self: self.training or None)
+        monkeypatch.setattr(sys.modules['mmubn.ops.ubn'], '_all_gather', lambda row, group: rows)
+        monkeypatch.setattr(torch.distributed, 'all_reduce', lambda value, group: None)
+    x, dy = torch.randn(2, 2, 4, 1, width)
+    inputs = [x.requires_grad_(), *layer.parameters()]
+    for _ in range(2 if name == 'ubn_sampled' else 1):  # measures the similarity, and does not
+        with Launches(monkeypatch, layer) as launches:
+            y = layer(x)
+            forward = list(launches.names)
+            torch.autograd.grad(y, inputs, dy)
+        backward = launches.names[len(forward) :]
+        assert 1 <= len(forward) <= 5, forward
+        assert 1 <= len(backward) <= 4, backward
+
+
+def compile_all(*arguments):
+    script = Path(__file__).with_name('compile_kernels.py')
+    output = subprocess.run(
+        [sys.executable, script, *arguments],
+        env={**os.environ, 'TRITON_INTERPRET': '0'},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert output.returncode == 0, output.stderr[-2000:]
+    return [json.loads(line) for line in output.stdout.splitlines()]
+
+
+def test_kernels_compile_without_spilling():
+    """For an H100's architecture, without one; half precision, k = 3, both layouts."""
+    compiled = compile_all('90', 'bfloat16', '3')
+    assert len(compiled) == 2 * 8
+    for kernel in compiled:
+        assert kernel['spilled_bytes'] == 0, kernel
+        assert kernel['registers'] <= 128, kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('architecture', ['80', '90', 'gfx942'])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float64'])
+def test_every_kernel_compiles(architecture, dtype):
+    compiled = compile_all(architecture, dtype, '3', '--every-layer')
+    for kernel in compiled + compile_all(architecture, dtype, '1', '5', '7'):
+        assert dtype == 'float64' or kernel['spilled_bytes'] <= 16, kernel

@@ -1,0 +1,41 @@
+"""The check of a GPU says where there is none; its commands are ones that its tools take."""
+
+import sys
+import time
+
+import pytest
+import torch
+from tiny_project import ROOT, load_tool
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / 'tools')
+    return load_tool('gpu_check')
+
+
+def test_no_gpu(fails, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert fails('gpu_check') == 'gpu_check: torch sees no GPU, so there is nothing to check'
+
+
+def test_benchmarks_are_ones_that_there_are(tool):
+    benchmark = load_tool('benchmark_norm')
+    for arguments in tool.STEPS:
+        args = benchmark.parse_args([*arguments, '--device', 'cpu'])
+        assert {'bn', 'ubn'} <= set(args.norms)
+        assert (len(args.dtypes), len(args.layouts)) == (2, 2)
+
+
+def test_tests_are_ones_that_there_are(tool):
+    for file, *_ in tool.TESTS:
+        assert (ROOT / file).is_file()
+
+
+def test_what_takes_too_long_is_interrupted(tool):
+    sleeper = [sys.executable, '-c', 'import time; time.sleep(60)']
+    start = time.monotonic()
+    assert not tool._finish(tool._start(sleeper), start + 1)
+    assert time.monotonic() - start < 30
+    assert tool._finish(tool._start([sys.executable, '-c', '']), time.monotonic() + 30)
+    assert not tool._finish(tool._start([sys.executable, '-c', 'exit(3)']), time.monotonic() + 30)
