@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from typing import Dict
+from typing import Dict, List, Tuple
 
 import torch
 from torch import Tensor
@@ -59,6 +59,21 @@ def choose(name: str, x: Tensor, kernel_size: int = 3) -> Backend:
         raise RuntimeError(f"backend='{name}' cannot be used: {reason}; 'torch' and 'auto' can")
     _say_once(backend.name, reason)
     return TORCH
+
+
+def describe() -> List[Tuple[str, bool, str]]:
+    """For each backend its name, whether it can serve here, and where or why not, in one line."""
+    rows = [(TORCH.name, True, 'any device, any dtype, any kernel size')]
+    devices = {CPP.name: 'cpu', TRITON.name: 'cuda'}
+    for backend in (CPP, TRITON):
+        device = devices[backend.name]
+        if device == 'cuda' and not torch.cuda.is_available():
+            rows.append((backend.name, False, 'there is no GPU'))
+            continue
+        reason = backend.why_not(torch.zeros(1, 1, 1, 1, device=device), 3)
+        kind = 'CPU' if device == 'cpu' else torch.cuda.get_device_name()
+        rows.append((backend.name, not reason, reason or f"'auto' takes it on the {kind}"))
+    return rows
 
 
 # Depth of the stack of torch's dispatch modes.

@@ -179,7 +179,8 @@ def test_threads_change_no_bit(shape, layout, dtype):
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             torch.manual_seed(2)
-            results.append(both(x, dy, given, Settings(fct=0.15))[0])
+            made = both(x, dy, given, Settings(fct=0.15))[0]
+            results.append({key: value for key, value in made.items() if value is not None})
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
