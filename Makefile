@@ -12,14 +12,14 @@ OPS ?= $(or $(shell cut -c 1 "$(VENV)/operators" 2>/dev/null),0)
 OPERATORS = $(OPS) $(shell grep -E '^(onedl-mmcv|torch)==' requirements.txt)
 $(if $(filter 0 1,$(OPS)),,$(error OPS=$(OPS): 1 compiles the operators of mmcv, 0 takes those of torchvision))
 
-.PHONY: env install operators operators-0 operators-1 doctor
+.PHONY: env install operators operators-0 operators-1 oldest doctor
 .PHONY: demo compare demo-cls test test-slow test-oldest lint clean
 
 # The package itself is linked in every time: another checkout may share the environment.
 env:
 	@cmp -s requirements.txt "$(VENV)/requirements.txt" || $(MAKE) --no-print-directory install
 	@$(MAKE) --no-print-directory operators
-	@"$(BIN)/pip" install --quiet --no-build-isolation --no-deps --editable .
+	@PYTHONWARNINGS=ignore "$(BIN)/pip" install --quiet --no-build-isolation --no-deps --editable .
 
 install:
 	$(PYTHON) -m venv "$(VENV)"
@@ -87,6 +87,20 @@ test: env
 
 test-slow: env
 	"$(BIN)/python" -m pytest -m slow
+
+# The fast tests on the oldest torch that the package takes, with the upstream packages.
+test-oldest:
+	@cmp -s tests/requirements-oldest.txt "$(OLDEST)/requirements.txt" || $(MAKE) --no-print-directory oldest
+	@PYTHONWARNINGS=ignore "$(OLDEST)/bin/pip" install --quiet --no-build-isolation --no-deps --editable .
+	@"$(OLDEST)/bin/pip" install --quiet --no-build-isolation --no-deps --force-reinstall ./tools/mmcv_ops
+	"$(OLDEST)/bin/python" -m pytest -m 'not slow'
+
+oldest:
+	$(PYTHON) -m venv "$(OLDEST)"
+	"$(OLDEST)/bin/pip" install --upgrade pip
+	"$(OLDEST)/bin/pip" install -r tests/requirements-oldest.txt
+	"$(OLDEST)/bin/pip" install --no-deps --force-reinstall $$(grep '^opencv-python-headless==' tests/requirements-oldest.txt)
+	cp tests/requirements-oldest.txt "$(OLDEST)/requirements.txt"
 
 lint: env
 	"$(BIN)/ruff" check .
