@@ -10,13 +10,26 @@ import types
 import mmcv
 import pytest
 import torch
-from mmcv.ops import CARAFE, RoIAlign, RoIPool, get_compiler_version, nms_match, softmax_focal_loss
+from mmcv.ops import (
+    CARAFE,
+    RoIAlign,
+    RoIPool,
+    get_compiler_version,
+    modulated_deform_conv2d,
+    nms_match,
+    softmax_focal_loss,
+)
 from stand_in import PART, load_stand_in
 
 REFUSED = {
     'roi_pool_forward': lambda x, rois: RoIPool((2, 2), 1.0)(x, rois),
     "RoIAlign with pool_mode='max'": lambda x, rois: RoIAlign((2, 2), 1.0, pool_mode='max')(
         x, rois
+    ),
+    'modulated_deform_conv_forward with offsets of another size than the output': (
+        lambda x, rois: modulated_deform_conv2d(
+            x, x.new_zeros(1, 18, 9, 9), x.new_ones(1, 9, 9, 9), torch.rand(2, 4, 3, 3), None, 1, 1
+        )
     ),
     'carafe_forward': lambda x, rois: CARAFE(3, 1, 2)(x, torch.rand(1, 9, 16, 16)),
     'softmax_focal_loss_forward': lambda x, rois: softmax_focal_loss(x[0, 0], torch.arange(8)),

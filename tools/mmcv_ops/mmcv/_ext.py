@@ -204,6 +204,8 @@ def modulated_deform_conv_forward(
     input, weight, bias, ones, offset, mask, output, columns, **sizes
 ):
     input, weight, bias, offset, mask = _wide(input, weight, bias, offset, mask)
+    if offset.shape[2:] != output.shape[2:]:  # DyHead's; mmcv reads them as if they had its size
+        _refuse('modulated_deform_conv_forward with offsets of another size than the output')
     rest = _deform_v2(weight, bias, sizes)
     output.copy_(_tv.deform_conv2d(input, weight, offset, mask, *rest))
 
