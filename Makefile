@@ -51,7 +51,8 @@ operators-1:
 
 # What the environment is and what does not fit; runs where `make env` failed as well.
 doctor:
-	@"$$(test -x "$(BIN)/python" && echo "$(BIN)/python" || echo $(PYTHON))" mmubn/doctor.py
+	@for python in "$(BIN)/python" $(PYTHON) python3; do \
+		if command -v "$$python" > /dev/null; then exec "$$python" mmubn/doctor.py; fi; done
 
 # Trains a small Mask R-CNN with UBN, or with another norm: make demo NORM=bn.
 DEMO := work_dirs/demo_$(NORM)

@@ -192,7 +192,7 @@ def devices() -> Iterator[Line]:
             yield Line('GPU', f'none; {build}', remedy)
     yield Line('triton', _version('triton') or 'not installed')
     compiler = shutil.which(os.environ.get('CXX') or 'c++')
-    yield Line('C++ compiler', compiler or 'none (not needed, except for OPS=1)')
+    yield Line('C++ compiler', compiler or 'none: OPS=1 needs one, nothing else has to')
 
 
 def backends() -> Iterator[Line]:
@@ -213,8 +213,8 @@ def _describe(backend, torch) -> Iterable[Tuple[str, bool, str]]:
     if hasattr(backend, 'describe'):
         return backend.describe()
     x = torch.zeros(1, 1, 1, 1, device='cuda' if torch.cuda.is_available() else 'cpu')
-    reason = backend._why_not_triton(x, 3)
-    return [('torch', True, reason), ('triton', not reason, reason)]
+    chosen = backend.choose('auto', x, 3)
+    return [('auto', True, f'{getattr(chosen, "name", chosen)} for a tensor on {x.device.type}')]
 
 
 def requirements() -> Iterator[Line]:

@@ -30,8 +30,7 @@ def test_this_environment_fits():
         versions = [doctor._version(d) for d in distributions if doctor._version(d)]
         version = re.escape((versions or ['not installed'])[0])
         assert re.search(rf'^  {name} .*{version}$', done.stdout, re.M)
-    assert re.search('^  backend torch +yes', done.stdout, re.M)
-    assert re.search('^  backend triton', done.stdout, re.M)
+    assert re.search('^  backend [a-z]+ +yes: .', done.stdout, re.M)
 
 
 def test_runs_where_nothing_is_installed():
