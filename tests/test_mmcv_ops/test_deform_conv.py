@@ -1,5 +1,7 @@
 """Deformable convolution, v1 and v2, against its definition."""
 
+import sys
+
 import formulas
 import pytest
 import torch
@@ -76,6 +78,23 @@ def test_gradients(name):
     for i, value in enumerate((x, offset, weight)):
         alone = (*constants[:i], value, *constants[i + 1 :])
         assert gradcheck(first, alone, fast_mode=True)
+
+
+@pytest.mark.parametrize('name', SETTINGS)
+def test_equals_the_compiled_one(compiled, ext, name, monkeypatch):
+    x, offset, mask, weight, bias = draw(*SETTINGS[name], dtype=torch.float32)
+    settings = SETTINGS[name]
+    results = []
+    for module in (compiled, ext):
+        for user in ('deform_conv', 'modulated_deform_conv'):
+            monkeypatch.setattr(sys.modules[f'mmcv.ops.{user}'], 'ext_module', module)
+        first = deform_conv2d(x, offset, weight, *settings)
+        second = modulated_deform_conv2d(x, offset, mask, weight, bias, *settings)
+        gradients = torch.autograd.grad(first.cos().sum(), (x, offset, weight))
+        gradients += torch.autograd.grad(second.cos().sum(), (x, offset, mask, weight, bias))
+        results.append((first, second, *gradients))
+    for expected, actual in zip(*results):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('pack', [DeformConv2dPack, ModulatedDeformConv2dPack])

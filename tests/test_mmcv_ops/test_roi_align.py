@@ -1,6 +1,7 @@
 """RoIAlign against its definition, under autocast, torch.compile, ONNX and in two processes."""
 
 import inspect
+import sys
 
 import formulas
 import pytest
@@ -49,6 +50,21 @@ def test_gradient(case, rois):
     x = torch.randn(2, 2, 9, 8, dtype=torch.float64, requires_grad=True)
     bins, scale, samples, aligned = CASES[case]
     assert gradcheck(lambda x: roi_align(x, rois, bins, scale, samples, 'avg', aligned), x)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_equals_the_compiled_one(compiled, ext, case, rois, monkeypatch):
+    bins, scale, samples, aligned = CASES[case]
+    rois = rois[: 5 - aligned].float()
+    x = torch.randn(2, 3, 14, 12, requires_grad=True)
+    upstream = torch.randn(len(rois), 3, *bins)
+    results = []
+    for module in (compiled, ext):
+        monkeypatch.setattr(sys.modules['mmcv.ops.roi_align'], 'ext_module', module)
+        y = roi_align(x, rois, bins, scale, samples, 'avg', aligned)
+        results.append((y, *torch.autograd.grad(y, x, upstream)))
+    for expected, actual in zip(*results):
+        assert torch.equal(actual, expected)
 
 
 def test_without_rois():
