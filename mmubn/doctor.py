@@ -104,10 +104,8 @@ def packages() -> Iterator[Line]:
             yield Line(name, value, f'`pip install {name}`' if needed else '')
             continue
         if len(found) > 1:
-            names = ' '.join(d.split()[0] for d in found)
-            yield Line(
-                name, value, f'keep one: `pip uninstall {names}`, then install that one again'
-            )
+            remedy = f'keep one: `pip uninstall {" ".join(found)}`, then install that one again'
+            yield Line(name, value, remedy)
             continue
         module, reason = _load(name)
         if module is None:
@@ -136,7 +134,10 @@ def operators() -> Iterator[Line]:
     if not any(map(_version, PACKAGES['mmcv'])):
         return
     name = 'operators'
-    spec = importlib.util.find_spec('mmcv._ext')
+    try:
+        spec = importlib.util.find_spec('mmcv._ext')
+    except Exception:  # mmcv itself cannot be imported, which packages() tells
+        return
     if spec is None:
         yield Line(name, 'none: detectors cannot be imported', TAKE_STAND_IN)
         return

@@ -29,7 +29,7 @@ def stand_in(ext, monkeypatch):
 
 @pytest.fixture(scope='session')
 def compiled() -> ModuleType:
-    """Mmcv's own operators; the test is skipped where they are not compiled."""
+    """The operators of mmcv itself; the test is skipped where they are not compiled."""
     module = importlib.import_module('mmcv._ext')
     if not isinstance(module.__spec__.loader, importlib.machinery.ExtensionFileLoader):
         pytest.skip("mmcv's own operators are not compiled here: `make env OPS=1`")
