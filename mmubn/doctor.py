@@ -214,8 +214,12 @@ def _describe(backend, torch) -> Iterable[Tuple[str, bool, str]]:
     if hasattr(backend, 'describe'):
         return backend.describe()
     x = torch.zeros(1, 1, 1, 1, device='cuda' if torch.cuda.is_available() else 'cpu')
-    chosen = backend.choose('auto', x, 3)
-    return [('auto', True, f'{getattr(chosen, "name", chosen)} for a tensor on {x.device.type}')]
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told):  # it warns where it takes its second choice
+        chosen = backend.choose('auto', x, 3)
+    name = getattr(chosen, 'name', None) or chosen.__name__.rpartition('_')[2]
+    why = told.getvalue().strip() or f'for a tensor on {x.device.type}'
+    return [('auto', True, f'{name}; {why}')]
 
 
 def requirements() -> Iterator[Line]:
