@@ -1,24 +1,58 @@
-# make demo | compare | demo-cls | test | test-slow | lint | env. Everything runs in one virtual
-# environment, built on first use and again when requirements.txt changes; VENV=... puts it elsewhere.
+# make demo | compare | demo-cls | test | test-slow | test-oldest | lint | doctor | env. Everything runs
+# in one virtual environment, built on first use and again when requirements.txt changes; VENV=... puts
+# it elsewhere. Nothing is compiled, unless OPS=1 asks for mmcv's own operators; OPS=0 goes back.
 VENV ?= .venv
+OLDEST ?= .venv-oldest
 PYTHON ?= python3.11
 NORM ?= ubn
 BIN := $(VENV)/bin
 
-.PHONY: env install demo compare demo-cls test test-slow lint clean
+# What mmcv's operators are, and what they were made for: "1 onedl-mmcv==... torch==...".
+OPS ?= $(or $(shell cut -c 1 "$(VENV)/operators" 2>/dev/null),0)
+OPERATORS = $(OPS) $(shell grep -E '^(onedl-mmcv|torch)==' requirements.txt)
+$(if $(filter 0 1,$(OPS)),,$(error OPS=$(OPS): 1 compiles the operators of mmcv, 0 takes those of torchvision))
+
+.PHONY: env install operators operators-0 operators-1 oldest doctor
+.PHONY: demo compare demo-cls test test-slow test-oldest lint clean
 
 # The package itself is linked in every time: another checkout may share the environment.
 env:
 	@cmp -s requirements.txt "$(VENV)/requirements.txt" || $(MAKE) --no-print-directory install
-	@"$(BIN)/pip" install --quiet --no-build-isolation --no-deps --editable .
+	@$(MAKE) --no-print-directory operators
+	@PYTHONWARNINGS=ignore "$(BIN)/pip" install --quiet --no-build-isolation --no-deps --editable .
 
 install:
 	$(PYTHON) -m venv "$(VENV)"
 	"$(BIN)/pip" install --upgrade pip 'setuptools<82' wheel ninja
 	"$(BIN)/pip" install $$(grep -E '^(torch|torchvision)==' requirements.txt)
+	$(MAKE) --no-print-directory operators
 	"$(BIN)/pip" install --no-build-isolation -r requirements.txt
 	"$(BIN)/pip" install --no-deps --force-reinstall $$(grep '^opencv-python-headless==' requirements.txt)
 	cp requirements.txt "$(VENV)/requirements.txt"
+
+operators:
+	@test "$$(cat "$(VENV)/operators" 2>/dev/null)" = "$(OPERATORS)" || $(MAKE) --no-print-directory operators-$(OPS)
+	@test $(OPS) = 1 || cmp -s tools/mmcv_ops/mmcv/_ext.py "$(VENV)"/lib/python*/site-packages/mmcv/_ext.py || \
+		"$(BIN)/pip" install --quiet --no-build-isolation --no-deps --force-reinstall ./tools/mmcv_ops
+
+# Build isolation hides torch from mmcv's setup.py, which then compiles nothing. Neither this wheel nor
+# the next may pass through pip's cache, where the two have one name.
+operators-0:
+	"$(BIN)/pip" install --no-cache-dir --no-binary onedl-mmcv --no-deps --force-reinstall \
+		$$(grep '^onedl-mmcv==' requirements.txt)
+	echo "$(OPERATORS)" > "$(VENV)/operators"
+
+# A quarter of an hour on two idle cores, where pip finds no wheel.
+operators-1:
+	"$(BIN)/pip" install --no-cache-dir --no-build-isolation --no-deps --force-reinstall \
+		$$(grep '^onedl-mmcv==' requirements.txt)
+	"$(BIN)/pip" uninstall --quiet --yes mmcv-torchvision-ops
+	echo "$(OPERATORS)" > "$(VENV)/operators"
+
+# What the environment is and what does not fit; runs where `make env` failed as well.
+doctor:
+	@for python in "$(BIN)/python" $(PYTHON) python3; do \
+		if command -v "$$python" > /dev/null; then exec "$$python" mmubn/doctor.py; fi; done
 
 # Trains a small Mask R-CNN with UBN, or with another norm: make demo NORM=bn.
 DEMO := work_dirs/demo_$(NORM)
@@ -54,6 +88,20 @@ test: env
 
 test-slow: env
 	"$(BIN)/python" -m pytest -m slow
+
+# The fast tests on the oldest torch that the package takes, with the upstream packages, whose mmengine
+# finds no configs in a package that is linked in.
+test-oldest:
+	@cmp -s tests/requirements-oldest.txt "$(OLDEST)/requirements.txt" || $(MAKE) --no-print-directory oldest
+	@"$(OLDEST)/bin/pip" install --quiet --no-build-isolation --no-deps --force-reinstall . ./tools/mmcv_ops
+	"$(OLDEST)/bin/python" -m pytest -m 'not slow'
+
+oldest:
+	$(PYTHON) -m venv "$(OLDEST)"
+	"$(OLDEST)/bin/pip" install --upgrade pip
+	"$(OLDEST)/bin/pip" install -r tests/requirements-oldest.txt
+	"$(OLDEST)/bin/pip" install --no-deps --force-reinstall $$(grep '^opencv-python-headless==' tests/requirements-oldest.txt)
+	cp tests/requirements-oldest.txt "$(OLDEST)/requirements.txt"
 
 lint: env
 	"$(BIN)/ruff" check .

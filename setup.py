@@ -27,7 +27,7 @@ class BuildWithConfigs(build_py):
             elif source.is_file():
                 shutil.copy(source, target / name)
             else:
-                ignore = shutil.ignore_patterns('__pycache__')
+                ignore = shutil.ignore_patterns('__pycache__', 'build', '*.egg-info')
                 shutil.copytree(source, target / name, dirs_exist_ok=True, ignore=ignore)
 
 
@@ -43,7 +43,8 @@ setup(
     install_requires=['torch>=2.1'],
     extras_require={
         # The line of OpenMMLab packages that this project is tested with. The upstream
-        # packages share its import names and serve as well, so none is a requirement.
+        # packages share its import names and serve as well, so none is a requirement. pip builds
+        # mmcv without operators here: tools/mmcv_ops brings them, or mmcv is compiled.
         'mm': [
             'onedl-mmengine>=0.10.12',
             'onedl-mmcv>=2.3.6',

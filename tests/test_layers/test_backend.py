@@ -100,7 +100,7 @@ class OnGpu:
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def gpu(monkeypatch, kernel_device):
     """As if there were one with compute capability 9.0 and a driver that Triton can use."""
     triton_backend._why_no_launch.cache_clear()
     backend._say_once.cache_clear()

@@ -237,6 +237,7 @@ def test_norms_of_a_model(tool):
     ]
 
 
+@pytest.mark.newer_torch('autocast on a CPU takes bfloat16 alone, even where it is switched off')
 def test_model(bench):
     rows = bench(
         *('--device', 'cpu', '--model', 'resnet50', '--shapes', '2,3,32,32', '--repeats', '1'),

@@ -32,8 +32,10 @@ def end(work_dir='run', name='epoch_3.pth') -> dict:
 
 
 def same(a: dict, b: dict) -> bool:
-    pairs = [(torch.as_tensor(a[key]), torch.as_tensor(b[key])) for key in a]
-    return a.keys() == b.keys() and all(torch.equal(*pair) for pair in pairs)
+    pairs = [(a[key], b[key]) for key in a]
+    return a.keys() == b.keys() and all(
+        x is y or torch.equal(torch.as_tensor(x), torch.as_tensor(y)) for x, y in pairs
+    )
 
 
 def cut_short(path: Path) -> None:
