@@ -1,6 +1,7 @@
-# make demo | compare | demo-cls | test | test-slow | test-oldest | lint | doctor | env. Everything runs
-# in one virtual environment, built on first use and again when requirements.txt changes; VENV=... puts
-# it elsewhere. Nothing is compiled, unless OPS=1 asks for mmcv's own operators; OPS=0 goes back.
+# make demo | compare | demo-cls | test | test-slow | test-oldest | gpu-check | lint | doctor | env.
+# Everything runs in one virtual environment, built on first use and again when requirements.txt
+# changes; VENV=... puts it elsewhere. Nothing is compiled, unless OPS=1 asks for mmcv's own operators;
+# OPS=0 goes back.
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 PYTHON ?= python3.11
@@ -13,7 +14,7 @@ OPERATORS = $(OPS) $(shell grep -E '^(onedl-mmcv|torch)==' requirements.txt)
 $(if $(filter 0 1,$(OPS)),,$(error OPS=$(OPS): 1 compiles the operators of mmcv, 0 takes those of torchvision))
 
 .PHONY: env install operators operators-0 operators-1 oldest doctor
-.PHONY: demo compare demo-cls test test-slow test-oldest lint clean
+.PHONY: demo compare demo-cls test test-slow test-oldest gpu-check lint clean
 
 # The package itself is linked in every time: another checkout may share the environment.
 env:
@@ -102,6 +103,10 @@ oldest:
 	"$(OLDEST)/bin/pip" install -r tests/requirements-oldest.txt
 	"$(OLDEST)/bin/pip" install --no-deps --force-reinstall $$(grep '^opencv-python-headless==' tests/requirements-oldest.txt)
 	cp tests/requirements-oldest.txt "$(OLDEST)/requirements.txt"
+
+# On a machine with a GPU: the kernel tests, then the benchmarks, in ten minutes.
+gpu-check: env
+	"$(BIN)/python" tools/gpu_check.py
 
 lint: env
 	"$(BIN)/ruff" check .

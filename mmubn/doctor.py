@@ -18,7 +18,7 @@ import sys
 import warnings
 from importlib import metadata
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, List, Tuple
+from typing import Callable, Iterator, List, Tuple
 
 ROOT = Path(__file__).parent
 # Import names, and the distributions that bring them: one of each may be installed.
@@ -205,21 +205,8 @@ def backends() -> Iterator[Line]:
     if backend is None:
         yield Line('backend', f'mmubn cannot be imported: {reason}', _remedy(reason))
         return
-    for name, available, why in _describe(backend, torch):
+    for name, available, why in backend.describe():
         yield Line(f'backend {name}', f'{"yes" if available else "no"}: {why}')
-
-
-def _describe(backend, torch) -> Iterable[Tuple[str, bool, str]]:
-    """Name of a backend, whether it can be used, why or why not."""
-    if hasattr(backend, 'describe'):
-        return backend.describe()
-    x = torch.zeros(1, 1, 1, 1, device='cuda' if torch.cuda.is_available() else 'cpu')
-    told = io.StringIO()
-    with contextlib.redirect_stderr(told):  # it warns where it takes its second choice
-        chosen = backend.choose('auto', x, 3)
-    name = getattr(chosen, 'name', None) or chosen.__name__.rpartition('_')[2]
-    why = told.getvalue().strip() or f'for a tensor on {x.device.type}'
-    return [('auto', True, f'{name}; {why}')]
 
 
 def requirements() -> Iterator[Line]:

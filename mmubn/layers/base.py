@@ -177,19 +177,20 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
             raise ValueError('running_mean and running_var must both be None or neither be None')
         if running[0] is not None and (running[0].requires_grad or running[1].requires_grad):
             raise RuntimeError('running_mean and running_var take no gradient: detach them')
-        reduced = x.dtype in (torch.float16, torch.bfloat16)
+        channels, dtype, device = x.shape[1], x.dtype, x.device
+        wider = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
         for name, value in zip(_CHECKED, (*parameters, *running)):
             if value is None:
                 continue
-            if value.shape[0] != x.shape[1]:
+            if value.shape[0] != channels:
                 raise ValueError(
                     f'expected {value.shape[0]} channels, got input size {tuple(x.shape)}: '
                     f'{name} has {value.shape[0]}'
                 )
-            if value.dtype != x.dtype and not (reduced and value.dtype == torch.float32):
-                raise TypeError(f'mixed dtypes: the input is {x.dtype}, {name} {value.dtype}')
-            if value.device != x.device:
-                raise RuntimeError(f'the input is on {x.device}, {name} on {value.device}')
+            if value.dtype != dtype and value.dtype != wider:
+                raise TypeError(f'mixed dtypes: the input is {dtype}, {name} {value.dtype}')
+            if value.device != device:
+                raise RuntimeError(f'the input is on {device}, {name} on {value.device}')
         if self.training:
             self._check_count(x)
 

@@ -43,11 +43,11 @@ class CppBackend:
 
     def why_not(self, x: Tensor, kernel_size: int) -> str:
         """See :meth:`mmubn.ops.interface.Backend.why_not`."""
-        if x.dtype in _DTYPES and kernel_size in KERNEL_SIZES and x.device.type == 'cpu':
+        if x.is_cpu and x.dtype in _DTYPES and kernel_size in KERNEL_SIZES:
             if type(x) is not Tensor and type(x) is not nn.Parameter:
                 return f'the input is a {type(x).__name__}'
             return _why_no_library(x.dtype, kernel_size)
-        if x.device.type != 'cpu':
+        if not x.is_cpu:
             return f'the input is on {x.device}, not on the CPU'
         if x.dtype not in _DTYPES:
             return f'it has no kernels for {str(x.dtype).replace("torch.", "")}'
@@ -88,7 +88,7 @@ class CppBackend:
         x, pixels = _dense(x)
         dtype = statistics_dtype(x.dtype)
         parameters = _as(parameters, dtype)
-        state = Buffers(*[_with_dtype(value, dtype) for value in buffers[:4]], *buffers[4:])
+        state = _owned(buffers, dtype)
         batch, channels = x.shape[:2]
         if image_mean is None and settings.needs_image_mean(parameters):
             image_mean = torch.empty((batch, channels), dtype=dtype)
@@ -104,9 +104,9 @@ class CppBackend:
             y.data_ptr(),
             statistics.data_ptr(),
         )
-        if settings.training and settings.update:
+        if state is not buffers and settings.update:
             for original, moved in zip(buffers, state):
-                if moved is not original:  # one of another dtype
+                if moved is not None and moved is not original:
                     original.copy_(moved)
         return y, image_mean, statistics
 
@@ -274,13 +274,24 @@ def _gradient(parameter: Optional[Tensor]) -> Optional[Tensor]:
 
 def _with_dtype(value: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]:
     """``value``, converted and in one piece where it is not."""
-    if value is None or value.dtype in (dtype, torch.long):
-        return value if value is None or value.is_contiguous() else value.contiguous()
-    return value.to(dtype).contiguous()
+    return value if value is None else value.to(dtype).contiguous()
 
 
 def _as(parameters: Parameters, dtype: torch.dtype) -> Parameters:
-    return Parameters(*[_with_dtype(value, dtype) for value in parameters])
+    for value in parameters:
+        if value is not None and (value.dtype != dtype or not value.is_contiguous()):
+            return Parameters(*[_with_dtype(value, dtype) for value in parameters])
+    return parameters  # nearly always, and the rest would be felt in a small layer
+
+
+def _owned(buffers: Buffers, dtype: torch.dtype) -> Buffers:
+    """What a step moves, as the library takes it."""
+    mean, var, count, tau, gate, _ = buffers
+    for value in (mean, var, tau):
+        if value is not None and (value.dtype != dtype or not value.is_contiguous()):
+            mean, var, tau = (_with_dtype(value, dtype) for value in (mean, var, tau))
+            return Buffers(mean, var, count, tau, gate)
+    return buffers
 
 
 def _dense(x: Tensor) -> Tuple[Tensor, bool]:

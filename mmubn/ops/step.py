@@ -52,7 +52,8 @@ def step_backward(
     dx, d_center_weight = backend.backward_input(
         x, dy, statistics, d_statistics, parameters, settings, sums
     )
-    return dx, sums.gradients._replace(center_weight=d_center_weight)
+    weight, kernel, bias, _, *scale = sums.gradients
+    return dx, Parameters(weight, kernel, bias, d_center_weight, *scale)
 
 
 def _is_due(buffers: Buffers, settings: Settings) -> Union[bool, Tensor]:

@@ -95,7 +95,10 @@ class _UBNFunction(torch.autograd.Function):
         ctx.step = step
         ctx.has_bias = bias is not None
         kept = image_mean if keeps(image_mean, x) else None
-        ctx.save_for_backward(x, kept, statistics, *parameters._replace(bias=None))
+        # None for the bias, of which the gradient knows without keeping it.
+        ctx.save_for_backward(
+            x, kept, statistics, weight, kernel, None, center_weight, scale_weight, scale_bias
+        )
         return y
 
     @staticmethod
@@ -107,7 +110,8 @@ class _UBNFunction(torch.autograd.Function):
         dx, gradients = step_backward(
             x, dy, image_mean, statistics, Parameters(*parameters), ctx.step
         )
-        return _Gradients(dx, *(gradients if ctx.has_bias else gradients._replace(bias=None)))
+        weight, kernel, bias, *rectifiers = gradients
+        return _Gradients(dx, weight, kernel, bias if ctx.has_bias else None, *rectifiers)
 
 
 def _differentiable_backward(ctx, dy: Tensor) -> _Gradients:
