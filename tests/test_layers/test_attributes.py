@@ -93,6 +93,9 @@ CHANGES = {
     'other statistics': lambda norm: set_attributes(
         running_mean=torch.arange(4.0), running_var=torch.arange(1.0, 5)
     )(norm),
+    'strided statistics': lambda norm: set_attributes(
+        running_mean=torch.arange(8.0)[::2], running_var=torch.arange(1.0, 9)[1::2]
+    )(norm),
     'no bias': set_attributes(bias=None),
     'frozen weight': freeze_weight,
     'num_features': set_attributes(num_features=7),
