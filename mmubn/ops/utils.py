@@ -31,6 +31,11 @@ def _transforming() -> bool:
     return inside or forward_ad._current_level >= 0
 
 
+# Whether a tensor is many in one, as is_grads_batched=True makes without a transform. torch 2.1
+# cannot say; what works on slices then fails with torch's own error.
+is_batched = getattr(torch._C._functorch, 'is_legacy_batchedtensor', lambda _: False)
+
+
 def differentiable() -> bool:
     """Whether each operation has to be differentiable by itself, so none may work in place.
 
