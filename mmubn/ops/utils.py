@@ -32,8 +32,12 @@ def _transforming() -> bool:
 
 
 # Whether a tensor is many in one, as is_grads_batched=True makes without a transform. torch 2.1
-# cannot say; what works on slices then fails with torch's own error.
-is_batched = getattr(torch._C._functorch, 'is_legacy_batchedtensor', lambda _: False)
+# has no function for it.
+is_batched = getattr(
+    torch._C._functorch,
+    'is_legacy_batchedtensor',
+    lambda x: 'Batched' in repr(torch._C._dispatch_keys(x)),
+)
 
 
 def differentiable() -> bool:
