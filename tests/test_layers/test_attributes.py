@@ -274,6 +274,14 @@ def test_tensors_elsewhere_and_sparse_ones_are_refused(kind):
         layer(torch.randn(2, CHANNELS, 3, 3).to_sparse())
 
 
+def test_one_value_a_channel_has_no_statistics(kind):
+    for norm in pair(kind):
+        for change in (nn.Module.train, torch.func.replace_all_batch_norm_modules_, nn.Module.eval):
+            change(norm)
+            with pytest.raises(ValueError, match='Expected more than 1 value per channel'):
+                norm(torch.randn(1, CHANNELS, 1, 1))
+
+
 def test_statistics_that_want_a_gradient_are_refused(kind):
     """BatchNorm has none for them, and none is no zero."""
     _, layer = pair(kind)
