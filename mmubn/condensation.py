@@ -107,7 +107,7 @@ class CondensationRecorder:
         def observe(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
             if compiling() or recomputing():
                 return
-            # BatchNorm calls its only argument input, UBN and others x.
+            # By place or by name, which is not the same in all norms.
             x = [*args, *kwargs.values()][0]
             nan = torch.full((), float('nan'), device=x.device)
             used = getattr(module, 'batch_statistics_used', None) if module.training else None

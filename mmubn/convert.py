@@ -268,14 +268,15 @@ def _other_ubn(module: layers.UBN, target: type, settings: Dict[str, Any]) -> la
     kept.update(_place(module), eps=float(module.eps))
     kept.update(track_running_stats=module.running_mean is not None)
     new = target(**{**kept, **settings})
-    old_shapes, new_shapes = (
-        {key: value.shape for key, value in layer.state_dict().items()} for layer in (module, new)
-    )
-    if old_shapes != new_shapes:
+    if _shapes(new) != _shapes(target(**kept)):
         raise ValueError(f'it holds other weights than {target.__name__} with {settings} does')
     new._parameters.update(module._parameters)
     new._buffers.update(module._buffers)
     return new
+
+
+def _shapes(module: nn.Module) -> Dict[str, torch.Size]:
+    return {name: value.shape for name, value in module.state_dict().items()}
 
 
 def _take_hooks(module: nn.Module, new: nn.Module) -> None:

@@ -133,7 +133,8 @@ def test_back_with_trained_exact_parameters():
     [
         ((dict(type='UBNN'),), "type must be one of UBN, SyncUBN, RBN, BNET, IEBN, BN, got 'UBNN'"),
         ((dict(type='UBN'), 'layer9*'), "pattern 'layer9\\*' matches none"),
-        ((dict(type='BN'),), 'no layer to replace by BN'),
+        ((dict(type='BN'),), 'no layer to replace by BN: 0 .already BatchNorm2d'),
+        (('UBN',), "norm_cfg must be a dict, such as dict.type='UBN'., got 'UBN'"),
         ((dict(type='UBN', fctt=1),), "unknown key 'fctt'"),
     ],
 )
@@ -195,3 +196,163 @@ def test_fused_activation_stays_over_both_conversions():
     model = trained(timm.create_model('resnet18'))
     converted = mmubn.convert_norm(copy.deepcopy(model), dict(type='UBN'))
     same_output(model, mmubn.convert_norm(converted, dict(type='SyncUBN')))
+
+
+def test_readme_norm_cfg_as_it_is():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3)).requires_grad_(False)
+    norm_cfg = dict(type='UBN', fct=0.15, requires_grad=True)
+    mmubn.convert_norm(model, norm_cfg)
+    assert norm_cfg == dict(type='UBN', fct=0.15, requires_grad=True)
+    assert all(p.requires_grad for p in model.parameters())
+    mmubn.convert_norm(model, dict(type=SyncUBN, requires_grad=False))
+    assert type(model[0]) is SyncUBN
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ('layer', 'norm_cfg', 'reason'),
+    [
+        (UBN(3), dict(type='UBN', fct=0.3), 'already UBN; set its attributes, such as eps or fct'),
+        (RBN(3), dict(type='UBN'), 'RBN, which becomes BN, and UBN or SyncUBN the other'),
+        (nn.BatchNorm1d(3), dict(type='UBN'), 'BatchNorm1d; BatchNorm2d, SyncBatchNorm and'),
+        (nn.LazyBatchNorm2d(), dict(type='UBN'), 'LazyBatchNorm2d; BatchNorm2d, Sync'),
+        (nn.BatchNorm3d(3), dict(type='BN'), 'BatchNorm3d; UBN, SyncUBN, RBN, BNET and IEBN'),
+        (
+            torch.nn.utils.parametrizations.weight_norm(nn.BatchNorm2d(3)),
+            dict(type='UBN'),
+            'ParametrizedBatchNorm2d; BatchNorm2d',
+        ),
+    ],
+)
+def test_each_layer_left_alone_has_its_reason(layer, norm_cfg, reason, caplog):
+    with pytest.raises(ValueError, match=f'no layer to replace by .*: 0 .{reason}'):
+        mmubn.convert_norm(nn.Sequential(layer), norm_cfg)
+    replaceable = UBN(3) if norm_cfg['type'] == 'BN' else nn.BatchNorm2d(3)
+    model = nn.Sequential(layer, replaceable, nn.BatchNorm2d(3), UBN(3))
+    mmubn.convert_norm(model, norm_cfg, include=['0', '1'])
+    assert '; left alone: 0 (' in caplog.text
+    assert reason in caplog.text
+    assert '2, 3 (not chosen by include and exclude)' in caplog.text
+
+
+def test_a_model_without_batch_norm_says_what_it_has():
+    model = nn.Sequential(nn.GroupNorm(1, 3), nn.GroupNorm(1, 3), nn.LayerNorm(3))
+    message = r'no BatchNorm; its norm layers are: 2 GroupNorm, 1 LayerNorm'
+    with pytest.raises(ValueError, match=message):
+        mmubn.convert_norm(model, dict(type='UBN'))
+
+
+@pytest.mark.parametrize('kind', ['UBN', 'SyncUBN', 'RBN', 'BNET', 'IEBN'])
+def test_tensors_that_keep_their_value_are_the_very_same(kind):
+    bn = nn.BatchNorm2d(4)
+    bn.weight.requires_grad_(False)
+    bn.bias.data = bn.bias.data.double()
+    bn.weight._no_weight_decay = True
+    names = ('bias', 'running_mean', 'running_var', 'num_batches_tracked')
+    before = {name: getattr(bn, name) for name in names}
+    new = mmubn.convert_norm(bn, dict(type=kind))
+    for name, value in before.items():
+        assert getattr(new, name) is value, name
+    assert new.weight._no_weight_decay
+    for name, parameter in new.named_parameters():
+        assert parameter.requires_grad == (name == 'bias'), name
+        assert parameter.dtype == (torch.float64 if name == 'bias' else torch.float32), name
+
+
+def test_dtypes_one_by_one():
+    bn = nn.BatchNorm2d(4)
+    bn.weight.data = bn.weight.data.bfloat16()
+    new = mmubn.convert_norm(bn, dict(type='UBN'))
+    dtypes = {name: value.dtype for name, value in new.state_dict().items()}
+    half = ('weight', 'kernel', 'center_weight', 'scale_weight', 'scale_bias')
+    assert {name for name, dtype in dtypes.items() if dtype == torch.bfloat16} >= set(half)
+    assert dtypes['bias'] == dtypes['running_mean'] == torch.float32
+
+
+def test_weights_shared_by_two_layers_stay_shared():
+    a, b = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    b.weight, b.bias = a.weight, a.bias
+    model = trained(nn.Sequential(a, nn.Conv2d(4, 4, 1), b))
+    expected = copy.deepcopy(model)
+    mmubn.convert_norm(model, dict(type='RBN'))
+    assert model[0].weight is model[2].weight
+    assert model[0].bias is model[2].bias
+    x = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(model(x), expected(x))
+    mmubn.convert_norm(model, dict(type='BN'))
+    assert model[0].weight is model[2].weight
+    torch.testing.assert_close(model(x), expected(x))
+
+
+def test_a_weight_shared_with_a_layer_that_stays_is_refused():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match=r'1\.weight is also the weight of a layer to replace'):
+        mmubn.convert_norm(model, dict(type='UBN'), include='0')
+    assert type(model[0]) is nn.BatchNorm2d
+    mmubn.convert_norm(model, dict(type='BNET'), include='0')  # which keeps the weight's value
+    assert model[0].weight is model[1].weight
+
+
+def test_memory_shared_with_other_processes_stays_so():
+    model = nn.Sequential(nn.BatchNorm2d(4)).share_memory()
+    mmubn.convert_norm(model, dict(type='UBN'))
+    for name, value in model.state_dict().items():
+        assert value.is_shared(), name
+
+
+def test_hooks_move_with_their_handles():
+    model, seen = nn.Sequential(nn.BatchNorm2d(3)), []
+    handles = [
+        model[0].register_forward_hook(lambda m, args, y: seen.append(type(m).__name__)),
+        model[0].register_forward_pre_hook(lambda m, args: seen.append('before')),
+    ]
+    mmubn.convert_norm(model, dict(type='UBN'))
+    model(torch.randn(2, 3, 4, 4))
+    assert seen == ['before', 'UBN']
+    for handle in handles:
+        handle.remove()
+    model(torch.randn(2, 3, 4, 4))
+    assert len(seen) == 2
+
+
+def test_what_was_changed_on_the_built_layer_is_kept():
+    bn = nn.BatchNorm2d(3)
+    bn.track_running_stats, bn.momentum, bn.bias = False, None, None
+    new = mmubn.convert_norm(bn, dict(type='UBN'))
+    assert (new.track_running_stats, new.momentum, new.bias) == (False, None, None)
+    assert new.running_mean is bn.running_mean
+    sync = mmubn.convert_norm(new, dict(type='SyncUBN'))
+    assert (sync.track_running_stats, sync.momentum, sync.bias) == (False, None, None)
+    assert sync.kernel is new.kernel
+
+
+def test_settings_that_would_lose_something_are_refused():
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    with pytest.raises(ValueError, match=r'0 cannot become UBN: with .* no weight and bias'):
+        mmubn.convert_norm(model, dict(type='UBN', affine=False))
+    with pytest.raises(ValueError, match='0 cannot become UBN: fct is a cosine'):
+        mmubn.convert_norm(model, dict(type='UBN', fct=7))
+    stateless = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False))
+    with pytest.raises(ValueError, match='0 cannot become UBN: fct needs running statistics'):
+        mmubn.convert_norm(stateless, dict(type='UBN'))
+
+
+def test_conversion_on_meta():
+    with torch.device('meta'):
+        model = torchvision.models.resnet18()
+    mmubn.convert_norm(model, dict(type='UBN'))
+    assert all(value.is_meta for value in model.state_dict().values())
+
+
+def test_hooks_of_fused_layers_come_after_the_activation():
+    model = trained(timm.create_model('resnet18'))
+    seen = []
+    model.layer1[0].bn1.register_forward_hook(lambda m, args, y: seen.append(y.min().item()))
+    plain = copy.deepcopy(model)
+    converted = mmubn.convert_norm(model, dict(type='UBN'))
+    same_output(plain, converted)
+    torch.testing.assert_close(seen[0], seen[1])
+    back = mmubn.convert_norm(converted, dict(type='BN'))
+    same_output(plain, back)
+    torch.testing.assert_close(seen[2], seen[3])

@@ -106,7 +106,7 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
     def forward(self, input: Tensor) -> Tensor:  # as BatchNorm calls it, which some give by name
         if isinstance(input, torch.fx.Proxy):
             return self._leaf(input)
-        parameters, buffers = self._parameters_of_step(input), self._state()
+        parameters, buffers = self._parameters_of_step(), self._state()
         self._check_input(input, parameters, buffers)
         if input.numel() == 0:
             return self._forward_empty(input, parameters, buffers)
@@ -118,7 +118,7 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
             buffers.num_batches_tracked.add_(1)
         return ops.ubn(x, parameters, buffers, self._settings(), self._group(), self.backend)
 
-    def _parameters_of_step(self, x: Tensor) -> ops.Parameters:
+    def _parameters_of_step(self) -> ops.Parameters:
         weight = self.weight
         if weight is None and self.kernel is not None:  # taken away on the built layer
             weight = self.kernel.new_ones(len(self.kernel))
@@ -191,7 +191,7 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
                 raise TypeError(f'mixed dtypes: the input is {dtype}, {name} {value.dtype}')
             if value.device != device:
                 raise RuntimeError(f'the input is on {device}, {name} on {value.device}')
-        if self.training:
+        if self.training or running[0] is None:
             self._check_count(x)
 
     def _check_count(self, x: Tensor) -> None:

@@ -46,7 +46,11 @@ def step(
     x: Tensor, parameters: Parameters, buffers: Buffers, settings: Settings, backend: str
 ) -> Tensor:
     """:func:`mmubn.ops.ubn` of one process."""
-    given = settings._replace(momentum=_float(settings.momentum), fct=_float(settings.fct))
+    # No _replace(), which torch 2.4 does not compile.
+    given = [
+        _float(value) if name in ('momentum', 'fct') else value
+        for name, value in zip(Settings._fields, settings)
+    ]
     y, _, _, moved = torch.ops.mmubn.step(x, *parameters, *buffers, *given, backend)
     if settings.training:
         with torch.no_grad():

@@ -9,7 +9,7 @@ from . import backend as backends
 from . import compiled
 from .interface import Buffers, Parameters, Settings
 from .step import Step, keeps, step_backward, step_forward
-from .utils import compiling, differentiable, tracing
+from .utils import compiling, differentiable, is_batched, tracing
 
 
 class _Gradients(NamedTuple):
@@ -103,7 +103,7 @@ class _UBNFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> _Gradients:
-        if differentiable() or torch._C._functorch.is_legacy_batchedtensor(dy):
+        if differentiable() or is_batched(dy):
             # create_graph=True, or a dY that vmap or is_grads_batched=True batched
             return _differentiable_backward(ctx, dy)
         x, image_mean, statistics, *parameters = ctx.saved_tensors

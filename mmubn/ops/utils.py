@@ -31,6 +31,15 @@ def _transforming() -> bool:
     return inside or forward_ad._current_level >= 0
 
 
+# Whether a tensor is many in one, as is_grads_batched=True makes without a transform. torch 2.1
+# has no function for it.
+is_batched = getattr(
+    torch._C._functorch,
+    'is_legacy_batchedtensor',
+    lambda x: 'Batched' in repr(torch._C._dispatch_keys(x)),
+)
+
+
 def differentiable() -> bool:
     """Whether each operation has to be differentiable by itself, so none may work in place.
 

@@ -93,6 +93,9 @@ CHANGES = {
     'other statistics': lambda norm: set_attributes(
         running_mean=torch.arange(4.0), running_var=torch.arange(1.0, 5)
     )(norm),
+    'strided statistics': lambda norm: set_attributes(
+        running_mean=torch.arange(8.0)[::2], running_var=torch.arange(1.0, 9)[1::2]
+    )(norm),
     'no bias': set_attributes(bias=None),
     'frozen weight': freeze_weight,
     'num_features': set_attributes(num_features=7),
@@ -269,6 +272,14 @@ def test_tensors_elsewhere_and_sparse_ones_are_refused(kind):
         copy.deepcopy(layer).to('meta')(torch.randn(2, CHANNELS, 3, 3))
     with pytest.raises(TypeError, match='expected a dense float input'):
         layer(torch.randn(2, CHANNELS, 3, 3).to_sparse())
+
+
+def test_one_value_a_channel_has_no_statistics(kind):
+    for norm in pair(kind):
+        for change in (nn.Module.train, torch.func.replace_all_batch_norm_modules_, nn.Module.eval):
+            change(norm)
+            with pytest.raises(ValueError, match='Expected more than 1 value per channel'):
+                norm(torch.randn(1, CHANNELS, 1, 1))
 
 
 def test_statistics_that_want_a_gradient_are_refused(kind):
