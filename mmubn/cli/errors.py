@@ -38,4 +38,3 @@ def command(main: Callable[[Optional[Sequence[str]]], None]) -> Callable[..., No
         leave_group()
 
     return record(wrapper) if 'TORCHELASTIC_ERROR_FILE' in os.environ else wrapper
-
