@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmengine.model import ImgDataPreprocessor, MMDistributedDataParallel
+from mmengine.model import BaseDataPreprocessor, MMDistributedDataParallel, stack_batch
 from mmengine.optim import OptimWrapper
 from processes import in_processes
 from torch import nn
@@ -266,14 +266,23 @@ class UnequalImages(ToyImages):
         return dict(sample, inputs=nn.functional.pad(sample['inputs'], (0, index, 0, index)))
 
 
+class Padding(BaseDataPreprocessor):
+    """Pads a list of images alike, as those of mmdet and mmpretrain do."""
+
+    def forward(self, data, training=False):
+        inputs = data['inputs']
+        inputs = stack_batch(inputs) if isinstance(inputs, list) else inputs
+        return dict(inputs=inputs, labels=data['labels'])
+
+
 def test_images_of_several_sizes_are_padded_where_the_model_can(tmp_path):
     val = UnequalImages(size=8, seed=1)
     runner = make_runner(tmp_path / 'not', hooks=[HOOK], epochs=1, val=val)
-    with pytest.raises(RuntimeError, match=r'fixed batch of 32 images .* or to 0 to train without'):
+    with pytest.raises(RuntimeError, match=r'set fixed_samples to fewer images .* or to 0'):
         runner.train()
 
     model = ToyNet()
-    model.data_preprocessor = ImgDataPreprocessor()
+    model.data_preprocessor = Padding()
     options = dict(epochs=1, val=val, train_dataloader=dict(loader(ToyImages()), batch_size=4))
     runner = make_runner(tmp_path / 'can', model, hooks=[HOOK], **options)
     hook = next(h for h in runner.hooks if isinstance(h, CondensationHook))
