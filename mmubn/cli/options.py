@@ -4,10 +4,11 @@ import argparse
 import os
 import os.path as osp
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
+from .cfg_options import OptionAction, merge_options
 from .data_root import evaluate_on_train, set_data_root
 from .errors import CommandError
 
@@ -41,7 +42,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=OptionAction,
         metavar='KEY=VALUE',
         help='settings that replace those of the config, by their dotted keys',
     )
@@ -67,8 +68,10 @@ def load_config(args: argparse.Namespace) -> Config:
     except OSError as error:
         raise CommandError(f'config {args.config}: {error}') from error
     cfg.launcher = args.launcher
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
     if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
+        merge_options(cfg, args.cfg_options)
+        init_default_scope(cfg.get('default_scope') or 'mmengine')
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
@@ -79,7 +82,6 @@ def load_config(args: argparse.Namespace) -> Config:
         evaluate_on_train(cfg)
     if cfg.get('default_scope') == 'mmpretrain':
         _complete_dataloaders(cfg)
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
     return cfg
 
 
