@@ -1,6 +1,7 @@
 """Checks that a config is laid out as mmengine's Runner reads it."""
 
 import difflib
+import functools
 import inspect
 from typing import (
     Any,
@@ -20,8 +21,8 @@ from typing import (
 
 from mmengine import registry as roots
 from mmengine.config import Config
-from mmengine.registry import Registry
 from mmengine.optim import OptimWrapper
+from mmengine.registry import Registry
 from mmengine.runner import (
     EpochBasedTrainLoop,
     IterBasedTrainLoop,
@@ -34,6 +35,7 @@ from mmengine.visualization import Visualizer
 from torch import nn
 from torch.utils.data import DataLoader
 
+from .. import registration
 from .errors import CommandError
 
 # What else the tools and mmengine read from the top of a config.
@@ -181,9 +183,7 @@ def _parts(cfg: Config, splits: Collection[str]) -> Iterator[Part]:
             yield Part(path, node, roots.VISBACKENDS, given=('save_dir',))
     if cfg.get('log_processor') is not None:
         yield Part('log_processor', cfg.log_processor, roots.LOG_PROCESSORS, LogProcessor)
-    plain = dict(
-        randomness=Runner.set_randomness, env_cfg=_env_cfg, auto_scale_lr=_auto_scale_lr
-    )
+    plain = dict(randomness=Runner.set_randomness, env_cfg=_env_cfg, auto_scale_lr=_auto_scale_lr)
     for key, takes in plain.items():
         if cfg.get(key) is not None:
             yield Part(key, cfg[key], None, takes, given=('self',))
@@ -307,7 +307,10 @@ def find_class(node: dict, registry: Registry) -> Optional[Callable]:
     if not isinstance(kind, str):
         return kind
     with registry.switch_scope_and_registry(node.get('_scope_')) as found:
-        return found.get(kind)
+        build = found.get(kind)
+    if isinstance(build, functools.partial) and build.func is registration.build:
+        build = registration.find(*build.args)  # a type of ours, imported by now
+    return build
 
 
 def did_you_mean(name: str, known: Collection[str], cutoff: float = 0.6) -> str:
