@@ -4,7 +4,7 @@ import argparse
 import ast
 import shlex
 import sys
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Collection, Dict, Iterator, List, Optional, Sequence
 
 from mmengine import registry as roots
 from mmengine.config import Config, DictAction
@@ -98,6 +98,10 @@ def merge_options(cfg: Config, options: Dict[str, Any]) -> None:
     """
     before = Config(cfg.to_dict())
     merged = dict(options)
+    for key in options:
+        *way, last = key.split('.')
+        if last == '_delete_' and _has(before, way):
+            _look_up(before, way[:-1])[way[-1]] = None  # what stood there goes
     for key, value in options.items():
         for path in _check_way(before, key):
             merged[f'{path}._delete_'] = True
@@ -137,7 +141,7 @@ def _check_way(cfg: Config, key: str) -> Iterator[str]:
 def _check_top(cfg: Config, key: str) -> None:
     name = key.split('.')[0]
     if name not in cfg and name not in RUNNER_KEYS:
-        hint = did_you_mean(name, {*cfg, *RUNNER_KEYS})
+        hint = _nearest(cfg, '', name, {*cfg, *RUNNER_KEYS})
         raise CommandError(f"--cfg-options {key}: the config has no '{name}'{hint}")
     if name in RUNNER_KEYS and name != 'custom_imports':
         return
@@ -187,12 +191,22 @@ def _check_added(before: Config, after: Config, key: str) -> None:
     if any(name in takes.names for takes in classes):
         return
     if classes and not any(takes.is_open for takes in classes):
-        hint = did_you_mean(name, known)
+        hint = _nearest(before, place, name, known)
         raise CommandError(f"--cfg-options {key}: {place} takes no '{name}'{hint}")
     hint = did_you_mean(name, known, cutoff=0.85)
     if hint:
         raise CommandError(f"--cfg-options {key}: {place} has no '{name}'{hint}")
     _warn(f"--cfg-options {key}: {place} had no '{name}'; it is added")
+
+
+def _nearest(cfg: Config, place: str, name: str, known: Collection[str]) -> str:
+    """A key that looks like it, or one of the same name further inside."""
+    tops = [place] if place else [top for top in cfg if top in RUNNER_KEYS]
+    for top in tops:
+        for path, node in walk(_look_up(cfg, top.split('.')), top):
+            if name in node and path != place:
+                return f", did you mean '{path}.{name}'?"
+    return did_you_mean(name, known)
 
 
 def _has(cfg: Any, parts: Sequence[str]) -> bool:

@@ -150,9 +150,14 @@ def test_checkpoint_of_another_width(project, fails):
 @pytest.mark.parametrize(
     ('depth', 'norm', 'option', 'difference'),
     [
-        (34, 'UBN', 'seed=0', '160 keys unknown to the model (backbone.layer1.2.bn1.weight)'),
+        (
+            34,
+            'UBN',
+            'randomness.seed=0',
+            '160 keys unknown to the model (backbone.layer1.2.bn1.weight)',
+        ),
         (18, 'UBN', 'model.backbone.depth=34', '144 keys missing (backbone.layer1.2.bn1.weight)'),
-        (18, 'RBN', 'seed=0', '40 keys missing (backbone.bn1.kernel)'),
+        (18, 'RBN', 'resume=False', '40 keys missing (backbone.bn1.kernel)'),
         (
             18,
             'UBN',
