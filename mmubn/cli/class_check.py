@@ -3,6 +3,7 @@
 from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
 from mmengine.config import Config
+from mmengine.fileio import list_from_file
 from torch import nn
 
 from .data_check import Data, datasets, is_coco, is_custom, open_dataset
@@ -46,25 +47,28 @@ def dataset_classes(cfg: Config, split: str) -> Iterator[Tuple[str, Sequence[str
 
 
 def _count(data: Data) -> Optional[Tuple[int, bool, str]]:
-    """The number of classes, whether there may be no more, and where they are from."""
+    """The number of classes, whether the heads must have just as many, and where it is from."""
     if is_custom(data.kind):
         dataset = open_dataset(data)
+        if not dataset.with_label:
+            return None
         folders = read_folders(data.path, data.node, dataset)
         if folders is not None:
             return len(folders.names), True, f'class folders in {folders.root}'
-        if dataset.with_label and dataset.metainfo.get('classes') is None and dataset.ann_file:
+        classes = dataset.metainfo.get('classes')
+        if classes is None and '://' not in dataset.ann_file:
             number = count_labels(data.path, dataset)
             return number, False, f'labels in {dataset.ann_file}'
-        if not dataset.with_label:
-            return None
-    elif not is_coco(data.kind) and not getattr(data.kind, 'METAINFO', {}).get('classes'):
-        return None
-    elif 'Panoptic' in data.kind.__name__:
-        return None  # things and stuff have heads of their own
     else:
-        dataset = open_dataset(data)
-    classes = dataset.metainfo.get('classes')
-    return classes and (len(classes), True, f'classes of {data.path} ({data.kind.__name__})')
+        classes = (data.node.get('metainfo') or {}).get('classes')
+        if isinstance(classes, str):
+            classes = list_from_file(classes)
+        classes = classes or getattr(data.kind, 'METAINFO', {}).get('classes')
+    # Things and stuff have heads of their own, and what is tracked is one class of many.
+    others = any('Panoptic' in b.__name__ or 'Video' in b.__name__ for b in data.kind.__mro__)
+    if not classes or others:
+        return None
+    return len(classes), True, f'classes of {data.path} ({data.kind.__name__})'
 
 
 def _check_heads(

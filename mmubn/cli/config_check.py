@@ -238,7 +238,7 @@ def _own(transform: dict) -> bool:
 
 def _optimizer_parts(cfg: Config) -> Iterator[Part]:
     wrapper = cfg.optim_wrapper
-    if 'optimizer' in wrapper or 'type' in wrapper:
+    if not any(isinstance(value, OptimWrapper) for value in wrapper.values()):  # several of them
         required = () if 'constructor' in wrapper else ('optimizer',)
         given = ('optimizer', 'constructor', 'paramwise_cfg', 'accumulative_counts')
         yield Part('optim_wrapper', wrapper, roots.OPTIM_WRAPPERS, OptimWrapper, required, given)
