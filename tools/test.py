@@ -66,7 +66,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Tests."""
     args = parse_args(argv)
-    cfg = load_config(args)
+    cfg = load_config(args, 'test')
     merge_args(cfg, args)
     start_processes(cfg)
     on_main_process(lambda: preflight(cfg, 'test'))

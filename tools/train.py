@@ -58,7 +58,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Trains."""
     args = parse_args(argv)
-    cfg = load_config(args)
+    cfg = load_config(args, 'train')
     merge_args(cfg, args)
     start_processes(cfg)
     if cfg.get('resume'):

@@ -129,6 +129,12 @@ def _check_way(cfg: Config, key: str) -> Iterator[str]:
             node = node[int(part)]
         elif isinstance(node, (dict, Config)):
             if part not in node:
+                if any(later.isdigit() for later in parts[depth + 1 :]):
+                    absent = '.'.join(parts[: depth + 1])
+                    raise CommandError(
+                        f'--cfg-options {key}: the config has no list {absent}; a list is written '
+                        'whole, in the config file'
+                    )
                 return
             node = node[part]
         elif node is None:

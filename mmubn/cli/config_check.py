@@ -81,7 +81,7 @@ class Part(NamedTuple):
     given: Tuple[str, ...] = ()
 
 
-def check_config(cfg: Config, work: str) -> None:
+def check_config(cfg: Config, work: Optional[str] = None) -> None:
     """Looks for what is left out, of another kind, or unknown to what it is given to.
 
     The model's own settings are its constructors' matter: of the model only the kinds are
@@ -89,7 +89,8 @@ def check_config(cfg: Config, work: str) -> None:
 
     Args:
         cfg (Config): The resolved config; its default scope must be in force.
-        work (str): 'train' or 'test', which that has to name all of.
+        work (str): 'train' or 'test', of which nothing may be left out; None is both, as far as
+            the config has them.
 
     Raises:
         CommandError: The first that is found.
@@ -105,7 +106,7 @@ def check_config(cfg: Config, work: str) -> None:
                 f'config {cfg.filename}: {absent[0]} is left out; {", ".join(keys[:-1])} and '
                 f'{keys[-1]} belong together'
             )
-    for part in _parts(cfg, _NEEDED if work == 'train' else [work]):
+    for part in _parts(cfg, ['test'] if work == 'test' else _NEEDED):
         _check_part(part)
     _check_model_kinds(cfg.model, 'model')
 
@@ -168,7 +169,7 @@ def _parts(cfg: Config, splits: Collection[str]) -> Iterator[Part]:
                 default = EpochBasedTrainLoop if by_epoch else IterBasedTrainLoop
                 required = ('by_epoch',) if split == 'train' else ()
                 yield Part(key, loop, roots.LOOPS, loops.get(split, default), required, given)
-    if 'train' in splits:
+    if 'train' in splits and cfg.get('optim_wrapper') is not None:
         yield from _optimizer_parts(cfg)
     for name, node in (cfg.get('default_hooks') or {}).items():
         if node is not None:

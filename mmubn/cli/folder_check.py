@@ -39,7 +39,7 @@ def read_folders(path: str, node: dict, dataset: Any) -> Optional[Folders]:
     if foreign and not _skips_foreign(dataset):
         raise CommandError(
             f'{path}: {node["type"]} takes the folder {osp.join(root, foreign[0])} for a class, '
-            f"and numbers all behind it otherwise; delete it, or give type='CachedImageFolder'"
+            'and numbers all behind it otherwise; delete it'
         )
     names = class_folders(root)
     if not names:
@@ -56,14 +56,10 @@ def _skips_foreign(dataset: Any) -> bool:
 
 def _check_named(path: str, root: str, names: List[str], classes: List[str]) -> None:
     if len(classes) != len(names):
-        strange = [name for name in names if name not in classes]
-        more = (
-            f' ({listed(strange)} not among them)' if strange and set(names) & set(classes) else ''
-        )
         raise CommandError(
-            f'{path}: {root} has {len(names)} class folders{more}, and the classes of '
-            f'metainfo are {len(classes)}; name the classes of the folders, or use folders of '
-            'these classes'
+            f'{path}: {root} has {len(names)} class folders, {listed(names)}, and the config names '
+            f'{len(classes)} classes, {listed(classes)}; give metainfo=dict(classes=...) the names '
+            'of the folders, in their order'
         )
     shifted = first_shift(classes, names)
     if shifted is not None:

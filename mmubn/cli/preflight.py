@@ -7,7 +7,6 @@ from torch import nn
 
 from .checkpoint_check import build_model, check_pretrained, check_start, check_weights
 from .class_check import check_classes
-from .config_check import check_config
 from .data_check import check_data
 from .norm_check import check_norms
 from .work_dir_check import check_results, check_work_dir
@@ -33,7 +32,7 @@ CHECKS: Dict[str, Sequence[Check]] = dict(
 
 
 def preflight(cfg: Config, work: str) -> None:
-    """Checks the config, its data, checkpoints and folders.
+    """Checks the norm layers, the data, the checkpoints and the folders.
 
     Args:
         cfg (Config): The resolved config; its default scope must be in force.
@@ -42,7 +41,6 @@ def preflight(cfg: Config, work: str) -> None:
     Raises:
         CommandError: The first thing that is wrong.
     """
-    check_config(cfg, work)
     check_norms(cfg)
     model = build_model(cfg)
     for check in CHECKS[work]:

@@ -6,9 +6,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, DefaultScope
+from torch import nn
 
 pytest.importorskip('mmpretrain')
 
@@ -40,12 +40,7 @@ def cfg(request) -> Config:
     evaluator = dict(type='Accuracy', topk=(1,))
     return Config(
         dict(
-            model=dict(
-                type='ImageClassifier',
-                backbone=dict(type='ResNet', depth=18),
-                neck=dict(type='GlobalAveragePooling'),
-                head=dict(type='LinearClsHead', num_classes=3, in_channels=512),
-            ),
+            model=dict(head=dict(type='LinearClsHead', num_classes=3, in_channels=8)),
             train_dataloader=loader('train'),
             val_dataloader=loader('val'),
             test_dataloader=loader('val'),
@@ -58,8 +53,8 @@ def cfg(request) -> Config:
 def check(cfg: Config, *splits: str) -> None:
     splits = splits or ('train', 'val')
     check_data(cfg, splits)
-    with torch.device('meta'):
-        check_classes(cfg, MODELS.build(cfg.model), splits)
+    model = nn.ModuleDict(dict(head=MODELS.build(cfg.model.head)))
+    check_classes(cfg, model, splits)
 
 
 def failure(cfg: Config, *splits: str) -> str:
@@ -126,7 +121,7 @@ def test_foreign_folders_are_no_classes(cfg, name):
     if cfg.train_dataloader.dataset.type == 'CustomDataset':
         assert failure(cfg) == (
             f'train_dataloader.dataset: CustomDataset takes the folder ./train/{name} for a class, '
-            "and numbers all behind it otherwise; delete it, or give type='CachedImageFolder'"
+            'and numbers all behind it otherwise; delete it'
         )
         return
     check(cfg)
@@ -154,9 +149,9 @@ def test_no_folders(cfg):
 
 def test_unpacked_into_a_folder_too_many(cfg):
     for split in ('train', 'val'):
-        Path('all').mkdir(exist_ok=True)
-        shutil.move(split, f'all/{split}')
-        shutil.move('all', split)
+        Path(split).rename('images')
+        Path(split).mkdir()
+        Path('images').rename(f'{split}/images')
     assert 'model.head.num_classes=3, and there are 1 class folders in ./train' in failure(cfg)
 
 
@@ -180,8 +175,8 @@ def test_what_the_evaluator_asks_for(cfg):
 @pytest.mark.parametrize(
     ('classes', 'reason'),
     [
-        (['bear', 'apple', 'cat'], "metainfo.classes: 'bear' is class 0 here, and its folder in ./tra"),
-        (['apple', 'bear'], "class folders, 'apple', 'bear', 'cat', and the config names 2 classes"),
+        (['bear', 'apple', 'cat'], "metainfo.classes: 'bear' is class 0 here, and its folder"),
+        (['apple', 'bear'], "class folders, 'apple', 'bear', 'cat', and the config names 2 cl"),
         ('apple', 'is a string, and no file of names'),
     ],
 )  # fmt: skip
@@ -215,7 +210,7 @@ def test_imagenet_of_fewer_classes(cfg):
         ('apple/0.png 0\nbear/0.png one\n', "line 2 of ./list.txt is 'bear/0.png one', not FILE"),
         ('apple/0.png 0\n\n', "line 2 of ./list.txt is '', not FILE LABEL"),
         ('apple/0.png 0\nbear/1.png 1\n', './train has no bear/1.png; 1 of 2 images of ./list.txt'),
-        ('apple/0.png 1\nbear/0.png 2\ncat/0.png 3\n', 'model.head.num_classes=3, and there are at '),
+        ('apple/0.png 1\nbear/0.png 2\ncat/0.png 3\n', 'model.head.num_classes=3, and there are '),
     ],
 )  # fmt: skip
 def test_lists_of_labels(cfg, lines, reason):
