@@ -9,7 +9,7 @@ from typing import Any, Collection, Dict, Iterator, List, Optional, Sequence
 from mmengine import registry as roots
 from mmengine.config import Config, DictAction
 from mmengine.dist import is_main_process
-from mmengine.registry import Registry
+from mmengine.registry import DefaultScope, Registry
 
 from .config_check import RUNNER_KEYS, Arguments, did_you_mean, find_class
 from .errors import CommandError
@@ -160,7 +160,8 @@ def _check_top(cfg: Config, key: str) -> None:
         if name in node and node[name] == cfg.get(name)
     ]
     if places:
-        raise CommandError(f'{text}; set {", ".join(places)}')
+        or_root = ', or give --data-root DIR' if name == 'data_root' else ''
+        raise CommandError(f'{text}; set {", ".join(places)}{or_root}')
     _warn(text)
 
 
@@ -178,6 +179,10 @@ def _check_replaced(cfg: Config, key: str, value: Any) -> None:
             f'--cfg-options {key}: {value!r} cannot replace a list of dicts; set their keys, as '
             f'{key}.0.type=...'
         )
+    number = isinstance(old, (int, float)) and not isinstance(old, bool)
+    # A loss scale may be 'dynamic'; of norm_cfg the layers know the values.
+    if number and isinstance(value, str) and not {'loss_scale', 'norm_cfg'} & {*key.split('.')}:
+        raise CommandError(f'--cfg-options {key}: {value!r} cannot replace the number {old}')
 
 
 def _check_added(before: Config, after: Config, key: str) -> None:
@@ -236,7 +241,13 @@ def _classes(node: dict) -> List[Arguments]:
     """What the dict may build, in any registry: their names overlap."""
     if 'type' not in node:
         return []
-    found = [find_class(node, registry) for registry in _REGISTRIES]
+    found = [find_class(node, roots.MODELS)]  # imports the scope's registries
+    scope = DefaultScope.get_current_instance()
+    found += [
+        find_class(node, registry)
+        for registry in _REGISTRIES
+        if scope is None or scope.scope_name in (registry.scope, *registry.children)
+    ]
     return [Arguments(build) for build in dict.fromkeys(found) if build is not None]
 
 

@@ -89,7 +89,7 @@ def _check_heads(
 
 
 def head_classes(cfg: Config, model: nn.Module) -> Iterator[Tuple[str, int]]:
-    """Key and value of ``num_classes`` of each head that tells classes apart."""
+    """Key and value of ``num_classes``, of each head that tells classes apart."""
     if 'language_model' in cfg.model:
         return  # the classes are given as text
     for name, module in model.named_modules():
@@ -103,6 +103,10 @@ def head_classes(cfg: Config, model: nn.Module) -> Iterator[Tuple[str, int]]:
         if not any('head' in part for part in parts):
             continue
         yield _key(cfg, parts), value
+    prepare = getattr(model, 'data_preprocessor', None)  # mmpretrain's makes labels into vectors
+    if getattr(prepare, 'batch_augments', None) or getattr(prepare, 'to_onehot', False):
+        place = 'data_preprocessor' if cfg.get('data_preprocessor') else 'model.data_preprocessor'
+        yield f'{place}.num_classes', prepare.num_classes
 
 
 def _key(cfg: Config, parts: List[str]) -> str:

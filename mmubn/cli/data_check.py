@@ -74,8 +74,21 @@ def _evaluators(cfg: Config, split: str) -> Iterator:
 
 
 def open_dataset(data: Data) -> Any:
-    """The dataset, built and not loaded: its paths and classes are known."""
-    return DATASETS.build({**data.node, 'pipeline': [], 'lazy_init': True})
+    """The dataset, built and not loaded: its paths and classes are known.
+
+    Raises:
+        CommandError: It refuses its arguments.
+    """
+    prefix = data.node.get('data_prefix')
+    if is_coco(data.kind) and (not isinstance(prefix, dict) or 'img' not in prefix):
+        raise CommandError(
+            f'{data.path}.data_prefix: must name the folder of the images, dict(img=...), '
+            f'got {prefix!r}'
+        )
+    try:
+        return DATASETS.build({**data.node, 'pipeline': [], 'lazy_init': True})
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CommandError(f'{data.path}: {data.kind.__name__}: {error}') from error
 
 
 def is_coco(kind: type) -> bool:

@@ -63,10 +63,27 @@ def check_results(cfg: Config, model: Optional[nn.Module] = None) -> None:
     for path, node in walk(cfg.get('test_evaluator'), 'test_evaluator'):
         for name in ('out_file_path', 'outfile_prefix'):
             if node.get(name):
-                check_writable(f'{path}.{name}', os.path.dirname(node[name]))
+                check_output(f'{path}.{name}', node[name])
 
 
-def check_writable(key: str, folder: str, remedy: str = 'give another place') -> None:
+def check_output(key: str, file: str) -> None:
+    """Whether a file can be written; its folder may be missing.
+
+    Args:
+        key (str): What the user named it by.
+        file (str): Its path.
+
+    Raises:
+        CommandError: It is a folder, may not be changed, or nothing can be written beside it.
+    """
+    if os.path.isdir(file):
+        raise CommandError(f'{key}: {file} is a folder; name a file')
+    if os.path.exists(file) and not os.access(file, os.W_OK):
+        raise CommandError(f'{key}: {file} may not be changed; name another file')
+    check_writable(key, os.path.dirname(file))
+
+
+def check_writable(key: str, folder: str, remedy: str = 'name another place') -> None:
     """Writes a file into the folder, or the nearest above it that exists, and takes it away.
 
     Args:

@@ -166,6 +166,14 @@ def test_keys_that_the_config_has_not_yet(key, capsys):
     assert not capsys.readouterr().err
 
 
+def test_a_word_for_a_number():
+    with pytest.raises(CommandError, match=r"lr: 'fast' cannot replace the number 0\.1"):
+        merge_options(config(), {'optim_wrapper.optimizer.lr': 'fast'})
+    cfg = config()
+    cfg.optim_wrapper.loss_scale = 512
+    merge_options(cfg, {'optim_wrapper.loss_scale': 'dynamic', 'model.backbone.depth': None})
+
+
 def test_what_nobody_can_judge_is_said(capsys):
     merge_options(config(), {'model.train_cfg.own': 3})
     line = "warning: --cfg-options model.train_cfg.own: model.train_cfg had no 'own'; it is added"

@@ -213,6 +213,14 @@ def test_missing_images(cfg):
     check_data(cfg, SPLITS)
 
 
+@pytest.mark.parametrize('prefix', [None, 'train/', dict(img_path='train/')])
+def test_where_the_images_are(cfg, prefix):
+    cfg.train_dataloader.dataset.data_prefix = prefix
+    line = failure(cfg)
+    assert 'train_dataloader.dataset.data_prefix' in line
+    assert 'dict(img=...)' in line
+
+
 def test_train_and_val_swapped(cfg):
     cfg.train_dataloader.dataset.ann_file = 'annotations/val.json'
     assert './train/ has no 4.png; 4 of 4 images of ./annotations/val.json are mi' in failure(cfg)

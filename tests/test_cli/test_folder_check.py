@@ -12,6 +12,7 @@ from torch import nn
 
 pytest.importorskip('mmpretrain')
 
+from mmubn.cli.checkpoint_check import build_model
 from mmubn.cli.class_check import check_classes
 from mmubn.cli.data_check import check_data
 from mmubn.cli.errors import CommandError
@@ -162,6 +163,26 @@ def test_num_classes_of_the_head(cfg, number):
         f'model.head.num_classes={number}, and there are 3 class folders in ./train; give '
         '--cfg-options model.head.num_classes=3'
     )
+
+
+def test_num_classes_of_labels_that_are_mixed(cfg):
+    cfg.model.type = 'ImageClassifier'
+    cfg.model.backbone = dict(type='LeNet5')
+    cfg.model.train_cfg = dict(augments=dict(type='Mixup', alpha=0.8))
+    cfg.data_preprocessor = dict(num_classes=1000)
+    with pytest.raises(CommandError) as caught:
+        check_classes(cfg, build_model(cfg), ('train',))
+    assert str(caught.value) == (
+        'data_preprocessor.num_classes=1000, and there are 3 class folders in ./train; give '
+        '--cfg-options data_preprocessor.num_classes=3'
+    )
+    cfg.data_preprocessor.num_classes = 3
+    check_classes(cfg, build_model(cfg), ('train',))
+
+
+def test_what_a_dataset_refuses(cfg):
+    cfg.train_dataloader.dataset = dict(type='ImageNet', data_root='.', split='trian')
+    assert failure(cfg).startswith('train_dataloader.dataset: ImageNet: The split must be one of')
 
 
 def test_what_the_evaluator_asks_for(cfg):

@@ -247,12 +247,15 @@ def test_places_that_cannot_be_written(project, fails):
         'error: --out folder: metrics go into a file of .json, .yaml, .yml, .pkl'
     )
     (project / 'folder.pkl').mkdir()
-    assert fails('test', *test, '--out', 'folder.pkl') == 'error: --out folder.pkl: it is a folder'
+    line = 'error: --out: folder.pkl is a folder; name a file'
+    assert fails('test', *test, '--out', 'folder.pkl') == line
+    line = fails('similarity_options', *DATA, '--csv', 'file/x.csv')
+    assert line.startswith(f'error: --csv: cannot write to {project}/file (Not a directory); name')
     key = 'test_evaluator.out_file_path'
     options = ('_delete_=True', 'type=DumpResults', 'out_file_path=file/x.pkl')
     options = [f'test_evaluator.{option}' for option in options]
     line = fails('test', *test, '--cfg-options', *options)
-    assert line.startswith(f'error: {key}: cannot write to {project}/file (Not a directory); give')
+    assert line.startswith(f'error: {key}: cannot write to {project}/file (Not a directory); name')
 
 
 def test_advice_with_spaces(project, fails):
