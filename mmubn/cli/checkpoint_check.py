@@ -183,14 +183,12 @@ def read_checkpoint(key: str, source: str, remedy: str = 'give the path of a .pt
     if not isinstance(checkpoint, dict):
         raise CommandError(f'{key}: {source} holds a {type(checkpoint).__name__}, not weights')
     if 'state_dict' not in checkpoint and not any(map(torch.is_tensor, checkpoint.values())):
-        held = [name for name, value in checkpoint.items() if isinstance(value, dict)]
-        held = [n for n in held if any(map(torch.is_tensor, checkpoint[n].values()))]
-        where = f"under '{held[0]}'" if held else 'nowhere'
-        take = f"['{held[0]}']" if held else ''
-        raise CommandError(
-            f"{key}: {source} has its weights {where}, and mmengine looks under 'state_dict'"
-            + (f"; save torch.load('{source}'){take} to a file of its own" if held else '')
-        )
+        for name, value in checkpoint.items():
+            if isinstance(value, dict) and any(map(torch.is_tensor, value.values())):
+                raise CommandError(
+                    f"{key}: {source} has its weights under '{name}', and mmengine looks under "
+                    f"'state_dict'; save torch.load('{source}')['{name}'] to a file of its own"
+                )
     return checkpoint
 
 

@@ -23,7 +23,8 @@ def check_norms(cfg: Config) -> None:
         CommandError: The type is left out or unknown, or refuses a setting.
     """
     for path, node in walk(cfg.model, 'model'):
-        if path.endswith('norm_cfg') and node and 'type' not in node:
+        layer = path.endswith('norm_cfg') and not path.endswith('img_norm_cfg')
+        if layer and node and 'type' not in node:
             raise CommandError(f"{path}: type is left out; write dict(type='UBN', ...)")
     for path, norm in norm_cfgs(cfg):
         if layer_class(norm) is None:
