@@ -239,7 +239,7 @@ def _own(transform: dict) -> bool:
 
 def _optimizer_parts(cfg: Config) -> Iterator[Part]:
     wrapper = cfg.optim_wrapper
-    if not any(isinstance(value, OptimWrapper) for value in wrapper.values()):  # several of them
+    if not any(isinstance(value, OptimWrapper) for value in wrapper.values()):  # several are built
         required = () if 'constructor' in wrapper else ('optimizer',)
         given = ('optimizer', 'constructor', 'paramwise_cfg', 'accumulative_counts')
         yield Part('optim_wrapper', wrapper, roots.OPTIM_WRAPPERS, OptimWrapper, required, given)
@@ -335,7 +335,10 @@ class Arguments:
         self.required: List[str] = []
         self.is_open = True
         for function in _constructors(build):
-            parameters = inspect.signature(function).parameters.values()
+            try:
+                parameters = inspect.signature(function).parameters.values()
+            except ValueError:  # written in C
+                break
             if inspect.isclass(build):
                 parameters = list(parameters)[1:]
             named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]

@@ -98,7 +98,8 @@ def is_coco(kind: type) -> bool:
 
 def is_custom(kind: type) -> bool:
     """Whether mmpretrain reads it from class folders or a list of files and labels."""
-    return _loads_as(kind, 'CustomDataset') or kind.__name__ == 'CachedImageFolder'
+    cached = any(base.__name__ == 'CachedImageFolder' for base in kind.__mro__)
+    return cached or _loads_as(kind, 'CustomDataset')
 
 
 def _loads_as(kind: type, name: str) -> bool:

@@ -35,6 +35,8 @@ def read_folders(path: str, node: dict, dataset: Any) -> Optional[Folders]:
     root = dataset.img_prefix
     if not dataset.with_label or dataset.ann_file or '://' in root:
         return None
+    if not osp.isdir(root):
+        raise CommandError(f'{path}: no folder {root}; it must hold a folder for each class')
     foreign = foreign_folders(root)
     if foreign and not _skips_foreign(dataset):
         raise CommandError(

@@ -148,6 +148,12 @@ def test_no_folders(cfg):
     )
 
 
+def test_no_folder_of_a_split(cfg):
+    cfg.val_dataloader.dataset = dict(type='ImageNet', data_root='train', split='val')
+    line = 'val_dataloader.dataset: no folder train/val; it must hold a folder for each class'
+    assert failure(cfg) == line
+
+
 def test_unpacked_into_a_folder_too_many(cfg):
     for split in ('train', 'val'):
         Path(split).rename('images')
