@@ -157,9 +157,6 @@ def run_rows(args: argparse.Namespace) -> None:
         setting = make_setting(row, args.config)
         settings[setting.name] = setting
     flags = ('amp', 'auto_scale_lr', 'eval_on_train')
-    arguments = [f'--{flag.replace("_", "-")}' for flag in flags if getattr(args, flag)]
-    if args.data_root is not None:
-        arguments += ['--data-root', args.data_root]
     jobs = make_jobs(
         list(settings.values()),
         args.work_dir,
@@ -167,13 +164,14 @@ def run_rows(args: argparse.Namespace) -> None:
         args.budget,
         args.epochs,
         args.cfg_options or [],
-        arguments,
+        [f'--{flag.replace("_", "-")}' for flag in flags if getattr(args, flag)],
+        args.data_root,
+        args.gpus,
         condensation=not args.no_condensation,
     )
-    data = Path(args.data_root).resolve().name if args.data_root else None
     # Ended by a signal, it ends its trainings too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    failed = run_jobs(jobs, args.jobs, args.gpus, data)
+    failed = run_jobs(jobs, args.jobs)
     if len(failed) < len(jobs):
         report(args)
     if failed:

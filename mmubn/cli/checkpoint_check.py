@@ -19,6 +19,7 @@ from .class_check import dataset_classes
 from .config_check import find_class
 from .errors import CommandError
 from .folder_check import first_shift
+from .resume_check import check_resumed
 from .walk import walk
 
 # Keys of the state dict by the way in which they do not fit.
@@ -108,7 +109,8 @@ def check_start(cfg: Config, model: Optional[nn.Module] = None) -> None:
             f'--resume: {source} holds weights alone; start from it by '
             f'--cfg-options {option("load_from", source)}'
         )
-    _check_fit('--resume', source, checkpoint, cfg, model)
+    model = _check_fit('--resume', source, checkpoint, cfg, model)
+    check_resumed(cfg, source, checkpoint, model)
 
 
 def _check_load_from(cfg: Config, model: nn.Module) -> None:
@@ -238,7 +240,7 @@ def _refusing(cfg: Config, message: str) -> str:
 
 def _check_fit(
     key: str, source: str, checkpoint: dict, cfg: Config, model: Optional[nn.Module] = None
-) -> None:
+) -> nn.Module:
     model = build_model(cfg) if model is None else model
     differences = _differences(model, _weights(checkpoint))
     if any(differences.values()):
@@ -246,6 +248,7 @@ def _check_fit(
             f'{key}: {source} does not fit the model of {cfg.filename}: '
             f'{_summary(differences)}; give the config it was trained with'
         )
+    return model
 
 
 def _differences(module: nn.Module, weights: Dict[str, Tensor]) -> Differences:
