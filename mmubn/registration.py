@@ -18,10 +18,18 @@ for name in layers.__all__:
     MODELS.register_module(module=getattr(layers, name), force=True)
 
 
-def _build(module, name, **options):
-    # mmengine.hooks takes a second to import and OpenCV with it, mmpretrain several;
-    # whoever builds these has them anyway.
-    return getattr(import_module(module), name)(**options)
+def find(module, name):
+    """The class ``name`` of ``module``, imported now."""
+    return getattr(import_module(module), name)
+
+
+def build(module, name, **options):
+    """Makes an object of it; it is what the registries hold.
+
+    mmengine.hooks takes a second to import and OpenCV with it, mmpretrain several;
+    whoever builds these has them anyway.
+    """
+    return find(module, name)(**options)
 
 
 for registry, module, names in (
@@ -31,7 +39,7 @@ for registry, module, names in (
     (MODELS, 'mmubn.models', ('InceptionV4_CIFAR', 'ResNeXt_CIFAR')),
 ):
     for name in names:
-        registry.register_module(name=name, module=partial(_build, module, name), force=True)
+        registry.register_module(name=name, module=partial(build, module, name), force=True)
 
 # What `_base_ = 'mmubn::...'` may name.
 MODULE2PACKAGE['mmubn'] = 'mmubn'

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mmubn.cli.errors import CommandError, command
 from mmubn.cli.options import build_runner, load_config, make_parser
+from mmubn.cli.work_dir_check import check_output
 from mmubn.layers import UBN
 from mmubn.ops import mean_cosine_similarity
 
@@ -93,6 +94,8 @@ def compare(
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Trains and prints the table."""
     args = parse_args(argv)
+    if args.csv:
+        check_output('--csv', str(args.csv))
     cfg = load_config(args)
     cfg.train_cfg = dict(by_epoch=False, max_iters=args.iterations)
     cfg.log_processor = dict(by_epoch=False)
@@ -109,6 +112,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     for interval, stride, mean, largest, gate in rows:
         print(f'{interval:>8} {stride:>6} {mean:>11.4f} {largest:>8.4f} {gate:>12.2%}')
     if args.csv:
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
         with args.csv.open('w', newline='') as file:
             csv.writer(file).writerows([COLUMNS, *rows])
 

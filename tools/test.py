@@ -9,12 +9,13 @@ from mmengine.config import Config
 from mmengine.registry import METRICS
 
 import mmubn  # noqa: F401  registers UBN for configs without custom_imports
-from mmubn.cli.checkpoint_check import check_weights
-from mmubn.cli.data_check import check_data
 from mmubn.cli.errors import CommandError, command
-from mmubn.cli.norm_check import check_norms
 from mmubn.cli.options import build_runner, load_config, make_parser
+from mmubn.cli.preflight import preflight
 from mmubn.cli.processes import on_main_process, start_processes
+from mmubn.cli.work_dir_check import check_output, check_writable
+
+_FORMATS = ('.json', '.yaml', '.yml', '.pkl', '.pickle')  # that mmengine.dump knows
 
 
 def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -39,6 +40,12 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     cfg.load_from = args.checkpoint
     if args.out and args.out_item == 'pred' and not args.out.endswith(('.pkl', '.pickle')):
         raise CommandError(f'--out {args.out}: predictions go into a .pkl file')
+    if args.out and not args.out.endswith(_FORMATS):
+        raise CommandError(f'--out {args.out}: metrics go into a file of {", ".join(_FORMATS)}')
+    if args.out:
+        check_output('--out', args.out)
+    if args.show_dir:
+        check_writable('--show-dir', args.show_dir)
     if not (args.show or args.show_dir):
         return
     hook = cfg.get('default_hooks', {}).get('visualization')
@@ -53,21 +60,14 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     hook.update(settings, show=args.show, wait_time=args.wait_time)
 
 
-def check(cfg: Config) -> None:
-    """All that can be known to fail before the runner makes the work directory."""
-    check_norms(cfg)
-    check_data(cfg, ('test',))
-    check_weights(cfg)
-
-
 @command
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Tests."""
     args = parse_args(argv)
-    cfg = load_config(args)
+    cfg = load_config(args, 'test')
     merge_args(cfg, args)
     start_processes(cfg)
-    on_main_process(lambda: check(cfg))
+    on_main_process(lambda: preflight(cfg, 'test'))
     runner = build_runner(cfg)
     if args.out and args.out_item == 'pred':
         mmdet = cfg.get('default_scope') == 'mmdet'  # its own compresses the masks

@@ -7,16 +7,14 @@ from mmengine.config import Config
 from mmengine.device import get_device
 
 import mmubn  # noqa: F401  registers UBN for configs without custom_imports
-from mmubn.cli.checkpoint_check import check_pretrained, check_start
-from mmubn.cli.data_check import check_data
 from mmubn.cli.errors import CommandError, command
-from mmubn.cli.norm_check import add_ubn_check, check_norms
+from mmubn.cli.norm_check import add_ubn_check
 from mmubn.cli.options import build_runner, load_config, make_parser
+from mmubn.cli.preflight import preflight
 from mmubn.cli.processes import on_main_process, start_processes
 from mmubn.cli.resume import resume_settings
 from mmubn.cli.survival_hooks import add_survival_hooks
 from mmubn.cli.sync_bn import replace_sync_bn
-from mmubn.cli.work_dir_check import check_work_dir
 
 
 def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -56,26 +54,17 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     add_ubn_check(cfg)
 
 
-def check(cfg: Config) -> None:
-    """All that can be known to fail before the runner makes the work directory."""
-    check_norms(cfg)
-    check_data(cfg, ('train', 'val'))
-    check_start(cfg)
-    check_pretrained(cfg)
-    check_work_dir(cfg)
-
-
 @command
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Trains."""
     args = parse_args(argv)
-    cfg = load_config(args)
+    cfg = load_config(args, 'train')
     merge_args(cfg, args)
     start_processes(cfg)
     if cfg.get('resume'):
         cfg.merge_from_dict(on_main_process(lambda: resume_settings(cfg)))
     add_survival_hooks(cfg)
-    on_main_process(lambda: check(cfg))
+    on_main_process(lambda: preflight(cfg, 'train'))
     build_runner(cfg).train()
 
 

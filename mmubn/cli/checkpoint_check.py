@@ -14,7 +14,11 @@ from mmengine.runner import CheckpointLoader, load_state_dict
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .cfg_options import option
+from .class_check import dataset_classes
+from .config_check import find_class
 from .errors import CommandError
+from .folder_check import first_shift
 from .resume_check import check_resumed
 from .walk import walk
 
@@ -22,7 +26,7 @@ from .walk import walk
 Differences = Dict[str, List[str]]
 
 
-def check_pretrained(cfg: Config) -> None:
+def check_pretrained(cfg: Config, model: Optional[nn.Module] = None) -> None:
     """Reads the weights of every ``init_cfg``, fetching those that are not cached yet.
 
     Where they fill a module with layers of BatchNorm's kind, these must fit. What else
@@ -32,11 +36,11 @@ def check_pretrained(cfg: Config) -> None:
 
     Args:
         cfg (Config): The resolved config.
+        model (Module): Its model; built where it is not given.
 
     Raises:
         CommandError: They are unreachable, missing, broken, or of another depth or norm.
     """
-    model = None
     for path, node in walk(cfg.model, 'model'):
         if node.get('type') not in ('Pretrained', 'PretrainedInit') or 'checkpoint' not in node:
             continue
@@ -47,7 +51,7 @@ def check_pretrained(cfg: Config) -> None:
         checkpoint = read_checkpoint(f'{path}.checkpoint', node['checkpoint'], remedy)
         place = re.fullmatch(r'model\.(?:(.+)\.)?init_cfg(?:\.\d+)?', path)
         if place is not None:
-            model = model or build_model(cfg)
+            model = build_model(cfg) if model is None else model
             _check_filled(path, node, checkpoint, model, place[1] or '', remedy)
 
 
@@ -79,7 +83,7 @@ def _check_filled(
     )
 
 
-def check_start(cfg: Config) -> None:
+def check_start(cfg: Config, model: Optional[nn.Module] = None) -> None:
     """Reads the checkpoint training starts from; one to resume must fit the model.
 
     One to fine-tune from must fit in the norm layers of the backbone alone: another
@@ -87,20 +91,14 @@ def check_start(cfg: Config) -> None:
 
     Args:
         cfg (Config): The resolved config, to resume from its ``load_from``.
+        model (Module): Its model; built where it is not given.
 
     Raises:
         CommandError: It is missing, broken, of another depth or norm, or cannot be resumed.
     """
     if not cfg.get('resume'):
         if cfg.get('load_from'):
-            weights = _weights(read_checkpoint('load_from', cfg.load_from))
-            differences = _of_backbone(_norm_differences(build_model(cfg), weights))
-            if any(differences.values()):
-                raise CommandError(
-                    f'load_from: {cfg.load_from} does not fit the norm layers of the backbone in '
-                    f'{cfg.filename}: {_summary(differences)}; give a checkpoint of its depth and '
-                    'norm type, or one with BatchNorm'
-                )
+            _check_load_from(cfg, build_model(cfg) if model is None else model)
         return
     source = cfg.get('load_from')
     if source is None:
@@ -109,23 +107,57 @@ def check_start(cfg: Config) -> None:
     if 'meta' not in checkpoint or 'iter' not in checkpoint['meta']:
         raise CommandError(
             f'--resume: {source} holds weights alone; start from it by '
-            f'--cfg-options load_from={source}'
+            f'--cfg-options {option("load_from", source)}'
         )
-    model = _check_fit('--resume', source, checkpoint, cfg)
+    model = _check_fit('--resume', source, checkpoint, cfg, model)
     check_resumed(cfg, source, checkpoint, model)
 
 
-def check_weights(cfg: Config) -> None:
-    """Reads the checkpoint to be tested, which must fit the model.
+def _check_load_from(cfg: Config, model: nn.Module) -> None:
+    source = cfg.load_from
+    weights = _weights(read_checkpoint('load_from', source))
+    differences = _of_backbone(_norm_differences(model, weights))
+    if not any(differences.values()):
+        return
+    remedy = 'give a checkpoint of its depth and norm type, or one with BatchNorm'
+    backbone = getattr(model, 'backbone', None)
+    children = {name for name, _ in backbone.named_children()} if backbone is not None else ()
+    if any(name.split('.')[0] in children for name in weights):
+        key = 'model.backbone.init_cfg'
+        remedy = (
+            f"its names lack 'backbone.', so it holds a backbone alone, as torchvision's and "
+            f"timm's files do; load it by --cfg-options load_from=None {key}._delete_=True "
+            f'{key}.type=Pretrained {option(f"{key}.checkpoint", source)}'
+        )
+    raise CommandError(
+        f'load_from: {source} does not fit the norm layers of the backbone in '
+        f'{cfg.filename}: {_summary(differences)}; {remedy}'
+    )
+
+
+def check_weights(cfg: Config, model: Optional[nn.Module] = None) -> None:
+    """Reads the checkpoint to be tested, which must fit the model and the test's classes.
 
     Args:
         cfg (Config): The resolved config, the checkpoint in ``load_from``.
+        model (Module): Its model; built where it is not given.
 
     Raises:
-        CommandError: It is missing, broken, or of another model.
+        CommandError: It is missing, broken, of another model, or numbers the classes otherwise.
     """
     checkpoint = read_checkpoint('checkpoint', cfg.load_from)
-    _check_fit('checkpoint', cfg.load_from, checkpoint, cfg)
+    _check_fit('checkpoint', cfg.load_from, checkpoint, cfg, model)
+    meta = (checkpoint.get('meta') or {}).get('dataset_meta') or {}
+    trained = meta.get('classes') or meta.get('CLASSES') or ()
+    for path, names in dataset_classes(cfg, 'test'):
+        shifted = first_shift(names, trained)
+        if shifted is not None:
+            raise CommandError(
+                f"checkpoint: {cfg.load_from} was trained with '{shifted}' as class "
+                f'{list(trained).index(shifted)}, and {path} has it as class '
+                f'{list(names).index(shifted)}; give the test the classes of the training, '
+                'in their order'
+            )
 
 
 def read_checkpoint(key: str, source: str, remedy: str = 'give the path of a .pth file') -> dict:
@@ -152,6 +184,13 @@ def read_checkpoint(key: str, source: str, remedy: str = 'give the path of a .pt
         raise CommandError(f'{key}: {source} is not a whole checkpoint ({reason})') from error
     if not isinstance(checkpoint, dict):
         raise CommandError(f'{key}: {source} holds a {type(checkpoint).__name__}, not weights')
+    if 'state_dict' not in checkpoint and not any(map(torch.is_tensor, checkpoint.values())):
+        for name, value in checkpoint.items():
+            if isinstance(value, dict) and any(map(torch.is_tensor, value.values())):
+                raise CommandError(
+                    f"{key}: {source} has its weights under '{name}', and mmengine looks under "
+                    f"'state_dict'; save torch.load('{source}')['{name}'] to a file of its own"
+                )
     return checkpoint
 
 
@@ -166,13 +205,43 @@ def _weights(checkpoint: dict, prefix: Optional[str] = None) -> Dict[str, Tensor
 
 
 def build_model(cfg: Config) -> nn.Module:
-    """The config's model, to look at; the random generators stay as they are."""
-    with torch.random.fork_rng():
-        return MODELS.build(copy.deepcopy(cfg.model))
+    """The config's model, to look at; the random generators stay as they are.
+
+    Raises:
+        CommandError: A part of it lacks an argument or its type, or does not know one.
+    """
+    settings = copy.deepcopy(cfg.model)
+    if cfg.get('data_preprocessor') is not None:  # as mmengine's Runner
+        settings.setdefault('data_preprocessor', copy.deepcopy(cfg.data_preprocessor))
+    try:
+        with torch.random.fork_rng():
+            return MODELS.build(settings)
+    except TypeError as error:
+        if 'argument' not in str(error):
+            raise
+        raise CommandError(f'{_refusing(cfg, str(error))}: {error}') from error
+    except KeyError as error:
+        if 'must contain the key "type"' not in str(error):
+            raise
+        reason = str(error.args[0]).splitlines()[0]
+        raise CommandError(f'model: a type is left out: {reason}') from error
 
 
-def _check_fit(key: str, source: str, checkpoint: dict, cfg: Config) -> nn.Module:
-    model = build_model(cfg)
+def _refusing(cfg: Config, message: str) -> str:
+    """The path of the part of the model that a ``TypeError`` of its constructor is about."""
+    build, names = message.partition('.')[0], re.findall(r"'(\w+)'", message)
+    for path, node in walk(cfg.model, 'model'):
+        kind = find_class(node, MODELS)
+        builds = any(base.__name__ == build for base in getattr(kind, '__mro__', ()))
+        if builds and names and ('unexpected' in message) == (names[0] in node):
+            return path
+    return 'model'
+
+
+def _check_fit(
+    key: str, source: str, checkpoint: dict, cfg: Config, model: Optional[nn.Module] = None
+) -> nn.Module:
+    model = build_model(cfg) if model is None else model
     differences = _differences(model, _weights(checkpoint))
     if any(differences.values()):
         raise CommandError(

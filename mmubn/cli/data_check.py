@@ -1,55 +1,184 @@
-"""Checks that the data a config names is there."""
+"""Checks that the data a config names is there, and is what the config takes it for."""
 
 import inspect
 import os.path as osp
-from typing import Optional, Sequence
+from typing import Any, Iterator, List, NamedTuple, Sequence
 
 from mmengine.config import Config
+from mmengine.fileio import list_from_file
 from mmengine.registry import DATASETS
+from mmengine.utils import is_seq_of
 
+from .coco_check import CocoFile, check_coco, check_evaluated
+from .config_check import did_you_mean, find_class
 from .errors import CommandError
+from .folder_check import Folders, check_alike, count_labels, read_folders
 from .walk import walk
 
 _REMEDY = '--data-root DIR points every dataset and evaluator at another folder'
 _EVALUATION_REMEDY = f'{_REMEDY}, --eval-on-train evaluates on the training images'
+_PLACES = ('data_root', 'ann_file', 'data_prefix')
+
+
+class Data(NamedTuple):
+    """A dataset of the config."""
+
+    path: str
+    node: dict
+    kind: type
 
 
 def check_data(cfg: Config, splits: Sequence[str]) -> None:
-    """Looks for the folders and annotation files of the datasets and evaluators.
+    """Looks for the folders and annotation files of the datasets and evaluators, and into them.
 
-    Remote paths, and datasets that download themselves, are left to mmengine. Of CIFAR's
-    archives the files are looked for, not read.
+    COCO's annotation files are read, those of ``CustomDataset`` too, and class folders are
+    compared across the splits. Remote paths, and datasets that download themselves, are left
+    to mmengine. Of CIFAR's archives the files are looked for, not read.
 
     Args:
         cfg (Config): The resolved config.
         splits (Sequence[str]): Of 'train', 'val' and 'test', those to be used.
 
     Raises:
-        CommandError: The first that is missing.
+        CommandError: The first that is missing, or does not fit.
     """
     for split in splits:
         remedy = _REMEDY if split == 'train' else _EVALUATION_REMEDY
-        key = f'{split}_dataloader'
-        for path, node in walk(cfg.get(key), key):
-            if 'data_root' not in node and 'ann_file' not in node:
-                continue
-            kind = _dataset_class(node)
-            if kind is None or 'download' not in inspect.signature(kind).parameters:
-                _check_dataset(path, node, remedy)
-            elif hasattr(kind, 'base_folder') and not node.get('download', True):
-                _check_cifar(path, node, kind)
-        key = f'{split}_evaluator'
-        for path, node in walk(cfg.get(key), key):
+        for data in datasets(cfg, split):
+            if 'download' not in inspect.signature(data.kind).parameters:
+                _check_dataset(data.path, data.node, remedy)
+            elif hasattr(data.kind, 'base_folder') and not data.node.get('download', True):
+                _check_cifar(data.path, data.node, data.kind)
+        for path, node in _evaluators(cfg, split):
             if node.get('ann_file'):
                 _check_file(f'{path}.ann_file', node['ann_file'], remedy)
+    for split in splits:
+        _check_coco_files(cfg, split)
+    _check_folders(cfg, splits)
 
 
-def _dataset_class(dataset: dict) -> Optional[type]:
-    kind = dataset.get('type')
-    if not isinstance(kind, str):
-        return kind
-    with DATASETS.switch_scope_and_registry(dataset.get('_scope_')) as registry:
-        return registry.get(kind)
+def datasets(cfg: Config, split: str) -> Iterator[Data]:
+    """The datasets of a split that read data, inside of those that join or repeat them."""
+    key = f'{split}_dataloader'
+    for path, node in walk(cfg.get(key), key):
+        if any(name in node for name in _PLACES) and 'type' in node:
+            kind = find_class(node, DATASETS)
+            if inspect.isclass(kind):
+                _check_metainfo(path, node, kind)
+                yield Data(path, node, kind)
+
+
+def _evaluators(cfg: Config, split: str) -> Iterator:
+    key = f'{split}_evaluator'
+    return walk(cfg.get(key), key)
+
+
+def open_dataset(data: Data) -> Any:
+    """The dataset, built and not loaded: its paths and classes are known.
+
+    Raises:
+        CommandError: It refuses its arguments.
+    """
+    prefix = data.node.get('data_prefix')
+    if is_coco(data.kind) and (not isinstance(prefix, dict) or 'img' not in prefix):
+        raise CommandError(
+            f'{data.path}.data_prefix: must name the folder of the images, dict(img=...), '
+            f'got {prefix!r}'
+        )
+    try:
+        return DATASETS.build({**data.node, 'pipeline': [], 'lazy_init': True})
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CommandError(f'{data.path}: {data.kind.__name__}: {error}') from error
+
+
+def is_coco(kind: type) -> bool:
+    """Whether mmdet reads it as it reads COCO."""
+    return _loads_as(kind, 'CocoDataset')
+
+
+def is_custom(kind: type) -> bool:
+    """Whether mmpretrain reads it from class folders or a list of files and labels."""
+    cached = any(base.__name__ == 'CachedImageFolder' for base in kind.__mro__)
+    return cached or _loads_as(kind, 'CustomDataset')
+
+
+def _loads_as(kind: type, name: str) -> bool:
+    for base in kind.__mro__:
+        if 'load_data_list' in vars(base):
+            return base.__name__ == name and base.__module__.startswith(('mmdet.', 'mmpretrain.'))
+    return False
+
+
+def _check_metainfo(path: str, node: dict, kind: type) -> None:
+    metainfo = node.get('metainfo')
+    if metainfo is not None and not isinstance(metainfo, dict):
+        raise CommandError(
+            f'{path}.metainfo: must be a dict, got {metainfo!r}; write metainfo=dict(classes=(...))'
+        )
+    metainfo = metainfo or {}
+    for key in metainfo:
+        known = {'classes', *getattr(kind, 'METAINFO', {})}
+        hint = did_you_mean(key, known)
+        if key not in known and 'classes' not in metainfo and 'classes' in hint:
+            raise CommandError(f"{path}.metainfo: nothing reads '{key}'{hint}")
+    for key, classes in (
+        (f'{path}.metainfo.classes', metainfo.get('classes')),
+        (f'{path}.classes', node.get('classes')),
+    ):
+        if isinstance(classes, str) and osp.isfile(classes):
+            classes = list_from_file(classes)
+        if classes is None:
+            continue
+        if isinstance(classes, str):
+            raise CommandError(
+                f'{key}: {classes!r} is a string, and no file of names; one class is written with '
+                f"a comma, classes=('{classes}',)"
+            )
+        if not is_seq_of(classes, str) or not classes or len(set(classes)) < len(classes):
+            raise CommandError(
+                f'{key}: must be the names of the classes, each once, got {tuple(classes)!r}'
+            )
+
+
+def _check_coco_files(cfg: Config, split: str) -> None:
+    metrics = [
+        (path, node)
+        for path, node in _evaluators(cfg, split)
+        if str(node.get('type')).endswith('CocoMetric')
+    ]
+    labelled = not any(node.get('format_only') for _, node in metrics)
+    read: List[CocoFile] = []
+    for data in datasets(cfg, split):
+        if not is_coco(data.kind) or '://' in (data.node.get('data_root') or ''):
+            continue
+        dataset = open_dataset(data)
+        if not dataset.ann_file:
+            raise CommandError(f'{data.path}: ann_file is left out; {data.kind.__name__} needs it')
+        read.append(check_coco(data.path, data.node, dataset, labelled))
+    for path, node in metrics:
+        if len(read) == 1 and node.get('ann_file') and '://' not in node['ann_file']:
+            check_evaluated(
+                f'{path}.ann_file', node['ann_file'], read[0], dataset.metainfo['classes']
+            )
+
+
+def _check_folders(cfg: Config, splits: Sequence[str]) -> None:
+    found: List[Folders] = []
+    for split in dict.fromkeys(('train', *splits)):
+        for data in datasets(cfg, split):
+            if not is_custom(data.kind):
+                continue
+            dataset = open_dataset(data)
+            if split not in splits and not osp.isdir(dataset.img_prefix):
+                continue  # a test does not need the training images
+            if dataset.with_label and dataset.ann_file and '://' not in dataset.ann_file:
+                if split in splits:
+                    count_labels(data.path, dataset)
+                continue
+            folders = read_folders(data.path, data.node, dataset)
+            if folders is not None:
+                found.append(folders)
+    check_alike(found)
 
 
 def _check_cifar(path: str, dataset: dict, kind: type) -> None:

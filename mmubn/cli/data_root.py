@@ -3,7 +3,7 @@
 import copy
 import os.path as osp
 import sys
-from typing import Any, Sequence
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.dist import is_main_process
@@ -17,7 +17,7 @@ _DATA_KEYS = ('_dataloader', '_evaluator')
 def set_data_root(cfg: Config, folder: str) -> None:
     """Replaces the data root of every dataset and evaluator.
 
-    Every ``data_root`` becomes ``folder``, and every path that starts with an old one
+    Every ``data_root`` becomes ``folder``, and every path that starts with the old one
     moves along, such as the ``ann_file`` of ``CocoMetric``. Paths relative to a
     ``data_root`` stay, so the folder needs the layout the config expects. For CIFAR it may
     also hold ``train/`` and ``test/`` with a folder of images for each class: then
@@ -28,18 +28,29 @@ def set_data_root(cfg: Config, folder: str) -> None:
         folder (str): The new root.
 
     Raises:
-        CommandError: ``folder`` is none, or no dataset has a ``data_root``.
+        CommandError: ``folder`` is none, no dataset has a ``data_root``, or they have several,
+            which would become one.
     """
     if not osp.isdir(folder):
         raise CommandError(f'--data-root: {folder} is not a folder')
     keys = [key for key in cfg if key.endswith(_DATA_KEYS)]
-    found = [node.get('data_root') for key in keys for _, node in walk(cfg[key], key)]
-    found = {osp.normpath(root) for root in found if root}
-    if not found:
+    found = {
+        path: osp.normpath(node['data_root'])
+        for key in keys
+        for path, node in walk(cfg[key], key)
+        if node.get('data_root')
+    }
+    roots = list(dict.fromkeys(found.values()))
+    if not roots:
         raise CommandError('--data-root: no dataset of the config has a data_root to replace')
-    roots = sorted(found, key=len, reverse=True)
+    if len(roots) > 1:
+        listed = ' '.join(f'{path}.data_root=DIR' for path in found)
+        raise CommandError(
+            f'--data-root: the datasets of the config have the roots {", ".join(roots)}, which '
+            f'would become one; in place of it name each by --cfg-options {listed}'
+        )
     for key in keys:  # new values, since test_dataloader may be the same object as val_dataloader
-        cfg[key] = _moved(cfg[key], roots, folder)
+        cfg[key] = _moved(cfg[key], roots[0], folder)
         for _, node in walk(cfg[key], key):
             if node.get('type') in ('CIFAR10', 'CIFAR100'):
                 _read_class_folders(node)
@@ -53,18 +64,16 @@ def _read_class_folders(cifar: dict) -> None:
         cifar.update(type='CachedImageFolder', data_prefix=split)
 
 
-def _moved(node: Any, roots: Sequence[str], folder: str) -> Any:
+def _moved(node: Any, root: str, folder: str) -> Any:
     if isinstance(node, dict):
-        moved = {key: _moved(value, roots, folder) for key, value in node.items()}
+        moved = {key: _moved(value, root, folder) for key, value in node.items()}
         if 'data_root' in moved:
             moved['data_root'] = folder
         return type(node)(moved)
     if isinstance(node, (list, tuple)):
-        return type(node)(_moved(value, roots, folder) for value in node)
-    if isinstance(node, str):
-        for root in roots:
-            if osp.normpath(node).startswith(root + '/'):
-                return osp.join(folder, osp.relpath(node, root))
+        return type(node)(_moved(value, root, folder) for value in node)
+    if isinstance(node, str) and osp.normpath(node).startswith(root + '/'):
+        return osp.join(folder, osp.relpath(node, root))
     return node
 
 

@@ -14,6 +14,12 @@ class CommandError(Exception):
     """Bad input: the message names the key or file and says what to do."""
 
 
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """Names in a message: ``'a', 'b' and 78 more``."""
+    text = ', '.join(repr(name) for name in names[:most])
+    return text + (f' and {len(names) - most} more' if len(names) > most else '') or 'none'
+
+
 def command(main: Callable[[Optional[Sequence[str]]], None]) -> Callable[..., None]:
     """Ends ``main`` with ``error: ...`` on stderr and exit code 1 on a :class:`CommandError`.
 

@@ -20,8 +20,12 @@ def check_norms(cfg: Config) -> None:
         cfg (Config): The resolved config; its default scope must be in force.
 
     Raises:
-        CommandError: The type is unknown, or refuses a setting.
+        CommandError: The type is left out or unknown, or refuses a setting.
     """
+    for path, node in walk(cfg.model, 'model'):
+        layer = path.endswith('norm_cfg') and not path.endswith('img_norm_cfg')
+        if layer and node and 'type' not in node:
+            raise CommandError(f"{path}: type is left out; write dict(type='UBN', ...)")
     for path, norm in norm_cfgs(cfg):
         if layer_class(norm) is None:
             raise CommandError(_unknown_type_message(path, norm['type']))

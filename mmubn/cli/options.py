@@ -3,11 +3,15 @@
 import argparse
 import os
 import os.path as osp
+from typing import Optional
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
+from mmengine.config.utils import ConfigParsingError
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
+from .cfg_options import OptionAction, merge_options
+from .config_check import check_config
 from .data_root import evaluate_on_train, set_data_root
 from .errors import CommandError
 
@@ -41,7 +45,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=OptionAction,
         metavar='KEY=VALUE',
         help='settings that replace those of the config, by their dotted keys',
     )
@@ -50,25 +54,33 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def load_config(args: argparse.Namespace) -> Config:
-    """Reads the config and lays the shared options over it.
+def load_config(args: argparse.Namespace, work: Optional[str] = None) -> Config:
+    """Reads the config, lays the shared options over it and looks for mistakes in it.
 
     Args:
         args (Namespace): Of a parser by :func:`make_parser`.
+        work (str): What it is for, as :func:`~mmubn.cli.config_check.check_config` takes it.
 
     Raises:
-        CommandError: The file cannot be read, or its data cannot be replaced.
+        CommandError: The file cannot be read, has mistakes, or its data cannot be replaced.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if not osp.isfile(args.config):
         raise CommandError(f'config: no file {args.config}; the project has its own in configs/')
     try:
         cfg = Config.fromfile(args.config)
-    except OSError as error:
-        raise CommandError(f'config {args.config}: {error}') from error
+    except SyntaxError as error:
+        raise CommandError(f'config {args.config}: line {error.lineno}: {error.msg}') from error
+    except (OSError, ConfigParsingError, NameError, KeyError, TypeError) as error:
+        reason = error.args[0] if isinstance(error, KeyError) else error
+        reason = str(reason).splitlines()[0]
+        raise CommandError(f'config {args.config}: {type(error).__name__}: {reason}') from error
     cfg.launcher = args.launcher
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
     if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
+        merge_options(cfg, args.cfg_options)
+        init_default_scope(cfg.get('default_scope') or 'mmengine')
+    check_config(cfg, work)
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
@@ -79,7 +91,6 @@ def load_config(args: argparse.Namespace) -> Config:
         evaluate_on_train(cfg)
     if cfg.get('default_scope') == 'mmpretrain':
         _complete_dataloaders(cfg)
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
     return cfg
 
 

@@ -12,6 +12,7 @@ from mmengine.dist import get_world_size
 from mmengine.optim import build_optim_wrapper
 from torch import nn
 
+from .cfg_options import option
 from .errors import CommandError
 
 # Not settings of the optimizer's mathematics.
@@ -33,7 +34,8 @@ def check_resumed(cfg: Config, source: str, checkpoint: dict, model: nn.Module) 
     Raises:
         CommandError: The state is of another optimizer, or of other groups of parameters.
     """
-    remedy = f'start from its weights by --cfg-options load_from={source}, without --resume'
+    start = option('load_from', source)
+    remedy = f'start from its weights by --cfg-options {start}, without --resume'
     differences: List[str] = []
     saved = checkpoint.get('optimizer') or {}
     # Several optimizers, or a wrapper with a constructor of its own, lay theirs out otherwise.

@@ -1,5 +1,14 @@
-"""Data that the package makes itself. Nothing here is imported by ``import mmubn``."""
+"""Data that the package makes or reads itself. Nothing here is imported by ``import mmubn``."""
 
-from .scenes import CLASSES, make_scenes
+from typing import Any
 
 __all__ = ['CLASSES', 'make_scenes']
+
+
+def __getattr__(name: str) -> Any:
+    # Class folders are read without what drawing scenes needs.
+    if name not in __all__:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    from . import scenes
+
+    return getattr(scenes, name)

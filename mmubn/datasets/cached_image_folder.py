@@ -1,13 +1,18 @@
 """Images in class folders, decoded once."""
 
+import os
 import random
 from typing import List
 
 import cv2
 import mmcv
 from mmengine.dist import is_main_process
+from mmengine.logging import MMLogger
 from mmpretrain.datasets import CustomDataset
+from mmpretrain.datasets.custom import get_samples
 from tqdm import tqdm
+
+from .class_folders import class_folders, is_foreign
 
 
 class CachedImageFolder(CustomDataset):
@@ -16,8 +21,9 @@ class CachedImageFolder(CustomDataset):
     Samples have ``img``, uint8 (H, W, 3) in RGB, beside ``img_path`` and ``gt_label``, so
     pipelines are those of mmpretrain's CIFAR datasets: without ``LoadImageFromFile``, and
     with a data preprocessor whose ``to_rgb`` is off. Classes are numbered in the order of
-    their names, which is CIFAR's. The samples come in a shuffled order, always the same,
-    so that the first ones (``indices=N``) are of all classes, as they are in the
+    their names, which is CIFAR's. Hidden folders, ``__MACOSX`` and their like are no classes
+    (:mod:`~mmubn.datasets.class_folders`). The samples come in a shuffled order, always the
+    same, so that the first ones (``indices=N``) are of all classes, as they are in the
     archives. Only these are decoded.
 
     Workers that are forked share the memory; each process of a distributed run has its
@@ -31,7 +37,8 @@ class CachedImageFolder(CustomDataset):
 
     Raises:
         MemoryError: The images take more than ``max_gib``.
-        ValueError: A file cannot be decoded.
+        ValueError: A file cannot be decoded, ``classes`` are not as many as the folders, or
+            there is no image.
     """
 
     def __init__(
@@ -49,6 +56,35 @@ class CachedImageFolder(CustomDataset):
         data_list = super().load_data_list()
         random.Random(0).shuffle(data_list)
         return data_list
+
+    def _find_samples(self) -> list:
+        # As mmpretrain's, which takes every folder for a class.
+        if not self.with_label:
+            return super()._find_samples()
+        classes = class_folders(self.img_prefix)
+        self.folder_to_idx = {name: index for index, name in enumerate(classes)}
+        samples, empty = get_samples(self.img_prefix, self.folder_to_idx, self.is_valid_file)
+        if self.CLASSES is None:
+            self._metainfo['classes'] = tuple(classes)
+        elif len(self.CLASSES) != len(classes):
+            raise ValueError(
+                f'{self.img_prefix} has {len(classes)} class folders, and classes names '
+                f'{len(self.CLASSES)}'
+            )
+        if not samples:
+            raise ValueError(
+                f'no image in the class folders of {self.img_prefix}; images end with '
+                f'{", ".join(sorted(self.extensions))}'
+            )
+        if empty:
+            logger = MMLogger.get_current_instance()
+            logger.warning(f'no image in {self.img_prefix} of {", ".join(sorted(empty))}')
+        return samples
+
+    def is_valid_file(self, filename: str) -> bool:
+        """Whether it is an image, and not in a hidden folder."""
+        folders = os.path.dirname(filename).split(os.sep)
+        return super().is_valid_file(filename) and not any(map(is_foreign, folders))
 
     def full_init(self) -> None:
         """Finds the images, takes the ``indices`` of them and decodes these."""

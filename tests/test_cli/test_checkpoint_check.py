@@ -1,7 +1,11 @@
 """Checkpoints that differ from the model in what fine-tuning may change."""
 
 import logging
+import shlex
+from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -9,7 +13,8 @@ from mmengine.registry import MODELS, init_default_scope
 
 pytest.importorskip('mmpretrain')
 
-from mmubn.cli.checkpoint_check import check_pretrained, check_start
+from mmubn.cli.cfg_options import merge_options, parse_value
+from mmubn.cli.checkpoint_check import check_pretrained, check_start, check_weights
 from mmubn.cli.errors import CommandError
 
 
@@ -102,3 +107,65 @@ def test_pretrained_whole_model():
     save(config('RBN'))
     with pytest.raises(CommandError, match=r'^model.init_cfg.checkpoint: .*backbone.bn1.kernel'):
         check_pretrained(cfg)
+
+
+@pytest.mark.parametrize(
+    'init_cfg', [None, dict(type='Pretrained', checkpoint='no.pth', prefix='a')]
+)
+def test_start_from_a_bare_backbone(init_cfg, tmp_path):
+    """As torchvision's and timm's files; what the message advises is followed word for word."""
+    save(config('BN'), lambda name: name.replace('backbone.', '').replace('head.fc.', 'fc.'))
+    Path('my weights').mkdir()
+    Path('x.pth').rename('my weights/x.pth')
+    cfg = config(init_cfg=init_cfg)
+    cfg.load_from = 'my weights/x.pth'
+    with pytest.raises(CommandError) as caught:
+        check_start(cfg)
+    assert "its names lack 'backbone.', so it holds a backbone alone" in str(caught.value)
+    advice = shlex.split(str(caught.value).partition('--cfg-options ')[2])
+    options = dict(text.split('=', 1) for text in advice)
+    merge_options(cfg, {key: parse_value(value) for key, value in options.items()})
+    check_start(cfg)
+    check_pretrained(cfg)
+    assert cfg.load_from is None
+    assert cfg.model.backbone.init_cfg == dict(type='Pretrained', checkpoint='my weights/x.pth')
+
+
+def test_weights_under_another_name():
+    weights = MODELS.build(config().model).state_dict()
+    torch.save(dict(epoch=3, model=weights), 'x.pth')
+    expected = (
+        r"^load_from: x.pth has its weights under 'model', and mmengine looks under 'state_dict'; "
+        r"save torch.load\('x.pth'\)\['model'\] to a file of its own$"
+    )
+    with pytest.raises(CommandError, match=expected):
+        check_start(start_from(config()))
+
+
+@pytest.mark.parametrize(
+    ('trained', 'fits'),
+    [
+        (('apple', 'bear'), True),
+        (('bear', 'apple'), False),
+        (('Apfel', 'Baer'), True),
+        (None, True),
+    ],
+)
+def test_classes_of_the_training(trained, fits):
+    for name in ('apple', 'bear'):
+        Path('test', name).mkdir(parents=True)
+        cv2.imwrite(f'test/{name}/0.png', np.zeros((8, 8, 3), np.uint8))
+    cfg = start_from(config())
+    cfg.test_dataloader = dict(dataset=dict(type='CustomDataset', data_prefix='test'))
+    weights = MODELS.build(cfg.model).state_dict()
+    meta = dict(dataset_meta=dict(classes=trained)) if trained else dict()
+    torch.save(dict(state_dict=weights, meta=meta), 'x.pth')
+    if fits:
+        check_weights(cfg)
+        return
+    with pytest.raises(CommandError) as caught:
+        check_weights(cfg)
+    assert str(caught.value) == (
+        "checkpoint: x.pth was trained with 'apple' as class 1, and test_dataloader.dataset has it "
+        'as class 0; give the test the classes of the training, in their order'
+    )

@@ -53,12 +53,12 @@ def test_folder_inside_of_the_old_root(tmp_path, monkeypatch):
 def test_nested_datasets_and_lists_of_evaluators(tmp_path):
     root = str(tmp_path)
     inner = dict(type='CocoDataset', data_root='data/a/', ann_file='data/a/ann.json')
-    other = dict(type='CocoDataset', data_root='data/ab', data_prefix=dict(img='data/ab/img/'))
+    other = dict(type='CocoDataset', data_root='data/a', data_prefix=dict(img='data/a/img/'))
     joined = dict(type='ConcatDataset', datasets=[inner, other])
     cfg = Config(
         dict(
             train_dataloader=dict(dataset=dict(type='RepeatDataset', times=2, dataset=joined)),
-            val_evaluator=[dict(type='A', ann_file='data/ab/x.json'), dict(type='data/c/y')],
+            val_evaluator=[dict(type='A', ann_file='data/a/x.json'), dict(type='data/ab/y')],
             work_dir='data/a/run',
         )
     )
@@ -67,10 +67,37 @@ def test_nested_datasets_and_lists_of_evaluators(tmp_path):
     assert inner == dict(type='CocoDataset', data_root=root, ann_file=f'{root}/ann.json')
     assert other == dict(type='CocoDataset', data_root=root, data_prefix=dict(img=f'{root}/img'))
     assert cfg.val_evaluator[0].ann_file == f'{root}/x.json'
-    assert cfg.val_evaluator[1].type == 'data/c/y'
+    assert cfg.val_evaluator[1].type == 'data/ab/y'
     assert cfg.work_dir == 'data/a/run'
     with pytest.raises(CommandError, match='joins several'):
         evaluate_on_train(cfg)
+
+
+def part(root: str) -> dict:
+    return dict(type='CocoDataset', data_root=root, ann_file='train.json')
+
+
+@pytest.mark.parametrize(
+    'loaders',
+    [
+        dict(train_dataloader=dict(dataset=dict(datasets=[part('data/a'), part('data/b/')]))),
+        # The held-out images would be the training images, of the same name in both.
+        dict(
+            train_dataloader=dict(dataset=part('data/a')),
+            val_dataloader=dict(dataset=part('data/b')),
+        ),
+    ],
+)
+def test_several_roots_do_not_become_one(tmp_path, loaders):
+    cfg = Config(loaders)
+    before = cfg.to_dict()
+    with pytest.raises(CommandError) as caught:
+        set_data_root(cfg, str(tmp_path))
+    message = str(caught.value)
+    assert message.startswith('--data-root: the datasets of the config have the roots data/a, ')
+    assert 'train_dataloader.dataset' in message
+    assert message.endswith('.data_root=DIR')
+    assert cfg.to_dict() == before
 
 
 @pytest.mark.parametrize('train', [{}, dict(train_dataloader=None)])

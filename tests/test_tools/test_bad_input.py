@@ -150,9 +150,14 @@ def test_checkpoint_of_another_width(project, fails):
 @pytest.mark.parametrize(
     ('depth', 'norm', 'option', 'difference'),
     [
-        (34, 'UBN', 'seed=0', '160 keys unknown to the model (backbone.layer1.2.bn1.weight)'),
+        (
+            34,
+            'UBN',
+            'randomness.seed=0',
+            '160 keys unknown to the model (backbone.layer1.2.bn1.weight)',
+        ),
         (18, 'UBN', 'model.backbone.depth=34', '144 keys missing (backbone.layer1.2.bn1.weight)'),
-        (18, 'RBN', 'seed=0', '40 keys missing (backbone.bn1.kernel)'),
+        (18, 'RBN', 'resume=False', '40 keys missing (backbone.bn1.kernel)'),
         (
             18,
             'UBN',
@@ -221,6 +226,141 @@ def test_other_options(project, fails):
     assert fails('test', 'tiny.py', 'x.pth', '--out', 'x.json') == line
     line = 'error: --launcher pytorch: start by torchrun or tools/dist_train.sh'
     assert fails('train', *DATA, '--launcher', 'pytorch') == line
+
+
+def test_places_that_cannot_be_written(project, fails):
+    # A file stands where a folder has to; root may write everywhere else.
+    (project / 'file').touch()
+    (project / 'folder').mkdir()
+    save_weights(18)
+    line = fails('train', *DATA, '--work-dir', 'file/run')
+    assert line.startswith(f'error: work_dir: cannot write to {project}/file (Not a directory); ')
+    test = ('tiny.py', 'x.pth', *DATA[1:])
+    line = fails('test', *test, '--work-dir', 'file/run')
+    assert line.startswith(f'error: work_dir: cannot write to {project}/file (Not a directory); ')
+    for option in ('--show-dir', '--out'):
+        name = 'file/x.pkl'
+        line = fails('test', *test, option, name)
+        assert line.startswith(f'error: {option}: cannot write to {project}/file (Not a d')
+    line = fails('test', *test, '--out', 'folder', '--out-item', 'metrics')
+    assert line.startswith(
+        'error: --out folder: metrics go into a file of .json, .yaml, .yml, .pkl'
+    )
+    (project / 'folder.pkl').mkdir()
+    line = 'error: --out: folder.pkl is a folder; name a file'
+    assert fails('test', *test, '--out', 'folder.pkl') == line
+    line = fails('similarity_options', *DATA, '--csv', 'file/x.csv')
+    assert line.startswith(f'error: --csv: cannot write to {project}/file (Not a directory); name')
+    key = 'test_evaluator.out_file_path'
+    options = ('_delete_=True', 'type=DumpResults', 'out_file_path=file/x.pkl')
+    options = [f'test_evaluator.{option}' for option in options]
+    line = fails('test', *test, '--cfg-options', *options)
+    assert line.startswith(f'error: {key}: cannot write to {project}/file (Not a directory); name')
+
+
+def test_advice_with_spaces(project, fails):
+    (project / 'my weights').mkdir()
+    save_weights(18)
+    (project / 'x.pth').rename(project / 'my weights' / 'x.pth')
+    line = fails('train', *DATA, '--resume', 'my weights/x.pth')
+    assert line.endswith("start from it by --cfg-options 'load_from=my weights/x.pth'")
+    # It gets past load_from, and to the next mistake.
+    more = ('load_from=my weights/x.pth', 'default_hooks.checkpoint.out_dir=tiny.py/x')
+    line = fails('train', *DATA, '--cfg-options', *more)
+    assert line.startswith('error: default_hooks.checkpoint.out_dir: cannot write to ')
+
+
+@pytest.mark.parametrize(
+    ('options', 'line'),
+    [
+        (
+            ['optim_wraper.optimizer.lr=9'],
+            "--cfg-options optim_wraper.optimizer.lr: the config has no 'optim_wraper', did you "
+            "mean 'optim_wrapper'?",
+        ),
+        (
+            ['load_from=my', 'weights/x.pth'],
+            "--cfg-options: 'weights/x.pth' is not KEY=VALUE; put quotes around a value with "
+            "spaces, as in 'KEY=a b'",
+        ),
+        (
+            ['custom_hooks.0.type=X'],
+            '--cfg-options custom_hooks.0.type: the config has no list custom_hooks; a list is '
+            'written whole, in the config file',
+        ),
+        (
+            ['train_cfg.max_epoch=2'],
+            "train_cfg: EpochBasedTrainLoop takes no 'max_epoch', did you mean 'max_epochs'?",
+        ),
+        (
+            ['model.head.num_classes=3'],
+            'model.head.num_classes=3, and there are 2 class folders in images/train; give '
+            '--cfg-options model.head.num_classes=2',
+        ),
+    ],
+)
+def test_options_that_name_nothing(project, fails, options, line):
+    assert fails('train', *DATA, '--cfg-options', *options) == f'error: {line}'
+
+
+@pytest.mark.parametrize(
+    ('old', 'new', 'line'),
+    [
+        (
+            'randomness = dict(seed=0)',
+            "custom_hooks = dict(type='UBNCheckHook')",
+            'custom_hooks: must be a list, got a dict; put it in [ ]',
+        ),
+        (
+            "dict(type='UBN', fct=0.15)",
+            "'UBN'",
+            "model.backbone.norm_cfg: must be a dict, got 'UBN'; write dict(type='UBN', ...)",
+        ),
+        (
+            'model = dict(',
+            'no_model = dict(',
+            'config tiny.py: model is left out',
+        ),
+        (
+            "optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.05))",
+            "optim_wrapper = 'SGD'",
+            "optim_wrapper: must be a dict, got 'SGD'; write dict(type='SGD', ...)",
+        ),
+        (
+            'train_cfg = dict(by_epoch=True, max_epochs=1)',
+            '',
+            'config tiny.py: train_cfg is left out; train_dataloader, train_cfg and optim_wrapper '
+            'belong together',
+        ),
+    ],
+)
+def test_mistakes_in_the_config(project, fails, old, new, line):
+    config = project / 'tiny.py'
+    assert old in config.read_text()
+    config.write_text(config.read_text().replace(old, new))
+    assert fails('train', *DATA) == f'error: {line}'
+
+
+@pytest.mark.parametrize(
+    ('text', 'line'),
+    [
+        ('model = dict(\n', 'config tiny.py: line '),
+        ('model = ResNet\n', "NameError: name 'ResNet' is not defined"),
+        ("_base_ = 'none.py'\n", 'none.py'),
+        ("_base_ = 'mmdet::none/none.py'\n", 'none.py'),
+    ],
+)
+def test_config_that_cannot_be_read(project, fails, text, line):
+    (project / 'tiny.py').write_text(text)
+    told = fails('train', *DATA)
+    assert told.startswith('error: config tiny.py: ')
+    assert line in told
+
+
+def test_class_folders_that_differ(project, fails):
+    (project / 'images' / 'val' / 'bright').rename(project / 'images' / 'val' / 'light')
+    line = fails('train', *DATA)
+    assert line.startswith('error: val_dataloader.dataset: the class folders are not those of ')
 
 
 def test_as_a_process(project):

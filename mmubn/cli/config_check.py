@@ -1,0 +1,365 @@
+"""Checks that a config is laid out as mmengine's Runner reads it."""
+
+import difflib
+import functools
+import inspect
+from typing import (
+    Any,
+    Callable,
+    Collection,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Set,
+    Tuple,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from mmengine import registry as roots
+from mmengine.config import Config
+from mmengine.optim import OptimWrapper
+from mmengine.registry import Registry
+from mmengine.runner import (
+    EpochBasedTrainLoop,
+    IterBasedTrainLoop,
+    LogProcessor,
+    Runner,
+    TestLoop,
+    ValLoop,
+)
+from mmengine.visualization import Visualizer
+from torch import nn
+from torch.utils.data import DataLoader
+
+from .. import registration
+from .errors import CommandError
+
+# What else the tools and mmengine read from the top of a config.
+_OTHER_KEYS = (
+    'activation_checkpointing',
+    'compile',
+    'custom_imports',
+    'efficient_conv_bn_eval',
+    'find_unused_parameters',
+    'init_weights_for_test_or_val',
+    'model_wrapper_cfg',
+    'runner_type',
+    'strategy',
+    'sync_bn',
+)
+RUNNER_KEYS = {*inspect.signature(Runner.__init__).parameters, *_OTHER_KEYS} - {'self', 'cfg'}
+
+_NEEDED = dict(
+    train=('train_dataloader', 'train_cfg', 'optim_wrapper'),
+    val=('val_dataloader', 'val_cfg', 'val_evaluator'),
+    test=('test_dataloader', 'test_cfg', 'test_evaluator'),
+)
+_MODEL_PARTS = ('_cfg', 'backbone', 'neck', 'head', 'data_preprocessor')
+
+
+class Part(NamedTuple):
+    """A dict of the config from which mmengine builds something.
+
+    Attributes:
+        path: Its dotted path.
+        node: What stands there.
+        registry: Where its ``type`` is looked up; None where it has none.
+        default: What is built without a ``type``; None where it must be there.
+        required: Keys that the builder reads itself.
+        given: Arguments that the builder adds, and keys that it reads if they are there.
+    """
+
+    path: str
+    node: Any
+    registry: Optional[Registry] = None
+    default: Optional[Callable] = None
+    required: Tuple[str, ...] = ()
+    given: Tuple[str, ...] = ()
+
+
+def check_config(cfg: Config, work: Optional[str] = None) -> None:
+    """Looks for what is left out, of another kind, or unknown to what it is given to.
+
+    The model's own settings are its constructors' matter: of the model only the kinds are
+    looked at.
+
+    Args:
+        cfg (Config): The resolved config; its default scope must be in force.
+        work (str): 'train' or 'test', of which nothing may be left out; None is both, as far as
+            the config has them.
+
+    Raises:
+        CommandError: The first that is found.
+    """
+    if cfg.get('model') is None:
+        raise CommandError(f'config {cfg.filename}: model is left out')
+    for key, hint in get_type_hints(Runner.__init__).items():
+        _check_kind(key, cfg.get(key), _kinds(hint))
+    for split, keys in _NEEDED.items():
+        absent = [key for key in keys if cfg.get(key) is None]
+        if absent and (split == work or len(absent) < len(keys)):
+            raise CommandError(
+                f'config {cfg.filename}: {absent[0]} is left out; {", ".join(keys[:-1])} and '
+                f'{keys[-1]} belong together'
+            )
+    for part in _parts(cfg, ['test'] if work == 'test' else _NEEDED):
+        _check_part(part)
+    _check_model_kinds(cfg.model, 'model')
+
+
+def _kinds(hint: Any) -> Set[type]:
+    """Of dict and list, those that a type hint allows; empty for others."""
+    if get_origin(hint) is Union:
+        return set().union(*(_kinds(option) for option in get_args(hint)))
+    return {kind for kind in (dict, list) if (get_origin(hint) or hint) is kind}
+
+
+def _check_kind(path: str, value: Any, kinds: Collection[type]) -> None:
+    names = {dict: 'a dict', list: 'a list', tuple: 'a list'}
+    if not kinds or value is None or not isinstance(value, (dict, list, tuple, str, int, float)):
+        return
+    if isinstance(value, tuple(kinds)) or (list in kinds and isinstance(value, tuple)):
+        return
+    wanted = ' or '.join(names[kind] for kind in (dict, list) if kind in kinds)
+    got = next((name for kind, name in names.items() if isinstance(value, kind)), repr(value))
+    remedy = ''
+    if isinstance(value, str):
+        remedy = f"; write dict(type='{value}', ...)" if dict in kinds else ''
+    elif isinstance(value, dict):
+        remedy = '; put it in [ ]'
+    raise CommandError(f'{path}: must be {wanted}, got {got}{remedy}')
+
+
+def _check_model_kinds(node: Any, path: str) -> None:
+    """A name where a dict belongs, such as ``norm_cfg='UBN'``."""
+    children = enumerate(node) if isinstance(node, (list, tuple)) else node.items()
+    for key, value in children:
+        if isinstance(value, (dict, list, tuple)):
+            _check_model_kinds(value, f'{path}.{key}')
+        elif isinstance(value, str) and str(key).endswith(_MODEL_PARTS):
+            _check_kind(f'{path}.{key}', value, [dict])
+
+
+def _parts(cfg: Config, splits: Collection[str]) -> Iterator[Part]:
+    # Each part is checked before the next is asked for, which may rely on it.
+    loops = dict(val=ValLoop, test=TestLoop)
+    for split in splits:
+        key = f'{split}_dataloader'
+        if cfg.get(key) is not None:
+            yield from _loader_parts(cfg[key], key)
+        key = f'{split}_evaluator'
+        evaluator = cfg.get(key)
+        if isinstance(evaluator, dict) and 'type' not in evaluator and 'metrics' in evaluator:
+            evaluator, key = evaluator['metrics'], f'{key}.metrics'
+        for path, node in _items(evaluator, key):
+            if not isinstance(node, dict) or 'metrics' not in node:  # an Evaluator by its type
+                yield Part(path, node, roots.METRICS)
+        key = f'{split}_cfg'
+        loop = cfg.get(key)
+        if isinstance(loop, dict):
+            given = ('runner', 'dataloader', 'evaluator')
+            if 'type' in loop:
+                yield Part(key, loop, roots.LOOPS, given=given)
+            else:
+                by_epoch = loop.get('by_epoch', True)
+                default = EpochBasedTrainLoop if by_epoch else IterBasedTrainLoop
+                required = ('by_epoch',) if split == 'train' else ()
+                yield Part(key, loop, roots.LOOPS, loops.get(split, default), required, given)
+    if 'train' in splits and cfg.get('optim_wrapper') is not None:
+        yield from _optimizer_parts(cfg)
+    for name, node in (cfg.get('default_hooks') or {}).items():
+        if node is not None:
+            yield Part(f'default_hooks.{name}', node, roots.HOOKS, given=('priority',))
+    for path, node in _items(cfg.get('custom_hooks'), 'custom_hooks'):
+        yield Part(path, node, roots.HOOKS, given=('priority',))
+    if cfg.get('visualizer') is not None:
+        yield Part('visualizer', cfg.visualizer, roots.VISUALIZERS, Visualizer, given=('name',))
+        backends = cfg.visualizer.get('vis_backends')
+        _check_kind('visualizer.vis_backends', backends, [list])
+        for path, node in _items(backends, 'visualizer.vis_backends'):
+            yield Part(path, node, roots.VISBACKENDS, given=('save_dir',))
+    if cfg.get('log_processor') is not None:
+        yield Part('log_processor', cfg.log_processor, roots.LOG_PROCESSORS, LogProcessor)
+    plain = dict(randomness=Runner.set_randomness, env_cfg=_env_cfg, auto_scale_lr=_auto_scale_lr)
+    for key, takes in plain.items():
+        if cfg.get(key) is not None:
+            yield Part(key, cfg[key], None, takes, given=('self',))
+
+
+def _env_cfg(cudnn_benchmark=False, mp_cfg=None, dist_cfg=None, resource_limit=4096) -> None:
+    """What Runner reads of it."""
+
+
+def _auto_scale_lr(base_batch_size=None, enable=False) -> None:
+    """What Runner reads of it."""
+
+
+def _loader_parts(loader: dict, key: str) -> Iterator[Part]:
+    given = ('num_batch_per_epoch', 'disable_subprocess_warning')
+    yield Part(key, loader, None, DataLoader, ('dataset', 'sampler'), given)
+    yield from _dataset_parts(loader['dataset'], f'{key}.dataset')
+    given = ('dataset', 'seed', 'sampler', 'batch_size')
+    for name in ('sampler', 'batch_sampler'):
+        if loader.get(name) is not None:
+            yield Part(f'{key}.{name}', loader[name], roots.DATA_SAMPLERS, given=given)
+
+
+def _dataset_parts(node: Any, path: str) -> Iterator[Part]:
+    yield Part(path, node, roots.DATASETS)
+    if not isinstance(node, dict):
+        return
+    if 'dataset' in node:
+        yield from _dataset_parts(node['dataset'], f'{path}.dataset')
+    _check_kind(f'{path}.datasets', node.get('datasets'), [list])
+    for child, dataset in _items(node.get('datasets'), f'{path}.datasets'):
+        yield from _dataset_parts(dataset, child)
+    yield from _transform_parts(node.get('pipeline'), f'{path}.pipeline')
+
+
+def _transform_parts(pipeline: Any, path: str) -> Iterator[Part]:
+    _check_kind(path, pipeline, [list])
+    for child, node in _items(pipeline, path):
+        if isinstance(node, (list, tuple)):  # RandomChoice picks one of several pipelines
+            yield from _transform_parts(node, child)
+            continue
+        yield Part(child, node, roots.TRANSFORMS)
+        nested = node.get('transforms') if isinstance(node, dict) else None
+        if isinstance(nested, (list, tuple)) and _own(node):
+            yield from _transform_parts(nested, f'{child}.transforms')
+
+
+def _own(transform: dict) -> bool:
+    # Albu's and torchvision's transforms stand under the same key.
+    return transform.get('type') in ('RandomApply', 'RandomChoice', 'Compose', 'TestTimeAug')
+
+
+def _optimizer_parts(cfg: Config) -> Iterator[Part]:
+    wrapper = cfg.optim_wrapper
+    if not any(isinstance(value, OptimWrapper) for value in wrapper.values()):  # several are built
+        required = () if 'constructor' in wrapper else ('optimizer',)
+        given = ('optimizer', 'constructor', 'paramwise_cfg', 'accumulative_counts')
+        yield Part('optim_wrapper', wrapper, roots.OPTIM_WRAPPERS, OptimWrapper, required, given)
+    if wrapper.get('optimizer') is not None:
+        path = 'optim_wrapper.optimizer'
+        yield Part(path, wrapper['optimizer'], roots.OPTIMIZERS, given=('params',))
+    if isinstance(cfg.get('param_scheduler'), (dict, list, tuple)):
+        schedulers = cfg.param_scheduler
+        if not isinstance(schedulers, dict) or 'type' in schedulers or not schedulers:
+            given = ('optimizer', 'convert_to_iter_based')
+            for path, node in _items(schedulers, 'param_scheduler'):
+                yield Part(path, node, roots.PARAM_SCHEDULERS, given=given)
+
+
+def _items(node: Any, path: str) -> Iterator[Tuple[str, Any]]:
+    """One of something, or a list of them."""
+    if isinstance(node, (list, tuple)):
+        yield from ((f'{path}.{index}', child) for index, child in enumerate(node))
+    elif node is not None and node != {}:
+        yield path, node
+
+
+def _check_part(part: Part) -> None:
+    _check_kind(part.path, part.node, [dict])
+    if not isinstance(part.node, dict):
+        return  # built already
+    for key in part.required:
+        if key not in part.node:
+            raise CommandError(f'{part.path}: {key} is left out')
+    build = part.default
+    if part.registry is not None:
+        if 'type' in part.node:
+            build = find_class(part.node, part.registry)
+            if build is None:
+                raise CommandError(_unknown_type(part))
+        elif build is None:
+            raise CommandError(f"{part.path}: type is left out; write type='...'{_found(part)}")
+    arguments = Arguments(build)
+    own = {*part.required, *part.given, 'type', '_scope_'}
+    unknown = [key for key in part.node if key not in own and not arguments.take(key)]
+    name = getattr(build, '__name__', str(build)) if part.registry else part.path
+    if unknown:
+        hint = did_you_mean(unknown[0], arguments.names - {'self'})
+        raise CommandError(f"{part.path}: {name} takes no '{unknown[0]}'{hint}")
+    missing = [key for key in arguments.required if key not in part.node and key not in own]
+    if missing:
+        raise CommandError(f'{part.path}: {missing[0]} is left out; {name} needs it')
+
+
+def _found(part: Part) -> str:
+    nearest = [key for key in part.node if difflib.get_close_matches(key, ['type'])]
+    return f", not '{nearest[0]}'" if nearest else ''
+
+
+def _unknown_type(part: Part) -> str:
+    kind = part.node['type']
+    with part.registry.switch_scope_and_registry(part.node.get('_scope_')) as registry:
+        known = {*registry.module_dict, *part.registry.module_dict}
+    hint = did_you_mean(str(kind), known) or '; is its module in custom_imports?'
+    return f"{part.path}: no {part.registry.name} is registered as '{kind}'{hint}"
+
+
+def find_class(node: dict, registry: Registry) -> Optional[Callable]:
+    """What a registry builds for a dict with a ``type``; None where it knows no such type."""
+    kind = node.get('type')
+    if not isinstance(kind, str):
+        return kind
+    with registry.switch_scope_and_registry(node.get('_scope_')) as found:
+        build = found.get(kind)
+    if isinstance(build, functools.partial) and build.func is registration.build:
+        build = registration.find(*build.args)  # a type of ours, imported by now
+    return build
+
+
+def did_you_mean(name: str, known: Collection[str], cutoff: float = 0.6) -> str:
+    """``, did you mean '...'?``, or nothing where no known name is near."""
+    folded = {other.lower(): other for other in known}
+    nearest = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=cutoff)
+    return f", did you mean '{folded[nearest[0]]}'?" if nearest else ''
+
+
+class Arguments:
+    """The arguments of a class or function, those that it hands on to base classes included.
+
+    Attributes:
+        names (set[str]): All that are known by name.
+        required (list[str]): Those without a default value.
+        is_open (bool): It takes others too, and what it does with them cannot be seen.
+    """
+
+    def __init__(self, build: Callable) -> None:
+        self.names: Set[str] = set()
+        self.required: List[str] = []
+        self.is_open = True
+        for function in _constructors(build):
+            try:
+                parameters = inspect.signature(function).parameters.values()
+            except ValueError:  # written in C
+                break
+            if inspect.isclass(build):
+                parameters = list(parameters)[1:]
+            named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+            if not self.names:  # what a base class needs, this one may give it
+                self.required = [p.name for p in named if p.default is p.empty]
+            self.names |= {p.name for p in named}
+            if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+                self.is_open = False
+                break
+
+    def take(self, name: str) -> bool:
+        """Whether an argument of this name can be given."""
+        return self.is_open or name in self.names
+
+
+def _constructors(build: Callable) -> Iterator[Callable]:
+    if not inspect.isclass(build):
+        yield build
+        return
+    for base in build.__mro__:
+        if base in (object, nn.Module):
+            return
+        if '__init__' in vars(base):
+            yield vars(base)['__init__']

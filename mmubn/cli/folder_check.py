@@ -1,0 +1,135 @@
+"""Checks that images in class folders are numbered alike in every split."""
+
+import os.path as osp
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+
+from ..datasets.class_folders import class_folders, foreign_folders
+from .coco_check import missing_files
+from .config_check import did_you_mean
+from .errors import CommandError, listed
+
+
+class Folders(NamedTuple):
+    """A data set whose classes are the folders in ``root``, and where the config names it."""
+
+    path: str
+    root: str
+    names: List[str]
+
+
+def read_folders(path: str, node: dict, dataset: Any) -> Optional[Folders]:
+    """The class folders of a data set of mmpretrain's ``CustomDataset``.
+
+    Args:
+        path (str): Where the data set stands in the config.
+        node (dict): What stands there.
+        dataset (CustomDataset): The data set, not yet loaded.
+
+    Returns:
+        Folders: None where its labels come from an annotation file, or it has none.
+
+    Raises:
+        CommandError: A folder would be taken for a class that is none, or ``classes`` does
+            not fit the folders.
+    """
+    root = dataset.img_prefix
+    if not dataset.with_label or dataset.ann_file or '://' in root:
+        return None
+    if not osp.isdir(root):
+        raise CommandError(f'{path}: no folder {root}; it must hold a folder for each class')
+    foreign = foreign_folders(root)
+    if foreign and not _skips_foreign(dataset):
+        raise CommandError(
+            f'{path}: {node["type"]} takes the folder {osp.join(root, foreign[0])} for a class, '
+            'and numbers all behind it otherwise; delete it'
+        )
+    names = class_folders(root)
+    if not names:
+        raise CommandError(f'{path}: no class folders in {root}; it must hold one for each class')
+    classes = dataset.metainfo.get('classes')
+    if classes is not None:
+        _check_named(path, root, names, list(classes))
+    return Folders(path, root, names)
+
+
+def _skips_foreign(dataset: Any) -> bool:
+    return any(base.__name__ == 'CachedImageFolder' for base in type(dataset).__mro__)
+
+
+def _check_named(path: str, root: str, names: List[str], classes: List[str]) -> None:
+    if len(classes) != len(names):
+        raise CommandError(
+            f'{path}: {root} has {len(names)} class folders, {listed(names)}, and the config names '
+            f'{len(classes)} classes, {listed(classes)}; give metainfo=dict(classes=...) the names '
+            'of the folders, in their order'
+        )
+    shifted = first_shift(classes, names)
+    if shifted is not None:
+        raise CommandError(
+            f"{path}.metainfo.classes: '{shifted}' is class {classes.index(shifted)} here, and its "
+            f'folder in {root} is class {names.index(shifted)}: folders are numbered in the order '
+            'of their names; write the classes in this order, or leave them out'
+        )
+
+
+def first_shift(names: Sequence[str], others: Sequence[str]) -> Optional[str]:
+    """The first name that stands in both, at another place."""
+    places = {name: place for place, name in enumerate(others)}
+    return next((n for place, n in enumerate(names) if places.get(n, place) != place), None)
+
+
+def check_alike(found: Sequence[Folders]) -> None:
+    """Compares the class folders of the splits; the first is the one that counts.
+
+    Raises:
+        CommandError: They differ.
+    """
+    for other in found[1:]:
+        first = found[0]
+        if other.names == first.names:
+            continue
+        lacking = [name for name in first.names if name not in other.names]
+        more = [name for name in other.names if name not in first.names]
+        parts = [f'{other.root} lacks {listed(lacking)}'] if lacking else []
+        parts += [f'{"and" if lacking else other.root} has {listed(more)} besides'] if more else []
+        near = did_you_mean(more[0], lacking) if more and lacking else ''
+        raise CommandError(
+            f'{other.path}: the class folders are not those of {first.path} ({first.root}): '
+            f'{" ".join(parts)}{near}; every split numbers its own folders, so that the labels '
+            'would be shifted: give both the same folders, an empty one where a class has no image'
+        )
+
+
+def count_labels(path: str, dataset: Any) -> int:
+    """The least number of classes that the labels of an annotation file need.
+
+    Raises:
+        CommandError: A line is not ``FILE LABEL``, or a file is missing.
+    """
+    names: Dict[str, int] = {}
+    key, file = f'{path}.ann_file', dataset.ann_file
+    with open(file, encoding='utf-8') as lines:
+        for number, line in enumerate(lines, 1):
+            name, _, label = line.strip().rpartition(' ')
+            if not name or not label.isdigit():
+                raise CommandError(
+                    f'{key}: line {number} of {file} is {line.strip()!r}, not FILE LABEL with a '
+                    'number from 0 on'
+                )
+            names[name] = int(label)
+    if not names:
+        raise CommandError(f'{key}: {file} is empty')
+    missing = missing_files(dataset.img_prefix, names)
+    if missing:
+        raise CommandError(
+            f'{path}.data_prefix: {dataset.img_prefix} has no {missing[0]}; {len(missing)} of '
+            f'{len(names)} images of {file} are missing'
+        )
+    classes = dataset.metainfo.get('classes')
+    top = max(names, key=names.get)
+    if classes is not None and names[top] >= len(classes):
+        raise CommandError(
+            f'{key}: {file} labels {top} {names[top]}, and metainfo has {len(classes)} classes, '
+            f'0 to {len(classes) - 1}; number the labels from 0, or name all classes'
+        )
+    return names[top] + 1

@@ -1,0 +1,47 @@
+"""All that can be known to fail before the runner makes the work directory."""
+
+from typing import Callable, Dict, Sequence
+
+from mmengine.config import Config
+from torch import nn
+
+from .checkpoint_check import build_model, check_pretrained, check_start, check_weights
+from .class_check import check_classes
+from .data_check import check_data
+from .norm_check import check_norms
+from .work_dir_check import check_results, check_work_dir
+
+Check = Callable[[Config, nn.Module], None]
+
+
+def _check_training_data(cfg: Config, model: nn.Module) -> None:
+    check_data(cfg, ('train', 'val'))
+    check_classes(cfg, model, ('train', 'val'))
+
+
+def _check_test_data(cfg: Config, model: nn.Module) -> None:
+    check_data(cfg, ('test',))
+    check_classes(cfg, model, ('test',))
+
+
+# In the order in which they are made. All get the same model, built for them.
+CHECKS: Dict[str, Sequence[Check]] = dict(
+    train=(_check_training_data, check_start, check_pretrained, check_work_dir),
+    test=(_check_test_data, check_weights, check_results),
+)
+
+
+def preflight(cfg: Config, work: str) -> None:
+    """Checks the norm layers, the data, the checkpoints and the folders.
+
+    Args:
+        cfg (Config): The resolved config; its default scope must be in force.
+        work (str): 'train' or 'test'.
+
+    Raises:
+        CommandError: The first thing that is wrong.
+    """
+    check_norms(cfg)
+    model = build_model(cfg)
+    for check in CHECKS[work]:
+        check(cfg, model)

@@ -1,0 +1,325 @@
+"""Own COCO data that does not fit: the file, the classes, the images, the heads."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+
+pytest.importorskip('mmdet')
+
+from mmubn.cli.class_check import check_classes
+from mmubn.cli.data_check import check_data
+from mmubn.cli.errors import CommandError
+
+NAMES = ('thing', 'other')
+SPLITS = ('train', 'val')
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        yield
+
+
+def content(names=NAMES, first=0) -> dict:
+    images, annotations = [], []
+    for n in range(first, first + 4):
+        images.append(dict(id=n, file_name=f'{n}.png', width=64, height=64))
+        polygon = [10, 10, 50, 10, 50, 50, 10, 50]
+        entry = dict(id=n + 1, image_id=n, category_id=1 + n % 2, iscrowd=0, area=1600)
+        annotations.append({**entry, 'bbox': [10, 10, 40, 40], 'segmentation': [polygon]})
+    categories = [dict(id=k + 1, name=name) for k, name in enumerate(names)]
+    return dict(images=images, annotations=annotations, categories=categories)
+
+
+def write(split: str, data) -> None:
+    Path('annotations').mkdir(exist_ok=True)
+    Path(f'annotations/{split}.json').write_text(
+        data if isinstance(data, str) else json.dumps(data)
+    )
+
+
+def dataset(split: str) -> dict:
+    return dict(
+        type='CocoDataset',
+        data_root='.',
+        ann_file=f'annotations/{split}.json',
+        data_prefix=dict(img=f'{split}/'),
+        metainfo=dict(classes=NAMES),
+        filter_cfg=dict(filter_empty_gt=True, min_size=32),
+        pipeline=[dict(type='LoadAnnotations', with_bbox=True, with_mask=True)],
+        test_mode=split != 'train',
+    )
+
+
+@pytest.fixture
+def cfg() -> Config:
+    for split, first in (('train', 0), ('val', 4)):
+        Path(split).mkdir()
+        for n in range(first, first + 4):
+            cv2.imwrite(f'{split}/{n}.png', np.zeros((64, 64, 3), np.uint8))
+        write(split, content(first=first))
+    return Config(
+        dict(
+            train_dataloader=dict(dataset=dataset('train')),
+            val_dataloader=dict(dataset=dataset('val')),
+            val_evaluator=dict(type='CocoMetric', ann_file='annotations/val.json'),
+        )
+    )
+
+
+def failure(cfg: Config) -> str:
+    with pytest.raises(CommandError) as caught:
+        check_data(cfg, SPLITS)
+    assert '\n' not in str(caught.value)
+    return str(caught.value)
+
+
+def test_sound_data(cfg, capsys):
+    check_data(cfg, SPLITS)
+    assert not capsys.readouterr().err
+
+
+def edited(change) -> dict:
+    data = content()
+    change(data)
+    return data
+
+
+@pytest.mark.parametrize(
+    ('data', 'reason'),
+    [
+        ('', 'is not whole JSON (it is empty)'),
+        ('{"images": [', 'is not whole JSON (Expecting value'),
+        ('\x00\x01', 'is not whole JSON'),
+        ('[]', "has no list 'images'; COCO's layout has images, annotations, categories"),
+        ('{}', "has no list 'images'"),
+        (edited(lambda d: d.pop('annotations')), "has no list 'annotations'"),
+        (edited(lambda d: d.update(categories={})), "has no list 'categories'"),
+        (edited(lambda d: d.update(images=[])), 'annotations of 4 whose image_id is not in its im'),
+        (edited(lambda d: d.update(images=[], annotations=[])), 'has no images'),
+        (edited(lambda d: d.update(annotations=[])), 'has no annotations; of 4 images none'),
+        (edited(lambda d: d['images'][2].pop('width')), "has no 'width' in images[2]"),
+        (edited(lambda d: d['annotations'][1].pop('bbox')), "has no 'bbox' in annotations[1]"),
+        (edited(lambda d: d['annotations'][1].pop('area')), "has no 'area' in annotations[1]"),
+        (edited(lambda d: d['categories'][0].pop('name')), "has no 'name' in categories[0]"),
+        (edited(lambda d: d['annotations'].append(3)), "has no 'id' in annotations[4]"),
+        (edited(lambda d: d['annotations'][1].update(id=1)), 'has the id 1 twice in annotations'),
+        (edited(lambda d: d['images'][1].update(id=0)), 'has the id 0 twice in images'),
+        (
+            edited(lambda d: d['annotations'][1].update(category_id=7)),
+            'has 1 annotations of 4 whose category_id is not in its categories (annotation 2: 7)',
+        ),
+        (
+            edited(lambda d: d['annotations'][1].update(image_id='1')),
+            "has 1 annotations of 4 whose image_id is not in its images (annotation 2: '1')",
+        ),
+        (
+            edited(lambda d: [a.update(bbox=[0.1, 0.1, 0.5, 0.5]) for a in d['annotations']]),
+            'has no annotation that can be used: bbox must be [x, y, width, height] in pixels',
+        ),
+        (edited(lambda d: d['annotations'][1].update(bbox=[1, 2])), 'has bbox=[1, 2] in annotati'),
+        (
+            edited(lambda d: d['annotations'][3].pop('segmentation')),
+            'has no segmentation in 1 of 4 annotations (4), and the pipeline',
+        ),
+        (
+            edited(lambda d: d['categories'].append(dict(id=3, name='thing'))),
+            "has two categories of the name 'thing'",
+        ),
+    ],
+)  # fmt: skip
+def test_unsound_files(cfg, data, reason):
+    write('train', data)
+    line = failure(cfg)
+    assert line.startswith('train_dataloader.dataset.ann_file: ./annotations/train.json ')
+    assert reason in line
+
+
+def test_bytes_that_are_no_text(cfg):
+    Path('annotations/train.json').write_bytes(b'\xff\xfe\x00')
+    assert 'is not whole JSON' in failure(cfg)
+
+
+@pytest.mark.parametrize(
+    ('metainfo', 'reason'),
+    [
+        (dict(classes='thing'), "is a string, and no file of names; one class is written with "),
+        (dict(classes=()), 'must be the names of the classes, each once'),
+        (dict(classes=(0, 1)), 'must be the names of the classes, each once'),
+        (dict(classes=('thing', 'thing')), 'must be the names of the classes, each once'),
+        (dict(CLASSES=NAMES), "nothing reads 'CLASSES', did you mean 'classes'?"),
+        (dict(classess=NAMES), "nothing reads 'classess', did you mean 'classes'?"),
+        (NAMES, "metainfo: must be a dict, got ('thing', 'other')"),
+        (
+            dict(classes=('person', 'car')),
+            ".metainfo.classes: 'person', 'car' of the 2 classes are no categories of "
+            "./annotations/train.json; its categories are 'thing', 'other': write "
+            "metainfo=dict(classes=('thing', 'other')) in every dataset, and num_classes=2 in",
+        ),
+        (dict(classes=('thing', 'Other')), "'Other' of the 2 classes are no categories of "),
+        (dict(classes=('thing', 'othr')), "did you mean 'other'?; its categories are"),
+        (
+            dict(classes=('other', 'thing')),
+            "in the order of the categories in ./annotations/train.json, which is 'thing', 'other'",
+        ),
+        (None, ".metainfo: 'person', 'bicycle', 'car', 'motorcycle', 'airplane', 'bus' and 74 more"
+         ' of the 80 classes (those of CocoDataset) are no categories of'),
+    ],
+)  # fmt: skip
+def test_classes_that_the_file_has_not(cfg, metainfo, reason):
+    cfg.train_dataloader.dataset.metainfo = metainfo
+    assert reason in failure(cfg)
+
+
+def test_classes_from_a_file(cfg):
+    Path('names.txt').write_text('thing\nother\n')
+    cfg.train_dataloader.dataset.metainfo = dict(classes='names.txt')
+    check_data(cfg, SPLITS)
+
+
+def test_categories_that_are_left_out(cfg, capsys):
+    for split in SPLITS:
+        cfg[f'{split}_dataloader'].dataset.metainfo = dict(classes=('thing',))
+    check_data(cfg, SPLITS)
+    warnings = capsys.readouterr().err.splitlines()
+    assert warnings[0] == (
+        'warning: train_dataloader.dataset.metainfo.classes: 2 annotations of '
+        "./annotations/train.json are left out, of categories that are not named: 'other'"
+    )
+
+
+def test_splits_that_number_the_classes_otherwise(cfg):
+    write('val', content(names=('other', 'thing'), first=4))
+    assert failure(cfg).startswith('val_dataloader.dataset.metainfo.classes: mmdet numbers the')
+    write('val', content(names=('thing', 'strange'), first=4))
+    assert "'other' of the 2 classes are no categories of ./annotations/val.json" in failure(cfg)
+
+
+def test_missing_images(cfg):
+    Path('train/2.png').unlink()
+    assert failure(cfg) == (
+        'train_dataloader.dataset.data_prefix.img: ./train/ has no 2.png; 1 of 4 images of '
+        './annotations/train.json are missing; name the folder of these images, or leave them out '
+        'of the file'
+    )
+    cfg.train_dataloader.dataset.indices = 2  # those that are read are there
+    check_data(cfg, SPLITS)
+
+
+@pytest.mark.parametrize('prefix', [None, 'train/', dict(img_path='train/')])
+def test_where_the_images_are(cfg, prefix):
+    cfg.train_dataloader.dataset.data_prefix = prefix
+    line = failure(cfg)
+    assert 'train_dataloader.dataset.data_prefix' in line
+    assert 'dict(img=...)' in line
+
+
+def test_train_and_val_swapped(cfg):
+    cfg.train_dataloader.dataset.ann_file = 'annotations/val.json'
+    assert './train/ has no 4.png; 4 of 4 images of ./annotations/val.json are mi' in failure(cfg)
+
+
+def test_images_in_folders_of_their_own(cfg):
+    data = content()
+    for image in data['images']:
+        image['file_name'] = f'deep/{image["file_name"]}'
+    write('train', data)
+    assert './train/ has no deep/0.png; 4 of 4' in failure(cfg)
+    Path('train/deep').mkdir()
+    for image in data['images']:
+        Path(f'train/{image["file_name"]}').touch()
+    check_data(cfg, SPLITS)
+
+
+def test_evaluator_of_other_data(cfg):
+    cfg.val_evaluator.ann_file = 'annotations/train.json'
+    line = failure(cfg)
+    assert line.startswith(
+        'val_evaluator.ann_file: annotations/train.json has not the images of va'
+    )
+    write('other', content(names=('other', 'thing'), first=4))
+    cfg.val_evaluator.ann_file = 'annotations/other.json'
+    assert "numbers the classes 'other', 'thing', and val_dataloader.dataset.ann" in failure(cfg)
+
+
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda inner: dict(type='RepeatDataset', times=2, dataset=inner),
+        lambda inner: dict(type='ClassBalancedDataset', oversample_thr=1e-3, dataset=inner),
+        lambda inner: dict(type='ConcatDataset', datasets=[dataset('val'), inner]),
+        lambda inner: dict(
+            type='MultiImageMixDataset', dataset=dict(type='RepeatDataset', times=2, dataset=inner)
+        ),
+    ],
+)
+def test_inside_of_datasets_that_join_or_repeat(cfg, wrap):
+    cfg.train_dataloader.dataset = wrap(dataset('train'))
+    check_data(cfg, SPLITS)
+    write('train', '{')
+    assert 'annotations/train.json is not whole JSON' in failure(cfg)
+
+
+def test_test_images_without_annotations(cfg):
+    data = content(first=4)
+    del data['annotations']
+    write('val', data)
+    assert "has no list 'annotations'" in failure(cfg)
+    cfg.test_dataloader = cfg.val_dataloader
+    cfg.test_evaluator = dict(type='CocoMetric', format_only=True, outfile_prefix='out')
+    check_data(cfg, ('test',))
+
+
+def model(base: str, **changes):
+    cfg = Config.fromstring(f"_base_ = 'mmdet::{base}'", '.py')
+    cfg.merge_from_dict({'model.backbone.init_cfg': None, **changes})
+    with torch.device('meta'):
+        return cfg.model, MODELS.build(cfg.model)
+
+
+MASK = 'model.roi_head.mask_head.num_classes'
+BOX = 'model.roi_head.bbox_head'
+
+
+@pytest.mark.parametrize(
+    ('base', 'right', 'wrong'),
+    [
+        ('mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', [f'{BOX}.num_classes', MASK], [MASK]),
+        (
+            'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py',
+            [f'{BOX}.{stage}.num_classes' for stage in range(3)],
+            [f'{BOX}.2.num_classes'],
+        ),
+        (
+            'retinanet/retinanet_r50_fpn_1x_coco.py',
+            ['model.bbox_head.num_classes'],
+            ['model.bbox_head.num_classes'],
+        ),
+        ('ssd/ssd300_coco.py', ['model.bbox_head.num_classes'], ['model.bbox_head.num_classes']),
+    ],
+)
+def test_num_classes_of_the_heads(cfg, base, right, wrong):
+    cfg.model, built = model(base, **dict.fromkeys(right, 2))
+    check_classes(cfg, built, SPLITS)
+    for number in (1, 80):
+        cfg.model, built = model(
+            base, **{**dict.fromkeys(right, 2), **dict.fromkeys(wrong, number)}
+        )
+        with pytest.raises(CommandError) as caught:
+            check_classes(cfg, built, SPLITS)
+        assert str(caught.value) == (
+            f'{wrong[0]}={number}, and there are 2 classes of train_dataloader.dataset '
+            f'(CocoDataset); give --cfg-options {wrong[0]}=2'
+        )
+
+
+def test_proposals_have_no_class(cfg):
+    cfg.model, built = model('rpn/rpn_r50_fpn_1x_coco.py')
+    check_classes(cfg, built, SPLITS)

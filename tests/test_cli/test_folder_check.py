@@ -1,0 +1,254 @@
+"""Class folders and lists of labels that are read otherwise than meant."""
+
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from mmengine.config import Config
+from mmengine.registry import DATASETS, MODELS, DefaultScope
+from torch import nn
+
+pytest.importorskip('mmpretrain')
+
+from mmubn.cli.checkpoint_check import build_model
+from mmubn.cli.class_check import check_classes
+from mmubn.cli.data_check import check_data
+from mmubn.cli.errors import CommandError
+
+NAMES = ('apple', 'bear', 'cat')
+TYPES = ('CachedImageFolder', 'CustomDataset')
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        yield
+
+
+@pytest.fixture(params=TYPES)
+def cfg(request) -> Config:
+    for split in ('train', 'val'):
+        for name in NAMES:
+            Path(split, name).mkdir(parents=True)
+            cv2.imwrite(f'{split}/{name}/0.png', np.zeros((8, 8, 3), np.uint8))
+
+    def loader(split):
+        return dict(dataset=dict(type=request.param, data_root='.', data_prefix=split))
+
+    evaluator = dict(type='Accuracy', topk=(1,))
+    return Config(
+        dict(
+            model=dict(head=dict(type='LinearClsHead', num_classes=3, in_channels=8)),
+            train_dataloader=loader('train'),
+            val_dataloader=loader('val'),
+            test_dataloader=loader('val'),
+            val_evaluator=evaluator,
+            test_evaluator=evaluator,
+        )
+    )
+
+
+def check(cfg: Config, *splits: str) -> None:
+    splits = splits or ('train', 'val')
+    check_data(cfg, splits)
+    model = nn.ModuleDict(dict(head=MODELS.build(cfg.model.head)))
+    check_classes(cfg, model, splits)
+
+
+def failure(cfg: Config, *splits: str) -> str:
+    with pytest.raises(CommandError) as caught:
+        check(cfg, *splits)
+    assert '\n' not in str(caught.value)
+    return str(caught.value)
+
+
+def test_sound_folders(cfg):
+    check(cfg)
+    check(cfg, 'test')
+
+
+@pytest.mark.parametrize(
+    ('change', 'reason'),
+    [
+        (lambda: shutil.rmtree('val/apple'), "val lacks 'apple'; every split"),
+        (lambda: Path('val/aardvark').mkdir(), "val has 'aardvark' besides; every split"),
+        (
+            lambda: Path('val/apple').rename('val/Apple'),
+            "val lacks 'apple' and has 'Apple' besides, did you mean 'apple'?",
+        ),
+        (lambda: shutil.rmtree('train/cat'), "val has 'cat' besides"),
+    ],
+)
+def test_splits_that_differ(cfg, change, reason):
+    change()
+    line = failure(cfg)
+    start = 'val_dataloader.dataset: the class folders are not those of train_dataloader.dataset'
+    assert line.startswith(start)
+    assert reason in line
+    line = failure(cfg, 'test')  # the training images are at hand
+    assert line.startswith(start.replace('val_', 'test_'))
+
+
+def test_a_test_without_the_training_images(cfg):
+    shutil.rmtree('train')
+    check(cfg, 'test')
+    shutil.rmtree('val/apple')
+    assert failure(cfg, 'test') == (
+        'model.head.num_classes=3, and there are 2 class folders in ./val; give --cfg-options '
+        'model.head.num_classes=2'
+    )
+
+
+def test_joined_datasets_that_differ(cfg):
+    shutil.copytree('train', 'more')
+    inner = cfg.train_dataloader.dataset
+    datasets = [inner, {**inner, 'data_prefix': 'more'}]
+    cfg.train_dataloader.dataset = dict(type='ConcatDataset', datasets=datasets)
+    check(cfg)
+    Path('more/dog').mkdir()
+    assert failure(cfg).startswith('train_dataloader.dataset.datasets.1: the class folders are not')
+
+
+@pytest.mark.parametrize(
+    'name',
+    ['.ipynb_checkpoints', '__MACOSX', '@eaDir', '__pycache__', '$RECYCLE.BIN', 'lost+found'],
+)
+def test_foreign_folders_are_no_classes(cfg, name):
+    for split in ('train', 'val'):
+        shutil.copytree(f'{split}/cat', f'{split}/{name}')
+    if cfg.train_dataloader.dataset.type == 'CustomDataset':
+        assert failure(cfg) == (
+            f'train_dataloader.dataset: CustomDataset takes the folder ./train/{name} for a class, '
+            'and numbers all behind it otherwise; delete it'
+        )
+        return
+    check(cfg)
+    dataset = DATASETS.build({**cfg.train_dataloader.dataset, 'pipeline': []})
+    assert dataset.metainfo['classes'] == NAMES
+    assert sorted(dataset.get_gt_labels()) == [0, 1, 2]
+
+
+def test_foreign_folders_inside_of_a_class():
+    for folder in ('train/a', 'train/a/.ipynb_checkpoints', 'train/a/deep'):
+        Path(folder).mkdir(parents=True)
+        cv2.imwrite(f'{folder}/0.png', np.zeros((8, 8, 3), np.uint8))
+    dataset = DATASETS.build(dict(type='CachedImageFolder', data_root='.', data_prefix='train'))
+    paths = {dataset.get_data_info(index)['img_path'] for index in range(len(dataset))}
+    assert paths == {'./train/a/0.png', './train/a/deep/0.png'}
+
+
+def test_no_folders(cfg):
+    for name in NAMES:
+        shutil.rmtree(f'train/{name}')
+    assert failure(cfg) == (
+        'train_dataloader.dataset: no class folders in ./train; it must hold one for each class'
+    )
+
+
+def test_no_folder_of_a_split(cfg):
+    cfg.val_dataloader.dataset = dict(type='ImageNet', data_root='train', split='val')
+    line = 'val_dataloader.dataset: no folder train/val; it must hold a folder for each class'
+    assert failure(cfg) == line
+
+
+def test_unpacked_into_a_folder_too_many(cfg):
+    for split in ('train', 'val'):
+        Path(split).rename('images')
+        Path(split).mkdir()
+        Path('images').rename(f'{split}/images')
+    assert 'model.head.num_classes=3, and there are 1 class folders in ./train' in failure(cfg)
+
+
+@pytest.mark.parametrize('number', [1, 2, 4, 1000])
+def test_num_classes_of_the_head(cfg, number):
+    cfg.model.head.num_classes = number
+    assert failure(cfg) == (
+        f'model.head.num_classes={number}, and there are 3 class folders in ./train; give '
+        '--cfg-options model.head.num_classes=3'
+    )
+
+
+def test_num_classes_of_labels_that_are_mixed(cfg):
+    cfg.model.type = 'ImageClassifier'
+    cfg.model.backbone = dict(type='LeNet5')
+    cfg.model.train_cfg = dict(augments=dict(type='Mixup', alpha=0.8))
+    cfg.data_preprocessor = dict(num_classes=1000)
+    with pytest.raises(CommandError) as caught:
+        check_classes(cfg, build_model(cfg), ('train',))
+    assert str(caught.value) == (
+        'data_preprocessor.num_classes=1000, and there are 3 class folders in ./train; give '
+        '--cfg-options data_preprocessor.num_classes=3'
+    )
+    cfg.data_preprocessor.num_classes = 3
+    check_classes(cfg, build_model(cfg), ('train',))
+
+
+def test_what_a_dataset_refuses(cfg):
+    cfg.train_dataloader.dataset = dict(type='ImageNet', data_root='.', split='trian')
+    assert failure(cfg).startswith('train_dataloader.dataset: ImageNet: The split must be one of')
+
+
+def test_what_the_evaluator_asks_for(cfg):
+    cfg.val_evaluator.topk = (1, 5)
+    line = failure(cfg)
+    assert line.startswith(
+        'val_evaluator.topk=(1, 5), and there are 3 class folders in ./val; give'
+    )
+
+
+@pytest.mark.parametrize(
+    ('classes', 'reason'),
+    [
+        (['bear', 'apple', 'cat'], "metainfo.classes: 'bear' is class 0 here, and its folder"),
+        (['apple', 'bear'], "class folders, 'apple', 'bear', 'cat', and the config names 2 cl"),
+        ('apple', 'is a string, and no file of names'),
+    ],
+)  # fmt: skip
+def test_classes_that_do_not_fit_the_folders(cfg, classes, reason):
+    cfg.train_dataloader.dataset.metainfo = dict(classes=classes)
+    assert reason in failure(cfg)
+    cfg.train_dataloader.dataset.metainfo = None
+    cfg.train_dataloader.dataset.classes = classes
+    assert reason in failure(cfg)
+
+
+def test_classes_of_other_words_are_theirs(cfg):
+    # As ImageNet's, whose folders have codes for names.
+    cfg.train_dataloader.dataset.metainfo = dict(classes=['Apfel', 'Baer', 'Katze'])
+    check(cfg)
+
+
+def test_imagenet_of_fewer_classes(cfg):
+    cfg.train_dataloader.dataset = dict(type='ImageNet', data_root='.', split='train')
+    line = failure(cfg)
+    assert "./train has 3 class folders, 'apple', 'bear', 'cat', and the config names 1000" in line
+    cfg.train_dataloader.dataset.metainfo = dict(classes=NAMES)
+    check(cfg)
+
+
+@pytest.mark.parametrize(
+    ('lines', 'reason'),
+    [
+        ('', 'is empty'),
+        ('apple/0.png\n', "line 1 of ./list.txt is 'apple/0.png', not FILE LABEL"),
+        ('apple/0.png 0\nbear/0.png one\n', "line 2 of ./list.txt is 'bear/0.png one', not FILE"),
+        ('apple/0.png 0\n\n', "line 2 of ./list.txt is '', not FILE LABEL"),
+        ('apple/0.png 0\nbear/1.png 1\n', './train has no bear/1.png; 1 of 2 images of ./list.txt'),
+        ('apple/0.png 1\nbear/0.png 2\ncat/0.png 3\n', 'model.head.num_classes=3, and there are '),
+    ],
+)  # fmt: skip
+def test_lists_of_labels(cfg, lines, reason):
+    Path('list.txt').write_text(lines)
+    cfg.train_dataloader.dataset.ann_file = 'list.txt'
+    assert reason in failure(cfg)
+
+
+def test_sound_list_of_labels(cfg):
+    Path('list.txt').write_text('apple/0.png 0\nbear/0.png 1\n')
+    cfg.train_dataloader.dataset.ann_file = 'list.txt'
+    check(cfg)
+    cfg.train_dataloader.dataset.metainfo = dict(classes=('apple',))
+    assert 'labels bear/0.png 1, and metainfo has 1 classes, 0 to 0' in failure(cfg)
