@@ -130,10 +130,21 @@ def list_rows(args: argparse.Namespace) -> None:
     for experiment, lines in find_lines(args).items():
         print(f'\n{experiment}  {TITLES[experiment]}')
         for line in lines:
-            paper = ', '.join(f'{key} {value:g}' for key, value in line.row.paper.items())
             options = ' '.join(as_arguments(line.setting.options))
-            print(f'  {line.row.label}  [{line.state}]  paper: {paper or "a curve"}')
+            print(f'  {line.row.label}  [{line.state}]  {_values(line.row)}'.rstrip())
             print(f'    {_shown(line.setting.config)} {options}'.rstrip())
+
+
+def _values(row: Row) -> str:
+    """What the paper and the host's model zoo have of a row."""
+    shown = {'paper': row.paper, "host's own BN": row.zoo.values if row.zoo else {}}
+    texts = {
+        source: ', '.join(f'{key} {value:g}' for key, value in values.items())
+        for source, values in shown.items()
+    }
+    if TITLES[row.experiment].startswith('Figure'):
+        texts['paper'] = 'a curve'
+    return '  '.join(f'{source}: {text}' for source, text in texts.items() if text)
 
 
 def _shown(config: Path) -> str:

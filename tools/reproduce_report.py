@@ -14,7 +14,7 @@ from scipy.stats import t as student
 
 CSV_COLUMNS = (
     *('experiment', 'paper_dataset', 'paper_model', 'norm', 'batch_size', 'metric'),
-    *('paper', 'paper_minus_bn', 'state', 'mean', 'sd', 'n'),
+    *('paper', 'paper_minus_bn', 'host_bn', 'state', 'mean', 'sd', 'n'),
     *('minus_bn', 'ci95_low', 'ci95_high', 'pairs'),
     *('config', 'options', 'epochs', 'data', 'device'),
 )
@@ -34,10 +34,11 @@ class Line:
 
     @property
     def metrics(self) -> List[str]:
-        """Those of the paper, else the usual one of the data; of detection the loss too."""
+        """Those of the paper, else the usual ones of the data; of detection the loss too."""
         found = [metric for metric in self.row.paper if metric not in ('train_seconds', 'epochs')]
         if self.row.dataset == 'COCO':
-            return [*(found or ['bbox_AP']), 'loss']
+            zoo = list(self.row.zoo.values) if self.row.zoo else []
+            return [*(found or zoo or ['bbox_AP']), 'loss']
         return found or ['top1']
 
     @property
@@ -100,6 +101,8 @@ def cells(lines: Sequence[Line]) -> List[Dict[str, object]]:
                 cell['paper'] = paper
                 if bn is not None and metric in bn.row.paper:
                     cell['paper_minus_bn'] = round(paper - bn.row.paper[metric], 2)
+            if row.zoo is not None:
+                cell['host_bn'] = row.zoo.values.get(metric, '')
             finals = line.finals(metric)
             if finals:
                 cell['mean'], cell['sd'] = map(_rounded, mean_sd(list(finals.values())))
@@ -202,8 +205,8 @@ def markdown(by_experiment: Dict[str, List[Line]], one_network: bool) -> str:
             text += speed(lines)
             continue
         text += [
-            '| row | metric | paper | minus BN | ours | runs | minus BN |',
-            '|---|---|---|---|---|---|---|',
+            "| row | metric | paper | minus BN | host's own BN | ours | runs | minus BN |",
+            '|---|---|---|---|---|---|---|---|',
         ]
         for line, cell in _with_lines(lines):
             row = line.row
@@ -213,11 +216,24 @@ def markdown(by_experiment: Dict[str, List[Line]], one_network: bool) -> str:
             if cell['sd'] != '':
                 ours += f' ± {cell["sd"]:.2f}'
             values = label, cell['metric'], _shown(cell['paper'], '.4g')
-            values += _shown(cell['paper_minus_bn'], '+.2f'), ours, cell['state']
+            values += _shown(cell['paper_minus_bn'], '+.2f'), _shown(cell['host_bn'], '.4g')
+            values += ours, cell['state']
             values += (_difference(cell['minus_bn'], cell['ci95_low'], cell['ci95_high']),)
             text.append('| ' + ' | '.join(map(str, values)) + ' |')
         text += contrasts(lines)
+        text += zoo_notes(lines)
     return '\n'.join(text) + '\n'
+
+
+def zoo_notes(lines: Sequence[Line]) -> List[str]:
+    """Where the column of the host's own BN comes from, as Markdown; empty without it."""
+    found = {(line.row.dataset, line.row.model): line.row.zoo for line in lines if line.row.zoo}
+    text = []
+    for (dataset, model), zoo in found.items():
+        note = f'; {zoo.note}' if zoo.note else ''
+        text.append(f'- {model} on {dataset}: `{zoo.config}`, {zoo.version}{note}')
+    header = ['', "Host's own BN: what the metafile of the host's model zoo says.", '']
+    return [*header, *text] if text else []
 
 
 def contrasts(lines: Sequence[Line]) -> List[str]:

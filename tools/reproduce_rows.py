@@ -1,4 +1,4 @@
-"""The paper's tables and figures as rows: what to train, and what the paper found.
+"""The paper's tables and figures as rows: what to train, and what the paper and the hosts found.
 
 The figures' curves are given without numbers, and for several the paper names neither the
 network nor the thresholds; what is assumed then is said in :data:`TITLES`.
@@ -8,11 +8,12 @@ import csv
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from mmubn.cli.errors import CommandError
 
 PAPER = Path(__file__).with_name('paper_tables.csv')
+HOST_TABLES = Path(__file__).with_name('host_tables.csv')
 # What the configs of the project set for each norm.
 NORM_CFGS = {
     'BN': dict(type='BN'),
@@ -22,7 +23,10 @@ NORM_CFGS = {
     'BNET': dict(type='BNET'),
     'IEBN': dict(type='IEBN'),
     'UBN': dict(type='UBN', fct=0.15),
+    'SyncBN': dict(type='SyncBN'),
+    'SyncUBN': dict(type='SyncUBN', fct=0.15),
 }
+PAPER_NORMS = ('BN', 'IN', 'GN', 'RBN', 'BNET', 'IEBN', 'UBN')
 STEMS = {
     'Inception-v4': 'inception_v4',
     'Faster R-CNN R50': 'faster_rcnn_r50',
@@ -54,7 +58,46 @@ TITLES = {
     'figure17-36': 'Figures 17 to 36: batch sizes, BN and UBN',
     'figure37-40': 'Figures 37 to 40: each rectification by itself',
     'ours': 'Not in the paper: the warm-up of the gate, no gate, initial kernels',
+    'hosts-detection': "Not in the paper: mmdet's recipes; BN with its statistics frozen is their own",
+    'hosts-classification': "Not in the paper: mmpretrain's recipes; BN is their own",
 }
+
+
+@dataclass(frozen=True)
+class ZooModel:
+    """What the model zoo of mmdet or mmpretrain has of a network, with BatchNorm.
+
+    Attributes:
+        config (str): As ``_base_`` names it: ``mmdet::...``.
+        version (str): Of the package whose metafile gives the values.
+        note (str): How it differs from the paper's row; empty for not at all.
+        values (dict): Metric -> value in per cent.
+    """
+
+    config: str
+    version: str
+    note: str
+    values: Dict[str, float] = field(default_factory=dict)
+
+    @property
+    def stem(self) -> str:
+        """The name of the config's file."""
+        return Path(self.config.split('::')[1]).stem
+
+
+def _read_zoo() -> Dict[Tuple[str, str], ZooModel]:
+    """By the paper's names of data set and network."""
+    found: Dict[Tuple[str, str], ZooModel] = {}
+    with HOST_TABLES.open(newline='') as file:
+        for line in csv.DictReader(file):
+            config = f'{line["host"]}::{line["config"]}'
+            model = ZooModel(config, line['version'], line['note'])
+            key = line['dataset'], line['model']
+            found.setdefault(key, model).values[line['metric']] = float(line['value'])
+    return found
+
+
+ZOO = _read_zoo()
 
 
 @dataclass(frozen=True)
@@ -69,6 +112,8 @@ class Row:
         changes (dict): Of that norm's settings.
         batch_size (int, optional): For each GPU, where the row changes it.
         paper (dict): Metric -> the paper's value; empty for a curve.
+        options (dict): Settings beside the norm's, by their dotted keys.
+        file (str): The config in ``configs/``, where the other attributes do not give it.
     """
 
     experiment: str
@@ -79,6 +124,8 @@ class Row:
     changes: Dict[str, Any] = field(default_factory=dict)
     batch_size: int = 0
     paper: Dict[str, float] = field(default_factory=dict)
+    options: Dict[str, Any] = field(default_factory=dict)
+    file: str = ''
 
     @property
     def label(self) -> str:
@@ -89,6 +136,8 @@ class Row:
     @property
     def config(self) -> str:
         """Path in ``configs/``."""
+        if self.file:
+            return self.file
         stem = STEMS.get(self.model) or self.model.lower().replace('-', '')
         if self.dataset == 'COCO':
             return f'{stem}_{self.base.lower()}_1x_coco.py'
@@ -103,7 +152,13 @@ class Row:
     @property
     def extra(self) -> Dict[str, Any]:
         """Settings beside the norm's, by their dotted keys."""
-        return {'train_dataloader.batch_size': self.batch_size} if self.batch_size else {}
+        batch = {'train_dataloader.batch_size': self.batch_size} if self.batch_size else {}
+        return {**batch, **self.options}
+
+    @property
+    def zoo(self) -> Optional[ZooModel]:
+        """The network with the host's own BatchNorm, where its model zoo has it."""
+        return ZOO.get((self.dataset, self.model))
 
     def is_baseline_of(self, other: 'Row') -> bool:
         """Whether it is the same with BN."""
@@ -149,7 +204,7 @@ def _thresholds(experiment: str, dataset: str, models: Sequence[str]) -> Iterato
 def _figures() -> Iterator[Row]:
     resnets = ('ResNet-50', 'ResNet-101')
     yield from _pairs('figure2', 'CIFAR-100', resnets[:1])
-    for norm in NORM_CFGS:
+    for norm in PAPER_NORMS:
         yield Row('figure4', 'CIFAR-100', 'ResNet-50', norm, norm)
     yield from _ablation('figure5', 'CIFAR-10', resnets)
     yield from _thresholds('figure6', 'CIFAR-10', resnets[1:])
@@ -173,6 +228,28 @@ def _ours() -> Iterator[Row]:
     yield Row(*place, 'BNET, identity kernel', 'BNET', dict(kernel_init='identity'))
 
 
+def _hosts() -> Iterator[Row]:
+    """The recipes of the model zoos with other norms.
+
+    norm_eval is said again here, as in the config: so that ``--config`` keeps it.
+    """
+    for (dataset, model), zoo in ZOO.items():
+        if dataset != 'COCO':
+            for norm in ('BN', 'UBN'):
+                file = f'hosts/{zoo.stem}_{norm.lower()}.py'
+                yield Row('hosts-classification', dataset, model, norm, norm, file=file)
+            continue
+        place = 'hosts-detection', dataset, model
+        frozen, trains = ({'model.backbone.norm_eval': value} for value in (True, False))
+        own = f'hosts/{zoo.stem}_bn.py'
+        yield Row(*place, 'BN', 'BN', options=frozen, file=own)
+        file = f'hosts/{zoo.stem}_ubn-frozen.py'
+        yield Row(*place, 'UBN, frozen statistics', 'UBN', options=frozen, file=file)
+        for norm in ('SyncBN', 'SyncUBN'):
+            file = f'hosts/{zoo.stem}_{norm.lower().replace("sync", "sync-")}.py'
+            yield Row(*place, norm, norm, options=trains, file=file)
+
+
 # Of these rows, the questions that BN does not answer: a norm, and what it is set against.
 CONTRASTS = (
     ('UBN, literal gate', 'UBN'),
@@ -180,7 +257,7 @@ CONTRASTS = (
     ('UBN, no gate', 'UBN'),
     ('BNET, identity kernel', 'BNET, published kernel'),
 )
-ROWS: List[Row] = [*_tables(), *_figures(), *_ours()]
+ROWS: List[Row] = [*_tables(), *_figures(), *_ours(), *_hosts()]
 
 
 def select(experiments: Sequence[str], patterns: Sequence[str], one_network: bool) -> List[Row]:

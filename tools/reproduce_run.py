@@ -20,7 +20,7 @@ import mmubn  # noqa: F401  configs may have mmubn:: in their _base_
 from mmubn.cli.errors import CommandError
 
 ROOT = Path(__file__).resolve().parents[1]
-BATCH_NORMS = ('BN', 'RBN', 'BNET', 'IEBN', 'UBN')
+BATCH_NORMS = ('BN', 'SyncBN', 'RBN', 'BNET', 'IEBN', 'UBN', 'SyncUBN')
 SCALED = ('begin', 'end', 'milestones', 'step_size', 'T_max')
 
 
