@@ -58,8 +58,8 @@ TITLES = {
     'figure17-36': 'Figures 17 to 36: batch sizes, BN and UBN',
     'figure37-40': 'Figures 37 to 40: each rectification by itself',
     'ours': 'Not in the paper: the warm-up of the gate, no gate, initial kernels',
-    'hosts-detection': "Not in the paper: mmdet's recipes; BN with its statistics frozen is their own",
-    'hosts-classification': "Not in the paper: mmpretrain's recipes; BN is their own",
+    'hosts-detection': "Not in the paper: mmdet's recipes (own norm: BN, statistics frozen)",
+    'hosts-classification': "Not in the paper: mmpretrain's recipes (own norm: BN)",
 }
 
 

@@ -203,7 +203,10 @@ def test_report_has_the_values_computed_by_hand(logs):
     assert (rbn['state'], rbn['mean'], rbn['paper']) == ('not run', '', '77.79')
 
     text = Path('out/report.md').read_text()
-    assert '| UBN | top1 | 78.67 | +1.65 | 79.9 | 44.67 ± 3.51 | 3 done | +2.67 [-1.13, +6.46] |' in text
+    assert (
+        '| UBN | top1 | 78.67 | +1.65 | 79.9 | 44.67 ± 3.51 | 3 done | +2.67 [-1.13, +6.46] |'
+        in text
+    )
     assert '| RBN | top1 | 77.79 | +0.77 | 79.9 |  | not run |  |' in text
     assert '- ResNet-50 on CIFAR-100: `mmpretrain::resnet/resnet50_8xb16_cifar100.py`, ' in text
     assert '`net`; 3 epochs; data `d`; seeds 0, 1, 2; cpu: none; torch 2; commit abc' in text
@@ -283,7 +286,10 @@ def test_the_report_of_detection_has_the_loss(logs, capsys):
     argv[1:3] = ['table6']
     reproduce.main(argv)
     text = Path('out/report.md').read_text()
-    assert '| UBN | bbox_AP | 38.5 | +4.50 | 38.2 | 44.67 ± 3.51 | 3 done | +2.67 [-1.13, +6.46] |' in text
+    assert (
+        '| UBN | bbox_AP | 38.5 | +4.50 | 38.2 | 44.67 ± 3.51 | 3 done | +2.67 [-1.13, +6.46] |'
+        in text
+    )
     assert '| UBN | loss |  |  |  | 2.33 ± 0.00 | 3 done | +0.00 [+0.00, +0.00] |' in text
     assert 'out/table6_loss.png' in capsys.readouterr().out
 
@@ -326,7 +332,8 @@ def test_runs_skip_resume_and_refuse_another_length(project, capfd):
     assert states(project) == {'tiny-BN': 'done', 'tiny-UBN': 'done'}
     assert 'resumed epoch: 1' in (folder / 'output.log').read_text()
     assert (
-        '| UBN | top1 | 78.67 | +1.65 | 79.9 |' in (project / 'runs' / 'report' / 'report.md').read_text()
+        '| UBN | top1 | 78.67 | +1.65 | 79.9 |'
+        in (project / 'runs' / 'report' / 'report.md').read_text()
     )
 
     capfd.readouterr()
