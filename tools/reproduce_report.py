@@ -9,7 +9,8 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 from reproduce_logs import Run
 from reproduce_rows import CONTRASTS, TITLES, Row
-from reproduce_run import Setting
+from reproduce_run import Setting, as_arguments
+from reproduce_studies import is_tuned
 from scipy.stats import t as student
 
 CSV_COLUMNS = (
@@ -24,6 +25,9 @@ LAYER_COLUMNS = (
 )
 
 
+CONDENSED = ('figure2', 'figure7-10', 'strong-recipe')  # experiments that ask about it
+
+
 @dataclass
 class Line:
     """A row with its runs by seed."""
@@ -36,7 +40,7 @@ class Line:
     def metrics(self) -> List[str]:
         """Those of the paper, else the usual ones of the data; of detection the loss too."""
         found = [metric for metric in self.row.paper if metric not in ('train_seconds', 'epochs')]
-        if self.row.dataset == 'COCO':
+        if self.row.detects:
             zoo = list(self.row.zoo.values) if self.row.zoo else []
             return [*(found or zoo or ['bbox_AP']), 'loss']
         return found or ['top1']
@@ -63,6 +67,11 @@ def baseline(line: Line, lines: Sequence[Line]) -> Optional[Line]:
     if line.row.norm == 'BN':
         return None
     return next((other for other in lines if other.row.is_baseline_of(line.row)), None)
+
+
+def several(lines: Sequence[Line]) -> bool:
+    """Whether they are of more than one network or data set."""
+    return len({(line.row.dataset, line.row.model) for line in lines}) > 1
 
 
 def mean_sd(values: Sequence[float]) -> Tuple[float, float]:
@@ -196,7 +205,9 @@ def markdown(by_experiment: Dict[str, List[Line]], one_network: bool) -> str:
     before: List[str] = []
     for experiment, lines in by_experiment.items():
         paper = dict.fromkeys(f'{line.row.model} on {line.row.dataset}' for line in lines)
-        text += ['', f'## {TITLES[experiment]}', '', f'Paper: {", ".join(paper)}.', '']
+        title = TITLES[experiment]
+        source = 'Network' if title.startswith('Not in the paper') else 'Paper'
+        text += ['', f'## {title}', '', f'{source}: {", ".join(paper)}.', '']
         conditions = _conditions(lines)
         text += ['Ours: as above.'] if conditions == before else conditions
         text += ['']
@@ -210,8 +221,7 @@ def markdown(by_experiment: Dict[str, List[Line]], one_network: bool) -> str:
         ]
         for line, cell in _with_lines(lines):
             row = line.row
-            batch = f', batch {row.batch_size}' if row.batch_size else ''
-            label = row.norm + batch if one_network else row.label
+            label = row.label if several(lines) and not one_network else row.name
             ours = _shown(cell['mean'], '.2f')
             if cell['sd'] != '':
                 ours += f' ± {cell["sd"]:.2f}'
@@ -221,8 +231,44 @@ def markdown(by_experiment: Dict[str, List[Line]], one_network: bool) -> str:
             values += (_difference(cell['minus_bn'], cell['ci95_low'], cell['ci95_high']),)
             text.append('| ' + ' | '.join(map(str, values)) + ' |')
         text += contrasts(lines)
+        if any(line.row.experiment in CONDENSED for line in lines):
+            text += condensation(lines)
         text += zoo_notes(lines)
     return '\n'.join(text) + '\n'
+
+
+def condensation(lines: Sequence[Line]) -> List[str]:
+    """Mean similarity of the layers on the fixed batch after training, as Markdown."""
+    text = []
+    for line in lines:
+        finals = _similarities(line)
+        if not finals:
+            continue
+        bn = baseline(line, lines)
+        shown = _difference(*_interval(finals, _similarities(bn))[:3]) if bn is not None else ''
+        mean, sd = mean_sd(list(finals.values()))
+        spread = '' if math.isnan(sd) else f' ± {sd:.2f}'
+        text.append(f'| {line.row.name} | {mean:.2f}{spread} | {len(finals)} | {shown} |')
+    header = [
+        '',
+        'Condensation: similarity of the fixed batch (`fixed/input`) after the last epoch, mean '
+        'over the layers.',
+        '',
+        '| row | similarity × 100 | runs | minus BN |',
+        '|---|---|---|---|',
+    ]
+    return [*header, *text] if text else []
+
+
+def _similarities(line: Line) -> Dict[int, float]:
+    """Seed -> mean over the layers in the last epoch, times 100."""
+    found = {}
+    for seed, run in line.done.items():
+        rows = _last_epoch(run.folder / 'condensation.csv', 'fixed/input')
+        values = [float(row['similarity']) for row in rows if row['similarity']]
+        if values:
+            found[seed] = 100 * statistics.fmean(values)
+    return found
 
 
 def zoo_notes(lines: Sequence[Line]) -> List[str]:
@@ -237,16 +283,20 @@ def zoo_notes(lines: Sequence[Line]) -> List[str]:
 
 
 def contrasts(lines: Sequence[Line]) -> List[str]:
-    """Differences between rows neither of which is BN, as Markdown; empty without such."""
+    """Differences between rows neither of which need be BN, as Markdown; empty without such."""
     text = []
-    by_norm = {line.row.norm: line for line in lines}
-    for norm, other in CONTRASTS:
-        if norm not in by_norm or other not in by_norm:
-            continue
-        for metric in by_norm[norm].metrics:
-            finals = (by_norm[name].finals(metric) for name in (norm, other))
-            shown = _difference(*_interval(*finals)[:3]) or 'not run'
-            text.append(f'| {norm} | {other} | {metric} | {shown} |')
+    for line in lines:
+        row = line.row
+        wanted = [b for a, b in CONTRASTS.get(row.experiment, ()) if a == row.norm]
+        others = [other for other in lines if other.row.differs_in_norm(row)]
+        for other in sorted(
+            (other for other in others if other.row.norm in wanted),
+            key=lambda other: wanted.index(other.row.norm),
+        ):
+            metric = line.metrics[0]
+            shown = _difference(*_interval(line.finals(metric), other.finals(metric))[:3])
+            label = row.label if several(lines) else row.name
+            text.append(f'| {label} | {other.row.norm} | {metric} | {shown or "not run"} |')
     header = ['', '| row | minus | metric | difference |', '|---|---|---|---|']
     return [*header, *text] if text else []
 
@@ -267,7 +317,8 @@ def _conditions(lines: Sequence[Line]) -> List[str]:
     for line in lines:
         for seed, run in line.done.items():
             s = run.settings
-            common = [option for option in s['options'] if '.norm_cfg.' not in option]
+            own = {*as_arguments(line.setting.options)}
+            common = [o for o in s['options'] if o not in own and not is_tuned(line.row, o)]
             key = s['config'] if '-' in line.setting.name else '', s['epochs'], s['data']
             key += s['device'], s['torch'], s['commit'], ' '.join(common)
             groups.setdefault(key, set()).add(seed)
@@ -314,10 +365,10 @@ def write_tables(by_experiment: Dict[str, List[Line]], out: Path, one_network: b
     return [out / name for name in ('report.md', 'report.csv', 'curves.csv', 'layers.csv')]
 
 
-def _last_epoch(path: Path) -> List[Dict[str, str]]:
+def _last_epoch(path: Path, where: str = 'train/input') -> List[Dict[str, str]]:
     if not path.is_file():
         return []
     with path.open(newline='') as file:
-        rows = [row for row in csv.DictReader(file) if row['where'] == 'train/input']
+        rows = [row for row in csv.DictReader(file) if row['where'] == where]
     last = max((int(row['epoch']) for row in rows), default=0)
     return [row for row in rows if int(row['epoch']) == last]

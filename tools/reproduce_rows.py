@@ -27,6 +27,7 @@ NORM_CFGS = {
     'SyncUBN': dict(type='SyncUBN', fct=0.15),
 }
 PAPER_NORMS = ('BN', 'IN', 'GN', 'RBN', 'BNET', 'IEBN', 'UBN')
+SCENES = 'CIFAR scenes'  # of the study of batches of two
 STEMS = {
     'Inception-v4': 'inception_v4',
     'Faster R-CNN R50': 'faster_rcnn_r50',
@@ -34,6 +35,9 @@ STEMS = {
     'Mask R-CNN R50': 'mask_rcnn_r50',
     'Mask R-CNN R101': 'mask_rcnn_r101',
 }
+FROZEN_BN = 'BN, frozen statistics'
+FROZEN_UBN = 'UBN, frozen statistics'
+IDENTITY_BNET = 'BNET, identity kernel'
 THRESHOLDS = (0.1, 0.15, 0.2, 0.3, 0.5)
 BATCH_SIZES = (32, 64, 128, 256, 512)
 ABLATION = {
@@ -60,6 +64,9 @@ TITLES = {
     'ours': 'Not in the paper: the warm-up of the gate, no gate, initial kernels',
     'hosts-detection': "Not in the paper: mmdet's recipes (own norm: BN, statistics frozen)",
     'hosts-classification': "Not in the paper: mmpretrain's recipes (own norm: BN)",
+    'batches-of-two': 'Not in the paper: fine-tuning a detector with two images a step',
+    'strong-recipe': 'Not in the paper: CIFAR-100, longer and tuned for BN',
+    'small-batches': 'Not in the paper: Table 7 with batches of 2 to 128, learning rate scaled',
 }
 
 
@@ -114,6 +121,10 @@ class Row:
         paper (dict): Metric -> the paper's value; empty for a curve.
         options (dict): Settings beside the norm's, by their dotted keys.
         file (str): The config in ``configs/``, where the other attributes do not give it.
+        network (str): A config in ``configs/`` that every norm is put into, in place of one
+            for each norm.
+        pretrained (str): The norm of the backbone that the training starts from, in a
+            study with a pretraining.
     """
 
     experiment: str
@@ -126,18 +137,24 @@ class Row:
     paper: Dict[str, float] = field(default_factory=dict)
     options: Dict[str, Any] = field(default_factory=dict)
     file: str = ''
+    network: str = ''
+    pretrained: str = ''
+
+    @property
+    def name(self) -> str:
+        """Unique among the rows of a network."""
+        return f'{self.norm}, batch {self.batch_size}' if self.batch_size else self.norm
 
     @property
     def label(self) -> str:
         """Unique in its experiment."""
-        batch = f', batch {self.batch_size}' if self.batch_size else ''
-        return f'{self.dataset}, {self.model}, {self.norm}{batch}'
+        return f'{self.dataset}, {self.model}, {self.name}'
 
     @property
     def config(self) -> str:
         """Path in ``configs/``."""
-        if self.file:
-            return self.file
+        if self.file or self.network:
+            return self.file or self.network
         stem = STEMS.get(self.model) or self.model.lower().replace('-', '')
         if self.dataset == 'COCO':
             return f'{stem}_{self.base.lower()}_1x_coco.py'
@@ -156,14 +173,23 @@ class Row:
         return {**batch, **self.options}
 
     @property
+    def detects(self) -> bool:
+        """Whether it is detection, and not classification."""
+        return self.dataset in ('COCO', SCENES)
+
+    @property
     def zoo(self) -> Optional[ZooModel]:
         """The network with the host's own BatchNorm, where its model zoo has it."""
         return ZOO.get((self.dataset, self.model))
 
     def is_baseline_of(self, other: 'Row') -> bool:
         """Whether it is the same with BN."""
+        return self.norm == 'BN' and self.differs_in_norm(other)
+
+    def differs_in_norm(self, other: 'Row') -> bool:
+        """Whether all but the norm and its treatment is the same."""
         keys = ('experiment', 'dataset', 'model', 'batch_size')
-        return self.norm == 'BN' and all(getattr(self, k) == getattr(other, k) for k in keys)
+        return all(getattr(self, key) == getattr(other, key) for key in keys)
 
 
 def _tables() -> Iterator[Row]:
@@ -225,7 +251,7 @@ def _ours() -> Iterator[Row]:
     yield Row(*place, 'UBN, long gate warm-up', 'UBN', dict(fct_warmup=400))
     yield Row(*place, 'UBN, no gate', 'UBN', dict(fct=None))
     yield Row(*place, 'BNET, published kernel', 'BNET')
-    yield Row(*place, 'BNET, identity kernel', 'BNET', dict(kernel_init='identity'))
+    yield Row(*place, IDENTITY_BNET, 'BNET', dict(kernel_init='identity'))
 
 
 def _hosts() -> Iterator[Row]:
@@ -233,31 +259,95 @@ def _hosts() -> Iterator[Row]:
 
     norm_eval is said again here, as in the config: so that ``--config`` keeps it.
     """
+    frozen, trains = ({'model.backbone.norm_eval': value} for value in (True, False))
     for (dataset, model), zoo in ZOO.items():
+        stem = f'hosts/{zoo.stem}'
         if dataset != 'COCO':
-            for norm in ('BN', 'UBN'):
-                file = f'hosts/{zoo.stem}_{norm.lower()}.py'
-                yield Row('hosts-classification', dataset, model, norm, norm, file=file)
+            place = 'hosts-classification', dataset, model
+            yield Row(*place, 'BN', 'BN', file=f'{stem}_bn.py')
+            yield Row(*place, 'UBN', 'UBN', file=f'{stem}_ubn.py')
             continue
         place = 'hosts-detection', dataset, model
-        frozen, trains = ({'model.backbone.norm_eval': value} for value in (True, False))
-        own = f'hosts/{zoo.stem}_bn.py'
-        yield Row(*place, 'BN', 'BN', options=frozen, file=own)
-        file = f'hosts/{zoo.stem}_ubn-frozen.py'
-        yield Row(*place, 'UBN, frozen statistics', 'UBN', options=frozen, file=file)
-        for norm in ('SyncBN', 'SyncUBN'):
-            file = f'hosts/{zoo.stem}_{norm.lower().replace("sync", "sync-")}.py'
-            yield Row(*place, norm, norm, options=trains, file=file)
+        yield Row(*place, 'BN', 'BN', options=trains)  # the paper's: its own config
+        yield Row(*place, FROZEN_BN, 'BN', options=frozen, file=f'{stem}_bn.py')
+        yield Row(*place, 'UBN', 'UBN', options=trains)
+        yield Row(*place, FROZEN_UBN, 'UBN', options=frozen, file=f'{stem}_ubn-frozen.py')
+        yield Row(*place, 'SyncBN', 'SyncBN', options=trains, file=f'{stem}_sync-bn.py')
+        yield Row(*place, 'SyncUBN', 'SyncUBN', options=trains, file=f'{stem}_sync-ubn.py')
 
 
-# Of these rows, the questions that BN does not answer: a norm, and what it is set against.
-CONTRASTS = (
-    ('UBN, literal gate', 'UBN'),
-    ('UBN, long gate warm-up', 'UBN'),
-    ('UBN, no gate', 'UBN'),
-    ('BNET, identity kernel', 'BNET, published kernel'),
-)
-ROWS: List[Row] = [*_tables(), *_figures(), *_ours(), *_hosts()]
+def _batches_of_two() -> Iterator[Row]:
+    place = 'batches-of-two', SCENES, 'Faster R-CNN, small ResNet-18'
+    shared = dict(network='studies/faster_rcnn_r18_cifar_scenes.py', pretrained='BN')
+    frozen = {'model.backbone.norm_eval': True}
+    yield Row(*place, 'BN', 'BN', **shared)
+    yield Row(*place, FROZEN_BN, 'BN', options=frozen, **shared)
+    yield Row(*place, 'GN', 'GN', **{**shared, 'pretrained': 'GN'})
+    yield Row(*place, 'UBN', 'UBN', **shared)
+    yield Row(*place, FROZEN_UBN, 'UBN', options=frozen, **shared)
+    yield Row(*place, 'UBN, no gate', 'UBN', dict(fct=None), **shared)
+    yield Row(*place, 'RBN', 'RBN', **shared)
+    yield Row(*place, 'BNET', 'BNET', **shared)
+    for batch in (8, 16):
+        yield Row(*place, 'BN', 'BN', batch_size=batch, **shared)
+        yield Row(*place, 'UBN', 'UBN', batch_size=batch, **shared)
+    everything = {'model.backbone.frozen_stages': -1}
+    network = shared['network']
+    yield Row(*place, 'BN, no pretraining', 'BN', options=everything, network=network)
+
+
+def _strong_recipe() -> Iterator[Row]:
+    place = 'strong-recipe', 'CIFAR-100', 'ResNet-18 of half the channels'
+    network = 'studies/resnet18_strong_cifar100.py'
+    for norm in ('BN', 'UBN', 'RBN'):
+        yield Row(*place, norm, norm, network=network)
+    yield Row(*place, 'UBN, no gate', 'UBN', dict(fct=None), network=network)
+    yield Row(*place, 'BNET, published kernel', 'BNET', network=network)
+    yield Row(*place, IDENTITY_BNET, 'BNET', dict(kernel_init='identity'), network=network)
+
+
+def _small_batches() -> Iterator[Row]:
+    place = 'small-batches', 'CIFAR-10', 'small ResNet-18'
+    network = 'cifar10/resnet18_small_cifar10.py'  # learning rate 0.1 for 64 images
+    for batch in (2, 4, 8, 32, 128):
+        shared = dict(
+            batch_size=batch,
+            options={'optim_wrapper.optimizer.lr': 0.1 * batch / 64},
+            network=network,
+        )
+        yield Row(*place, 'BN', 'BN', **shared)
+        yield Row(*place, 'UBN', 'UBN', **shared)
+        yield Row(*place, 'UBN, no gate', 'UBN', dict(fct=None), **shared)
+
+
+# The questions that minus BN does not answer: a norm, and what it is set against.
+_FROZEN = ((FROZEN_UBN, FROZEN_BN), ('UBN', FROZEN_BN), ('UBN', FROZEN_UBN))
+_NO_GATE = ('UBN, no gate', 'UBN')
+_KERNEL = (IDENTITY_BNET, 'BNET, published kernel')
+CONTRASTS: Dict[str, Sequence[Tuple[str, str]]] = {
+    'ours': (('UBN, literal gate', 'UBN'), ('UBN, long gate warm-up', 'UBN'), _NO_GATE, _KERNEL),
+    'hosts-detection': (*_FROZEN, ('SyncUBN', 'SyncBN'), ('SyncUBN', FROZEN_BN)),
+    'batches-of-two': (
+        *_FROZEN,
+        ('UBN, no gate', FROZEN_BN),
+        ('RBN', FROZEN_BN),
+        ('BNET', FROZEN_BN),
+        ('GN', FROZEN_BN),
+        _NO_GATE,
+        (FROZEN_BN, 'BN, no pretraining'),
+    ),
+    'strong-recipe': (_NO_GATE, _KERNEL, ('UBN', 'RBN'), ('UBN', IDENTITY_BNET)),
+    'small-batches': (_NO_GATE,),
+}
+ROWS: List[Row] = [
+    *_tables(),
+    *_figures(),
+    *_ours(),
+    *_hosts(),
+    *_batches_of_two(),
+    *_strong_recipe(),
+    *_small_batches(),
+]
 
 
 def select(experiments: Sequence[str], patterns: Sequence[str], one_network: bool) -> List[Row]:
@@ -292,4 +382,6 @@ def select(experiments: Sequence[str], patterns: Sequence[str], one_network: boo
 
 
 def _matches(row: Row, patterns: Sequence[str]) -> bool:
-    return any(fnmatch(name, pattern) for name in (row.norm, row.label) for pattern in patterns)
+    return any(
+        fnmatch(name, pattern) for name in (row.norm, row.name, row.label) for pattern in patterns
+    )

@@ -42,12 +42,14 @@ class Setting:
 
 
 def make_setting(row: Row, config: Optional[Path] = None) -> Setting:
-    """The setting of a row: its own config, or another network's with the row's norm.
+    """The setting of a row: its own config, or a network's with the row's norm.
 
     Args:
         row (Row): The row.
-        config (Path, optional): The other network's.
+        config (Path, optional): Another network's. Default: what the row says.
     """
+    if config is None and row.network:
+        config = ROOT / 'configs' / row.network
     changes = {**row.changes, **row.extra}
     parts = [f'{key.split(".")[-1]}={value}' for key, value in changes.items()]
     prefix = 'model.backbone.norm_cfg.'

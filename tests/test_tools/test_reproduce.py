@@ -18,6 +18,7 @@ import reproduce_report
 import reproduce_rows
 import reproduce_run
 
+pytestmark = pytest.mark.usefixtures('metafiles_read_once')
 TINY = ('table3', '--config', 'tiny.py', '--work-dir', 'runs', '--rows', 'BN', 'UBN')
 
 
@@ -80,7 +81,7 @@ def test_rows_that_say_the_same_share_their_runs():
         ),
     ):
         assert reproduce_run.make_setting(rows[a]) == reproduce_run.make_setting(rows[b])
-    every = {(r.config, str(r.norm_cfg), r.batch_size) for r in reproduce_rows.ROWS}
+    every = {(r.config, str(r.norm_cfg), str(r.extra)) for r in reproduce_rows.ROWS}
     assert len({reproduce_run.make_setting(r).name for r in reproduce_rows.ROWS}) == len(every)
 
 
