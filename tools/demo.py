@@ -1,13 +1,14 @@
 """Sums up a run of `make demo`: held-out AP, training time, condensation of each norm layer."""
 
 import argparse
-import csv
 import json
 from datetime import datetime
 from pathlib import Path
-from typing import Dict, List
+from typing import Any, Dict, List
 
 import torch
+
+from mmubn.runs import last_checkpoint, read_condensation
 
 _TIME = '%Y%m%d_%H%M%S'
 
@@ -25,14 +26,15 @@ def main() -> None:
         raise SystemExit(f'demo.py: no evaluation in {work_dir / "test"}: run `make demo` first')
     print(f'\nDemo in {work_dir}: {training_time(work_dir)}')
     print(held_out_ap(json.loads(tests[-1].read_text())))
-    with (work_dir / 'condensation.csv').open(newline='') as file:
-        print(condensation(list(csv.DictReader(file))))
+    print(condensation(read_condensation(work_dir)))
     print(f'Drawn on held-out images (left truth, right prediction): {work_dir / "predictions"}')
 
 
 def training_time(work_dir: Path) -> str:
     """From the start of the training to its last checkpoint, validation included."""
-    checkpoint = Path((work_dir / 'last_checkpoint').read_text())
+    checkpoint = last_checkpoint(work_dir)
+    if checkpoint is None or not checkpoint.is_file():
+        raise SystemExit(f'demo.py: no checkpoint in {work_dir}: run `make demo` first')
     meta = torch.load(checkpoint, map_location='cpu', weights_only=False)['meta']
     start = datetime.strptime(meta['experiment_name'][-15:], _TIME)
     end = datetime.strptime(meta['time'], _TIME)
@@ -48,10 +50,10 @@ def held_out_ap(metrics: Dict[str, float]) -> str:
     return '\n'.join(lines)
 
 
-def condensation(rows: List[Dict[str, str]]) -> str:
+def condensation(rows: List[Dict[str, Any]]) -> str:
     """One line a layer, as they are after the last epoch."""
     last = [row for row in rows if row['iter'] == rows[-1]['iter']]
-    layers: Dict[str, Dict[str, Dict[str, str]]] = {}
+    layers: Dict[str, Dict[str, Dict[str, Any]]] = {}
     for row in last:
         layers.setdefault(row['layer'], {})[row['where']] = row
     lines = [
@@ -67,7 +69,7 @@ def condensation(rows: List[Dict[str, str]]) -> str:
             train['running_similarity'],
             train['batch_statistics_used'],
         )
-        shown = ''.join(f'{float(v):8.2f}' if v else f'{"-":>8}' for v in values)
+        shown = ''.join(f'{"-":>8}' if v is None else f'{v:8.2f}' for v in values)
         lines.append(f'{name:36}{train["type"]:6}{shown}')
     return '\n'.join(lines)
 

@@ -12,12 +12,10 @@ writes, as PNG and SVG and legible in black and white,
 """
 
 import argparse
-import csv
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import List, Optional, Tuple
 
 import matplotlib
 
@@ -29,9 +27,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-PLACES = ('fixed/input', 'fixed/output', 'train/input', 'train/output')
+from mmubn.runs import PLACES, TABLE, read_condensation, read_scalars
+
 METRICS = ('accuracy/top1', 'coco/segm_mAP', 'coco/bbox_mAP')
-OTHER_SCALARS = ('condensation/', 'time', 'data_time')
 # Told apart without colour: by dashes, marker and shade, in this order.
 STYLES = [
     dict(linestyle='-', marker='o', color='black'),
@@ -59,35 +57,36 @@ class Run:
         folder (Path): The work dir.
 
     Raises:
-        SystemExit: There is no ``condensation.csv`` in it, or nothing in that.
+        SystemExit: There is no ``condensation.csv`` in it, or no row in that.
     """
 
     def __init__(self, folder: Path) -> None:
-        path = folder / 'condensation.csv'
+        path = folder / TABLE
         if not path.is_file():
             raise SystemExit(
                 f"{path}: no such file; train with custom_hooks=[dict(type='CondensationHook')]"
             )
-        with path.open(newline='') as file:
-            self.rows = list(csv.DictReader(file))
+        try:
+            self.rows = read_condensation(path)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
         if not self.rows:
             raise SystemExit(f'{path}: holds no record yet')
         self.folder = folder
         self.name = folder.resolve().name
         # An iteration-based loop counts no epochs.
-        self.axis = 'epoch' if int(self.rows[-1]['epoch']) else 'iter'
-        self.metrics = _read_metrics(folder)
+        self.axis = 'epoch' if self.rows[-1]['epoch'] else 'iter'
+        self.metrics = read_scalars(folder).metrics
 
     def table(self, where: str, column: str = 'similarity') -> Table:
         """A column of the rows of one place."""
         rows = [row for row in self.rows if row['where'] == where]
         layers = list(dict.fromkeys(row['layer'] for row in rows))
-        times = list(dict.fromkeys(int(row[self.axis]) for row in rows))
+        times = list(dict.fromkeys(row[self.axis] for row in rows))
         values = np.full((len(layers), len(times)), np.nan)
         for row in rows:
-            if row[column]:
-                position = layers.index(row['layer']), times.index(int(row[self.axis]))
-                values[position] = float(row[column])
+            if row[column] is not None:
+                values[layers.index(row['layer']), times.index(row[self.axis])] = row[column]
         return Table(layers, times, values)
 
     def gates(self) -> Table:
@@ -96,26 +95,6 @@ class Run:
         gated = ~np.isnan(table.values).all(axis=1)
         layers = [layer for layer, has in zip(table.layers, gated) if has]
         return Table(layers, table.times, table.values[gated])
-
-
-def _read_metrics(folder: Path) -> Dict[str, Dict[int, float]]:
-    """Validation scalars by name and step, of all parts of a resumed run."""
-    metrics: Dict[str, Dict[int, float]] = {}
-    for path in sorted(folder.glob('*/vis_data/scalars.json')):  # by time stamp
-        part: Dict[str, Dict[int, float]] = {}
-        for line in path.read_text().splitlines():
-            scalars = json.loads(line)
-            if 'lr' in scalars:  # a line of training
-                continue
-            for name, value in scalars.items():
-                if not name.startswith(OTHER_SCALARS) and isinstance(value, float):
-                    part.setdefault(name, {})[scalars['step']] = value
-        for name, curve in part.items():
-            # What a resumed run repeats, it replaces.
-            old = metrics.get(name, {})
-            kept = {step: value for step, value in old.items() if step < min(curve)}
-            metrics[name] = {**kept, **curve}
-    return metrics
 
 
 def choose_metric(runs: List[Run], wanted: Optional[str] = None) -> Optional[str]:

@@ -180,8 +180,11 @@ def run_rows(args: argparse.Namespace) -> None:
                 kinds = ('detection', 'classification')
                 one, other = kinds if detects else reversed(kinds)
                 raise CommandError(f'{args.config} is for {one}, {row.experiment} is {other}')
-    flags = ('amp', 'auto_scale_lr', 'eval_on_train')
-    arguments = [f'--{flag.replace("_", "-")}' for flag in flags if getattr(args, flag)]
+    flags = [
+        f'--{flag.replace("_", "-")}'
+        for flag in ('amp', 'auto_scale_lr', 'eval_on_train')
+        if getattr(args, flag)
+    ]
     # Ended by a signal, it ends its trainings too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     study = study_of(args)
@@ -194,7 +197,7 @@ def run_rows(args: argparse.Namespace) -> None:
             seeds=args.seeds or study.seeds,
             budget=args.budget or 1,
             options=args.cfg_options or [],
-            arguments=arguments,
+            flags=flags,
             condensation=not args.no_condensation,
             parallel=args.jobs,
             gpus=args.gpus,
@@ -202,7 +205,7 @@ def run_rows(args: argparse.Namespace) -> None:
         every_row = [row for row in ROWS if row.experiment == rows[0].experiment]
         jobs, failed = run_study(study, rows, every_row, options)
     else:
-        jobs, failed = _run_plain(rows, args, arguments)
+        jobs, failed = _run_plain(rows, args, flags)
     if len(failed) < len(jobs):
         report(args)
     if failed:
@@ -210,14 +213,12 @@ def run_rows(args: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def _run_plain(rows: List[Row], args: argparse.Namespace, arguments: List[str]) -> tuple:
+def _run_plain(rows: List[Row], args: argparse.Namespace, flags: List[str]) -> tuple:
     """Trains rows as their configs say; the jobs, and what failed."""
     settings: Dict[str, Setting] = {}
     for row in rows:
         setting = make_setting(row, args.config)
         settings[setting.name] = setting
-    if args.data_root is not None:
-        arguments = [*arguments, '--data-root', args.data_root]
     jobs = make_jobs(
         list(settings.values()),
         work_root(args, rows[0].experiment),
@@ -225,11 +226,12 @@ def _run_plain(rows: List[Row], args: argparse.Namespace, arguments: List[str]) 
         args.budget,
         args.epochs,
         args.cfg_options or [],
-        arguments,
+        flags,
+        args.data_root,
+        args.gpus,
         condensation=not args.no_condensation,
     )
-    data = Path(args.data_root).resolve().name if args.data_root else None
-    return jobs, run_jobs(jobs, args.jobs, args.gpus, data)
+    return jobs, run_jobs(jobs, args.jobs)
 
 
 def report(args: argparse.Namespace) -> None:

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
+from mmubn.cli.errors import CommandError
+from mmubn.runs import read_scalars
+
 SETTINGS = 'run.json'
 # The paper's names of metrics, mmengine's, and what the latter are multiplied by.
 METRICS = {
@@ -61,29 +64,21 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Reads ``run.json`` and all ``scalars.json`` of a work dir.
+    """Reads ``run.json`` and the scalars of a work dir.
 
-    What a resumed training repeats replaces what it did before.
+    Raises:
+        CommandError: ``run.json`` is cut short.
     """
-    path = folder / SETTINGS
-    settings = json.loads(path.read_text()) if path.is_file() else {}
-    train: Dict[int, dict] = {}
+    scalars = read_scalars(folder)
     curves: Dict[str, Dict[int, float]] = {}
-    for log in sorted(folder.glob('*/vis_data/scalars.json')):  # by time stamp
-        for text in log.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:  # cut short where the training was killed
-                continue
-            if 'lr' in line:
-                train[line['step']] = line
-            for metric, (key, factor) in METRICS.items():
-                if key in line:
-                    curves.setdefault(metric, {})[line['step']] = line[key] * factor
+    for metric, (key, factor) in METRICS.items():
+        if scalars.metrics.get(key):
+            curves[metric] = {step: v * factor for step, v in scalars.metrics[key].items()}
     seconds: Dict[int, float] = {}
     losses: Dict[int, List[Tuple[int, float]]] = {}  # epoch -> (iterations, their mean)
     total, last = 0.0, 0
-    for step, line in sorted(train.items()):
+    for line in scalars.train:
+        step = line['step']
         total += (step - last) * line['time']
         seconds[line['epoch']] = total
         losses.setdefault(line['epoch'], []).append((step - last, line['loss']))
@@ -91,4 +86,16 @@ def read_run(folder: Path) -> Run:
     for epoch, parts in losses.items():
         mean = sum(n * loss for n, loss in parts) / sum(n for n, _ in parts)
         curves.setdefault('loss', {})[epoch] = mean
-    return Run(folder, settings, curves, seconds)
+    return Run(folder, _read_settings(folder), curves, seconds)
+
+
+def _read_settings(folder: Path) -> Dict[str, Any]:
+    path = folder / SETTINGS
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise CommandError(
+            f'{path}: is cut short, so nothing says what was trained there; remove {folder}'
+        ) from error

@@ -1,5 +1,6 @@
 """Trains the settings of rows, several seeds each, through train.py."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 import mmubn  # noqa: F401  configs may have mmubn:: in their _base_
 from mmubn.cli.errors import CommandError
+from mmubn.runs import replace_text
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH_NORMS = ('BN', 'SyncBN', 'RBN', 'BNET', 'IEBN', 'UBN', 'SyncUBN')
@@ -130,7 +132,9 @@ def make_jobs(
     budget: Optional[float],
     epochs: Optional[int],
     user_options: Sequence[str],
-    train_arguments: Sequence[str],
+    flags: Sequence[str],
+    data_root: Optional[str],
+    gpus: int,
     condensation: bool,
 ) -> List[Job]:
     """The jobs of all settings, seed by seed, so that a broken-off series has whole pairs.
@@ -142,15 +146,23 @@ def make_jobs(
         budget (float, optional): Length by that of the config; 1 without both.
         epochs (int, optional): Length.
         user_options (Sequence[str]): ``KEY=VALUE`` laid over all.
-        train_arguments (Sequence[str]): Others of train.py.
+        flags (Sequence[str]): Others of train.py, such as ``--amp``.
+        data_root (str, optional): Folder of the data.
+        gpus (int): Processes of each, through dist_train.sh; 0 for train.py.
         condensation (bool): Whether to record it, where there is a batch norm.
 
     Raises:
         CommandError: A config cannot be read, or trains by iterations; a work dir holds a
-            run with other settings.
+            run with other settings or on other data.
     """
     jobs = []
     lengths = {}
+    shared = dict(
+        flags=list(flags),
+        data=Path(data_root).resolve().name if data_root else None,
+        data_root=str(Path(data_root).resolve()) if data_root else None,
+        gpus=gpus,
+    )
     for setting in settings:
         cfg = load_config(setting.config)
         total = cfg.train_cfg.get('max_epochs')
@@ -162,22 +174,26 @@ def make_jobs(
         options.update({'default_hooks.logger.interval': 10})
         options.update({'default_hooks.logger.ignore_last': False})
         options.update(_condensation_options(cfg, setting.norm, condensation))
-        lengths[setting.name] = length, options
+        lengths[setting.name] = length, options, _digest(cfg)
     for seed in range(seeds):
         for setting in settings:
-            length, options = lengths[setting.name]
+            length, options, digest = lengths[setting.name]
             folder = root / setting.name / f'seed{seed}'
             listed = [*as_arguments({**options, 'randomness.seed': seed}), *user_options]
-            # By name, so that a table made elsewhere tells the same and no path of a machine.
+            # The reports take names from it, so that they tell no path of a machine.
             record = dict(
                 config=setting.config.stem,
+                config_digest=digest,
                 options=[*as_arguments(setting.options), *user_options],
                 epochs=length,
                 seed=seed,
+                **shared,
             )
             _check_same(folder, record)
-            arguments = [str(setting.config), '--work-dir', str(folder), '--resume']
-            arguments += [*train_arguments, '--cfg-options', *listed]
+            arguments = [str(setting.config), '--work-dir', str(folder), '--resume', *flags]
+            if data_root is not None:
+                arguments += ['--data-root', data_root]
+            arguments += ['--cfg-options', *listed]
             jobs.append(Job(setting, folder, arguments, record))
     return jobs
 
@@ -203,24 +219,31 @@ def _condensation_options(cfg: Config, norm: str, wanted: bool) -> Dict[str, Any
     return {}
 
 
+def _digest(cfg: Config) -> str:
+    """Tells one content of a config file from another."""
+    text = json.dumps(cfg.to_dict(), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def _check_same(folder: Path, record: Dict[str, Any]) -> None:
     old = read_run(folder).settings
     for key, value in record.items():
-        if old and old[key] != value:
+        if key in old and old[key] != value:  # an older version wrote fewer
+            hint = ''
+            if key == 'data_root':
+                hint = f', or, if it is the same data in another place, change {folder / SETTINGS}'
             raise CommandError(
                 f'{folder}: holds a run with {key} {old[key]}, not {value}; '
-                'give another --work-dir, or remove it'
+                f'give another --work-dir, or remove it{hint}'
             )
 
 
-def run_jobs(jobs: Sequence[Job], parallel: int, gpus: int, data: Optional[str]) -> List[str]:
+def run_jobs(jobs: Sequence[Job], parallel: int) -> List[str]:
     """Trains what is not finished, ``parallel`` at a time, with a line of progress.
 
     Args:
         jobs (Sequence[Job]): Finished ones are skipped, begun ones resumed.
         parallel (int): Trainings at a time.
-        gpus (int): Processes of each, through dist_train.sh; 0 for train.py.
-        data (str, optional): Name of the data, for the reports.
 
     Returns:
         list[str]: A line for each that failed.
@@ -244,10 +267,10 @@ def run_jobs(jobs: Sequence[Job], parallel: int, gpus: int, data: Optional[str])
         while waiting or running:
             while waiting and len(running) < parallel:
                 job = waiting.pop(0)
-                record = {**job.settings, 'data': data, 'gpus': gpus, **machine}
                 job.folder.mkdir(parents=True, exist_ok=True)
-                (job.folder / SETTINGS).write_text(json.dumps(record, indent=1))
-                process = _start(job, gpus)
+                record = json.dumps({**job.settings, **machine}, indent=1)
+                replace_text(job.folder / SETTINGS, record)
+                process = _start(job)
                 running[process.pid] = job, process
             for pid, (job, process) in list(running.items()):
                 ended = process.poll() is not None
@@ -279,7 +302,8 @@ def threads_of_each(parallel: int) -> int:
     return threads if 'OMP_NUM_THREADS' in os.environ else max(1, threads // parallel)
 
 
-def _start(job: Job, gpus: int) -> subprocess.Popen:
+def _start(job: Job) -> subprocess.Popen:
+    gpus = job.settings['gpus']
     if gpus:
         config, *others = job.arguments
         command = [str(ROOT / 'tools' / 'dist_train.sh'), config, str(gpus), *others]

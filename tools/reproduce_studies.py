@@ -75,7 +75,7 @@ class Options:
     seeds: int
     budget: float
     options: Sequence[str]
-    arguments: Sequence[str]
+    flags: Sequence[str]
     condensation: bool
     parallel: int
     gpus: int
@@ -189,7 +189,7 @@ def run_study(
     if study.pretraining:
         jobs = _pretraining_jobs(study, rows, given / study.folder, run)
         print(f'pretraining {len(jobs)} backbones', flush=True)
-        failed = run_jobs(jobs, run.parallel, run.gpus, study.folder)
+        failed = run_jobs(jobs, run.parallel)
         if failed:
             raise CommandError(f'the pretraining failed: {failed[0]}')
         started = {job.setting.norm: _last_checkpoint(job) for job in jobs}
@@ -201,7 +201,7 @@ def run_study(
         settings = [_at(make_setting(row), point, study.validation) for point in study.points]
         budget = run.budget * study.tuning_budget
         tuning += _jobs(settings, row, run.root / TUNING, 1, budget, data, started, run)
-    failed = run_jobs(tuning, run.parallel, run.gpus, data.name)
+    failed = run_jobs(tuning, run.parallel)
     training = []
     for row in rows:
         choice = choose(study, tuned[0] if study.tuned_for else row, run.root)
@@ -222,7 +222,7 @@ def run_study(
     # Whole pairs first.
     training.sort(key=lambda job: job.settings['seed'])
     print(f'training {len(rows)} rows, {run.seeds} seeds', flush=True)
-    failed += run_jobs(training, run.parallel, run.gpus, data.name)
+    failed += run_jobs(training, run.parallel)
     return [*jobs, *tuning, *training], failed
 
 
@@ -245,7 +245,9 @@ def _jobs(
         budget,
         None,
         [*run.options, *extra],
-        [*run.arguments, '--data-root', str(data)],
+        run.flags,
+        str(data),
+        run.gpus,
         condensation=condensation,
     )
     if row is not None and row.pretrained:

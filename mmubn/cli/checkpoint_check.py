@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import CommandError
+from .resume_check import check_resumed
 from .walk import walk
 
 # Keys of the state dict by the way in which they do not fit.
@@ -110,7 +111,8 @@ def check_start(cfg: Config) -> None:
             f'--resume: {source} holds weights alone; start from it by '
             f'--cfg-options load_from={source}'
         )
-    _check_fit('--resume', source, checkpoint, cfg)
+    model = _check_fit('--resume', source, checkpoint, cfg)
+    check_resumed(cfg, source, checkpoint, model)
 
 
 def check_weights(cfg: Config) -> None:
@@ -169,13 +171,15 @@ def build_model(cfg: Config) -> nn.Module:
         return MODELS.build(copy.deepcopy(cfg.model))
 
 
-def _check_fit(key: str, source: str, checkpoint: dict, cfg: Config) -> None:
-    differences = _differences(build_model(cfg), _weights(checkpoint))
+def _check_fit(key: str, source: str, checkpoint: dict, cfg: Config) -> nn.Module:
+    model = build_model(cfg)
+    differences = _differences(model, _weights(checkpoint))
     if any(differences.values()):
         raise CommandError(
             f'{key}: {source} does not fit the model of {cfg.filename}: '
             f'{_summary(differences)}; give the config it was trained with'
         )
+    return model
 
 
 def _differences(module: nn.Module, weights: Dict[str, Tensor]) -> Differences:

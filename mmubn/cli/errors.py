@@ -5,8 +5,9 @@ import os
 import sys
 from typing import Callable, Optional, Sequence
 
-import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
+
+from .leave_group import leave_group
 
 
 class CommandError(Exception):
@@ -32,13 +33,8 @@ def command(main: Callable[[Optional[Sequence[str]]], None]) -> Callable[..., No
             rank = os.environ.get('RANK') or os.environ.get('SLURM_PROCID') or '0'
             if rank == '0':
                 print(f'error: {error}', file=sys.stderr)
-            _leave_group()
+            leave_group()
             sys.exit(1)
-        _leave_group()
+        leave_group()
 
     return record(wrapper) if 'TORCHELASTIC_ERROR_FILE' in os.environ else wrapper
-
-
-def _leave_group() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()

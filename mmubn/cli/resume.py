@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 from mmengine.config import Config
-from mmengine.runner import find_latest_checkpoint
 
+from ..runs import checkpoints, last_checkpoint
 from .checkpoint_check import read_checkpoint
 from .errors import CommandError
 
@@ -41,26 +41,23 @@ def resume_settings(cfg: Config) -> Dict[str, Any]:
 
 def _newest_whole(work_dir: str) -> tuple:
     """Path and content, or twice None."""
-    last = find_latest_checkpoint(work_dir)
-    files = [path for path in Path(work_dir).glob('*.pth') if not path.name.startswith('best_')]
-    files.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    sources = [str(path) for path in files]
-    if last is not None:
-        sources = [last, *(source for source in sources if Path(source).name != Path(last).name)]
+    last = last_checkpoint(work_dir)
     broken: List[str] = []
-    for source in sources:
+    for path in checkpoints(work_dir):
         try:
-            checkpoint = read_checkpoint('--resume', source)
+            checkpoint = read_checkpoint('--resume', str(path))
         except CommandError as error:
             broken.append(str(error))
             continue
-        if source != last and 'optimizer' not in checkpoint:
+        if path != last and 'optimizer' not in checkpoint:
             continue  # no checkpoint of a training
         for line in broken:
-            print(f'warning: {line}: resuming from {source}', file=sys.stderr)
-        return source, checkpoint
-    if last is not None:
-        raise CommandError(f'{broken[0]}; no checkpoint in {work_dir} is whole: start anew')
+            print(f'warning: {line}: resuming from {path}', file=sys.stderr)
+        return str(path), checkpoint
+    note = Path(work_dir) / 'last_checkpoint'
+    if note.exists():
+        reason = broken[0] if broken else f'--resume: {note} names no checkpoint'
+        raise CommandError(f'{reason}; no checkpoint in {work_dir} is whole: start anew')
     for line in broken:
         print(f'warning: {line}: starting anew', file=sys.stderr)
     return None, None

@@ -1,8 +1,6 @@
 """Records feature condensation while a Runner trains."""
 
 import copy
-import csv
-import os
 import random
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any, Dict, List, Optional
 
 import numpy as np
 import torch
+from mmengine.dataset import pseudo_collate
 from mmengine.dist import all_reduce, is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
@@ -17,17 +16,8 @@ from mmengine.runner import IterBasedTrainLoop
 from torch import Tensor, nn
 
 from ..condensation import QUANTITIES, CondensationRecorder, record_condensation
+from .condensation_table import CondensationTable
 
-COLUMNS = (
-    'epoch',
-    'iter',
-    'layer',
-    'type',
-    'where',
-    'similarity',
-    'running_similarity',
-    'batch_statistics_used',
-)
 _SHOWN_NAMES = 8
 
 
@@ -64,10 +54,13 @@ class CondensationHook(Hook):
     changed; a gate counts as open where batch statistics were used in at least half of
     the measured steps.
 
-    With several processes everything is averaged over them. A resumed run drops the
-    rows after its checkpoint and goes on. Weights, buffers and the state of the random
-    generators are those of a training without the hook; the trained weights are
-    measured, not their EMA. Under ``torch.compile`` the training batches go unseen.
+    With several processes everything is averaged over them. A resumed run goes on after
+    the rows up to its checkpoint. Rows that a run does not go on from, those of another
+    training in the same work directory too, are kept in a file
+    ``condensation_<time>.csv`` of their own, and the log says so. Weights, buffers and
+    the state of the random generators are those of a training without the hook; the
+    trained weights are measured, not their EMA. Under ``torch.compile`` the training
+    batches go unseen.
 
     Args:
         layers (str): Regular expression that the names of the layers to measure match
@@ -133,15 +126,23 @@ class CondensationHook(Hook):
             self._seen = torch.zeros_like(self._recorder.state())
         self._by_epoch = not isinstance(runner.train_loop, IterBasedTrainLoop)
         self._batch = self._draw_batch(runner) if self.fixed_samples else None
-        self._path = Path(runner.work_dir) / 'condensation.csv'
         # Gates start open: of running statistics there are none yet.
         self._gates: Dict[str, bool] = {}
         kept = []
         if is_main_process():
-            kept = _rows_until(self._path, runner.iter) if runner.iter else []
+            self._table = CondensationTable(Path(runner.work_dir), runner.timestamp, runner.iter)
+            for note in self._table.notes:
+                runner.logger.warning(note)
+            kept = self._table.rows
             self._gates = _gates(kept)
-            _write_table(self._path, kept)
-        fixed = self._measure_batch(runner)
+        try:
+            fixed = self._measure_batch(runner)
+        except Exception as error:
+            raise RuntimeError(
+                f'CondensationHook: its fixed batch of {self.fixed_samples} images does not go '
+                f'through the model at once ({error}): set fixed_samples to fewer where memory is '
+                'short, or to 0 to train without such a batch'
+            ) from error
         if fixed is not None and not kept:
             self._record(runner, runner.epoch, runner.iter, {'fixed': fixed})
         self._last_iter = runner.iter
@@ -171,6 +172,11 @@ class CondensationHook(Hook):
         if runner.iter != self._last_iter:
             self._end_period(runner, runner.epoch + self._by_epoch, runner.iter)
 
+    def after_train(self, runner) -> None:
+        """Closes the table."""
+        if is_main_process():
+            self._table.close()
+
     def _end_period(self, runner, epoch: int, done: int) -> None:
         states = {'train': self._seen + _summed(self._recorder)}
         self._seen.zero_()
@@ -190,7 +196,13 @@ class CondensationHook(Hook):
         generator = torch.Generator().manual_seed(self.seed)
         indices = torch.randperm(len(dataset), generator=generator)[: self.fixed_samples]
         with _isolated_random(self.seed):
-            return loader.collate_fn([dataset[i] for i in indices.tolist()])
+            samples = [dataset[i] for i in indices.tolist()]
+        try:
+            return loader.collate_fn(samples)
+        except RuntimeError:
+            # Images of several sizes, which the loader meets one by one; what a data
+            # preprocessor gets as a list it pads.
+            return pseudo_collate(samples)
 
     def _measure_batch(self, runner) -> Optional[Tensor]:
         """State of a recorder over the fixed batch, summed over processes."""
@@ -213,7 +225,7 @@ class CondensationHook(Hook):
             for row in self._recorder.to_list(state)
         ]
         if is_main_process():
-            _append_rows(self._path, rows)
+            self._table.append(rows)
         runner.visualizer.add_scalars(_group_means(rows), step=done)
         runner.logger.info(self._summary(epoch, done, rows))
 
@@ -312,42 +324,12 @@ def _group(layer: str) -> str:
 def _gates(rows: List[dict]) -> Dict[str, bool]:
     """Whether each layer's gate is open, as the last row that says so has it."""
     return {
-        row['layer']: float(row['batch_statistics_used']) >= 0.5
+        row['layer']: row['batch_statistics_used'] >= 0.5
         for row in rows
-        if row['batch_statistics_used'] not in (None, '')
+        if row['batch_statistics_used'] is not None
     }
 
 
 def _names(layers: List[str]) -> str:
     shown = ', '.join(layers[:_SHOWN_NAMES]) or 'none'
     return f'{shown} and {len(layers) - _SHOWN_NAMES} more' if layers[_SHOWN_NAMES:] else shown
-
-
-def _rows_until(path: Path, iteration: int) -> List[Dict[str, str]]:
-    """The rows of a table up to an iteration, less one that was cut short."""
-    if not path.exists():
-        return []
-    with path.open(newline='') as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(
-                f'{path} is no condensation table (columns {reader.fieldnames}): '
-                'move it away and resume again'
-            )
-        return [r for r in reader if None not in r.values() and int(r['iter']) <= iteration]
-
-
-def _write_table(path: Path, rows: List[dict]) -> None:
-    # Replaced as a whole, so that a crash leaves the old table or the new one.
-    partial = path.with_suffix('.csv.partial')
-    with partial.open('w', newline='') as file:
-        csv.DictWriter(file, COLUMNS).writeheader()
-    _append_rows(partial, rows)
-    os.replace(partial, path)
-
-
-def _append_rows(path: Path, rows: List[dict]) -> None:
-    with path.open('a', newline='') as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        for row in rows:
-            writer.writerow({k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()})

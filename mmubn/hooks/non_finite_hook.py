@@ -1,7 +1,9 @@
 """Stops or skips a step whose gradient is NaN or infinite, and says where that came from."""
 
+import functools
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Optional
+from types import MethodType
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from mmengine.dist import all_reduce
@@ -54,27 +56,39 @@ class NonFiniteHook(Hook):
         self.action = action
         self.max_skips = max_skips
         self._skips = 0
-        self._checked = False
+        self._stepped = 0  # optimizers in this iteration
         self._batches: List[Any] = []
-        self._handles: List[Any] = []
+        self._originals: List[Tuple[Any, Callable]] = []  # optimizers with their own step
 
     def before_train(self, runner) -> None:
         """Starts to look at every step."""
+        for wrapper in _wrappers(runner):
+            self._watch_steps(runner, wrapper.optimizer)
 
-        def check(optimizer, args, kwargs) -> None:
+    def _watch_steps(self, runner, optimizer) -> None:
+        # Not by register_step_pre_hook: torch 2.1 runs no such hook any more once
+        # torch.compile has run in the process.
+        original = optimizer.step
+
+        @functools.wraps(original)
+        def step(optimizer, *args, **kwargs):
             self._check_gradients(runner, optimizer)
+            self._stepped += 1
+            return original(*args, **kwargs)
 
-        self._handles = [w.optimizer.register_step_pre_hook(check) for w in _wrappers(runner)]
+        optimizer.step = MethodType(step, optimizer)
+        self._originals.append((optimizer, original))
 
     def after_train(self, runner) -> None:
         """Stops looking."""
-        for handle in self._handles:
-            handle.remove()
+        for optimizer, original in self._originals:
+            optimizer.step = original
+        self._originals.clear()
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Keeps the batch, beside those that its gradients will be added to."""
         self._batches.append(data_batch)
-        self._checked = False
+        self._stepped = 0
 
     def after_train_iter(
         self, runner, batch_idx: int, data_batch=None, outputs: Optional[Dict] = None
@@ -82,7 +96,7 @@ class NonFiniteHook(Hook):
         """Looks at the losses of a step that the loss scaler skipped."""
         wrapper = runner.optim_wrapper
         if isinstance(wrapper, OptimWrapperDict) or wrapper.should_update():
-            if not self._checked and outputs and 'loss' in outputs:
+            if not self._stepped and outputs and 'loss' in outputs:
                 # All processes skipped it, but perhaps one of them alone has such a loss.
                 bad = (~outputs['loss'].detach().isfinite()).float()
                 all_reduce(bad, 'max')
@@ -93,7 +107,6 @@ class NonFiniteHook(Hook):
     def _check_gradients(self, runner, optimizer) -> None:
         if getattr(optimizer, 'found_inf', None) is not None:
             return  # a fused optimizer, to which the loss scaler leaves the skipping
-        self._checked = True
         gradients = [p.grad for group in optimizer.param_groups for p in group['params']]
         # mmengine waits for the losses in every iteration, this costs no wait beyond that.
         sums = [g.sum(dtype=torch.float64) for g in gradients if g is not None]
@@ -109,7 +122,10 @@ class NonFiniteHook(Hook):
         )
         self._skips += 1
         if self.action == 'stop':
-            raise FloatingPointError(f'{report}. No weight was changed.')
+            changed = 'No weight was changed.'
+            if self._stepped:
+                changed = f'{self._stepped} other optimizers had changed their weights before.'
+            raise FloatingPointError(f'{report}. {changed}')
         if self._skips == self.max_skips:
             raise FloatingPointError(f'{report}. These were {self._skips} such steps in a row.')
         runner.logger.error(f'{report}. Skipped this step.')

@@ -20,6 +20,8 @@ class UBNCheckHook(Hook):
     them: a config may have missed them. None that trains is a warning; a config that
     asks for one of the types of :mod:`mmubn.layers` and a model without any is an error,
     since something (``sync_bn``, ``convert_sync_batchnorm``) replaced them.
+    ``norm_eval=True`` without effect is a warning: some backbones hold
+    ``nn.BatchNorm2d`` alone in evaluation mode, not what derives from ``_BatchNorm``.
 
     Raises:
         RuntimeError: The layers that the config asks for are not in the model.
@@ -60,6 +62,24 @@ class UBNCheckHook(Hook):
             )
         else:
             runner.logger.info(line)
+        for line in _without_effect(runner.model):
+            runner.logger.warning(line)
+
+
+def _without_effect(model: nn.Module) -> Iterator[str]:
+    """A line for each module whose ``norm_eval=True`` leaves layers of ours in training mode."""
+    for name, module in model.named_modules():
+        if getattr(module, 'norm_eval', False) is not True:
+            continue
+        held = [m for m in module.modules() if _is_ours(type(m))]
+        trained = [m for m in held if m.training]
+        if trained:
+            yield (
+                f'{name or "model"}: norm_eval=True has no effect on {len(trained)} of the '
+                f'{len(held)} layers of {_kinds(held)}: {type(module).__name__} looks for '
+                'nn.BatchNorm2d alone, so they train. Set norm_eval=False if they shall, or '
+                "type='BN' to freeze the statistics."
+            )
 
 
 def _is_ours(layer: type) -> bool:

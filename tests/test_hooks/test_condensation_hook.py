@@ -3,13 +3,14 @@
 import json
 import re
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
-from torch import multiprocessing
+from processes import in_processes
 from toy_runner import HOOK, ToyImages, ToyNet, column, loader, log_of, make_runner, pairwise, table
 
 from mmubn.hooks import CondensationHook
@@ -303,32 +304,20 @@ def test_resume_refuses_a_foreign_table(tmp_path):
         make_runner(tmp_path, hooks=[HOOK], epochs=2, resume=True).train()
 
 
-@contextmanager
-def process_group(rank, port):
-    """Started here because mmengine's launcher wants a GPU a process."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group('gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def distributed_net():
     torch.manual_seed(0)
     return MMDistributedDataParallel(ToyNet(), device_ids=None, broadcast_buffers=False)
 
 
-def train_on_rank(rank, folder, port):
-    with process_group(rank, port):
-        model = distributed_net()
-        seen = spy(model.module)
-        make_runner(Path(folder) / 'run', model, hooks=[HOOK]).train()
-    mean = model.module.stem[1].running_mean
-    torch.save(dict(seen=seen, mean=mean), Path(folder) / f'rank{rank}.pt')
+def train_on_rank(folder, rank, world):
+    model = distributed_net()
+    seen = spy(model.module)
+    make_runner(folder / 'run', model, hooks=[HOOK]).train()
+    return dict(seen=seen, mean=model.module.stem[1].running_mean)
 
 
-def test_two_processes_are_averaged(tmp_path, free_port):
-    multiprocessing.spawn(train_on_rank, (str(tmp_path), free_port), nprocs=2)
-    first, second = (torch.load(tmp_path / f'rank{rank}.pt') for rank in range(2))
+def test_two_processes_are_averaged(tmp_path):
+    first, second = in_processes(partial(train_on_rank, tmp_path), 2, tmp_path)
     assert not torch.equal(first['mean'], second['mean'])
     rows = table(tmp_path / 'run')
     assert len(rows) == 4 + 2 * 8
@@ -339,21 +328,19 @@ def test_two_processes_are_averaged(tmp_path, free_port):
     assert first['seen'] != second['seen']
 
 
-def resume_on_rank(rank, folder, port):
+def resume_on_rank(folder, rank, world):
     options = dict(
         hooks=[HOOK],
         iters=8,
         default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=6)),
     )
-    folder = Path(folder)
-    with process_group(rank, port):
-        make_runner(folder / 'whole', distributed_net(), **options).train()
-        options.update(load_from=str(folder / 'whole' / 'iter_6.pth'), resume=True)
-        make_runner(folder / 'resumed', distributed_net(), **options).train()
+    make_runner(folder / 'whole', distributed_net(), **options).train()
+    options.update(load_from=str(folder / 'whole' / 'iter_6.pth'), resume=True)
+    make_runner(folder / 'resumed', distributed_net(), **options).train()
 
 
-def test_two_processes_resume_between_two_records(tmp_path, free_port):
-    multiprocessing.spawn(resume_on_rank, (str(tmp_path), free_port), nprocs=2)
+def test_two_processes_resume_between_two_records(tmp_path):
+    in_processes(partial(resume_on_rank, tmp_path), 2, tmp_path)
     whole, resumed = table(tmp_path / 'whole'), table(tmp_path / 'resumed')
     assert column(resumed, 'iter', layer='stem.1', where='train/input') == [8]
     for where in ('train/input', 'train/output'):

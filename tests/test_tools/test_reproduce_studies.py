@@ -29,7 +29,7 @@ def finish(job, value: float) -> None:
     """Leaves the logs of a finished run, without training."""
     logs = job.folder / '20260101_000000' / 'vis_data'
     logs.mkdir(parents=True, exist_ok=True)
-    record = dict(job.settings, data='d', gpus=0, device='cpu: none', torch='2', commit='abc')
+    record = dict(job.settings, device='cpu: none', torch='2', commit='abc')
     (job.folder / reproduce_logs.SETTINGS).write_text(json.dumps(record))
     epochs = job.settings['epochs']
     lines = [
@@ -51,7 +51,7 @@ def stages(tmp_path, monkeypatch):
     def value_of(job) -> float:
         return 50.0
 
-    def run(jobs, parallel, gpus, data):
+    def run(jobs, parallel):
         calls.append(list(jobs))
         failed = []
         for job in jobs:

@@ -7,6 +7,8 @@ from datetime import timedelta
 import torch
 from torch import distributed, multiprocessing
 
+from mmubn.cli.leave_group import leave_group
+
 LIMIT = timedelta(seconds=60)  # what hangs fails
 
 
@@ -50,4 +52,4 @@ def _run(rank, function, world, folder):
         'gloo', f'file://{folder}/rendezvous', timeout=LIMIT, rank=rank, world_size=world
     )
     torch.save(function(rank, world), f'{folder}/{rank}.pt')
-    distributed.destroy_process_group()
+    leave_group()

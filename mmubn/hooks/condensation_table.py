@@ -1,0 +1,108 @@
+"""The file that CondensationHook writes, kept apart from the tables of other trainings."""
+
+import csv
+import io
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import IO, Any, Dict, List, Optional
+
+from ..runs import COLUMNS, TABLE, read_condensation
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+class CondensationTable:
+    """Opens ``condensation.csv`` for one training and appends rows to it.
+
+    Rows that the training does not go on from are kept: the old table then gets the name
+    ``condensation_<time of its last change>.csv``. While one training writes the table,
+    another in the same work directory writes ``condensation_<its own time stamp>.csv``.
+    A kill at any byte leaves every row that was written before.
+
+    Args:
+        work_dir (Path): The work directory.
+        stamp (str): The time stamp of the training.
+        iteration (int): Where it goes on; 0 for a new one.
+
+    Raises:
+        ValueError: A training to be resumed finds a file that is no such table.
+
+    Attributes:
+        rows (list[dict]): Those up to ``iteration``, which the table begins with.
+        notes (list[str]): What happened to the table of another training.
+    """
+
+    def __init__(self, work_dir: Path, stamp: str, iteration: int = 0) -> None:
+        self.rows: List[Dict[str, Any]] = []
+        self.notes: List[str] = []
+        path = work_dir / TABLE
+        old: Optional[IO] = None
+        if path.exists():
+            old = path.open('a')
+            if not _lock(old):
+                path = work_dir / f'condensation_{stamp}.csv'
+                self.notes.append(
+                    f'another training is writing {work_dir / TABLE}: condensation goes to {path}'
+                )
+            elif iteration:
+                found = read_condensation(path)
+                self.rows = [row for row in found if row['iter'] <= iteration]
+                if len(self.rows) < len(found):
+                    self.notes.append(
+                        f'{path} went beyond iteration {iteration}: kept as {_put_aside(path)}'
+                    )
+            elif path.read_text(errors='replace').strip() not in ('', ','.join(COLUMNS)):
+                self.notes.append(f'{path} is of another training: kept as {_put_aside(path)}')
+        # Replaced as a whole, under a lock that the new file has from its first moment on.
+        partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
+        self._file = partial.open('w', newline='')
+        _lock(self._file)
+        csv.DictWriter(self._file, COLUMNS).writeheader()
+        self.append(self.rows)
+        os.replace(partial, path)
+        if old is not None:
+            old.close()
+
+    def append(self, rows: List[Dict[str, Any]]) -> None:
+        """Writes rows at once; each whole one can be read should the rest be lost."""
+        text = io.StringIO(newline='')
+        writer = csv.DictWriter(text, COLUMNS)
+        for row in rows:
+            writer.writerow({k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()})
+        self._file.write(text.getvalue())
+        self._file.flush()
+
+    def close(self) -> None:
+        """Ends the writing, and with it the claim on the file."""
+        self._file.close()
+
+
+def _lock(file: IO) -> bool:
+    """Claims a file until it is closed; False where another process has it."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def _put_aside(path: Path) -> Path:
+    """Gives a table a second name, by the time of its last change, and returns that."""
+    stamp = time.strftime('%Y%m%d_%H%M%S', time.localtime(path.stat().st_mtime))
+    aside = path.with_name(f'condensation_{stamp}.csv')
+    while aside.exists():
+        aside = aside.with_name(f'{aside.stem}_.csv')
+    try:
+        os.link(path, aside)
+    except OSError:  # a file system without links
+        shutil.copy2(path, aside)
+    return aside

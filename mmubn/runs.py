@@ -1,0 +1,234 @@
+"""Reads what a training leaves in its work directory.
+
+Everything here reads a directory as a killed training leaves it: lines that are cut short
+or hold zeros are passed over, and so is what a resumed training did a second time. The
+directory may have been moved, renamed or copied.
+"""
+
+import csv
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+
+PathLike = Union[str, Path]
+
+TABLE = 'condensation.csv'
+COLUMNS = (
+    'epoch',
+    'iter',
+    'layer',
+    'type',
+    'where',
+    'similarity',
+    'running_similarity',
+    'batch_statistics_used',
+)
+PLACES = ('fixed/input', 'fixed/output', 'train/input', 'train/output')
+_INTEGERS, _NUMBERS = COLUMNS[:2], COLUMNS[5:]
+_STAMP = re.compile(r'\d{8}_\d{6}')  # mmengine's name of a run's log folder
+
+
+def replace_text(path: PathLike, text: str) -> None:
+    """Writes a file so that a kill at any byte leaves the old content or the new one."""
+    partial = Path(f'{path}.partial')
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+# --- Scalars.
+
+
+@dataclass
+class Scalars:
+    """The scalars that mmengine logged.
+
+    Attributes:
+        train (list[dict]): The lines of training, by ``step``, which counts iterations.
+        metrics (dict): Of validation: name -> step -> value. ``step`` counts epochs, or
+            iterations where the training does.
+    """
+
+    train: List[Dict[str, Any]] = field(default_factory=list)
+    metrics: Dict[str, Dict[int, float]] = field(default_factory=dict)
+
+
+def read_scalars(work_dir: PathLike) -> Scalars:
+    """Reads every ``<time stamp>/vis_data/scalars.json`` of a work directory.
+
+    What a resumed training repeats replaces what was there from that step on. A training
+    that started anew in the same directory replaces all that was there.
+
+    Args:
+        work_dir (str or Path): The work directory.
+    """
+    scalars = Scalars()
+    seen: Dict[str, Dict[int, int]] = {}  # name -> step -> the last iteration logged before
+    last = 0
+    logs = Path(work_dir).glob('*/vis_data/scalars.json')
+    for log in sorted(log for log in logs if _STAMP.fullmatch(log.parts[-3])):
+        lines = list(_json_lines(log))
+        if lines and _started_anew(log):
+            scalars, seen, last = Scalars(), {}, 0
+        for line in lines:
+            step = line['step']
+            if 'lr' in line:
+                if step <= last:
+                    _go_back(scalars, seen, step)
+                scalars.train.append(line)
+                last = step
+                continue
+            for name, value in line.items():
+                if _is_metric(name, value):
+                    curve = scalars.metrics.setdefault(name, {})
+                    for later in [other for other in curve if other >= step]:
+                        del curve[later]
+                    curve[step] = value
+                    seen.setdefault(name, {})[step] = last
+    return scalars
+
+
+def _json_lines(path: Path) -> Iterator[Dict[str, Any]]:
+    for text in path.read_text(errors='replace').splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get('step'), int):
+            yield line
+
+
+def _started_anew(log: Path) -> bool:
+    """Whether the config that mmengine keeps beside the log does not ask to resume."""
+    config = log.with_name('config.py')
+    text = config.read_text(errors='replace') if config.is_file() else ''
+    return bool(text.strip()) and not re.search(r'^resume = True$', text, re.MULTILINE)
+
+
+def _go_back(scalars: Scalars, seen: Dict[str, Dict[int, int]], step: int) -> None:
+    """Drops what was logged from an iteration on."""
+    scalars.train = [line for line in scalars.train if line['step'] < step]
+    for name, curve in scalars.metrics.items():
+        for epoch in [epoch for epoch in curve if seen[name][epoch] >= step]:
+            del curve[epoch]
+
+
+def _is_metric(name: str, value: Any) -> bool:
+    other = ('condensation/', 'time', 'data_time', 'step', 'memory')
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and not name.startswith(other)
+
+
+# --- Condensation.
+
+
+def read_condensation(path: PathLike) -> List[Dict[str, Any]]:
+    """Reads the table that ``CondensationHook`` wrote.
+
+    Args:
+        path (str or Path): A work directory, or the table itself.
+
+    Returns:
+        list[dict]: Its whole rows with the keys :data:`COLUMNS`: ``epoch`` and ``iter`` are
+        ints, the three last are floats or None. A column that an older version did not
+        write is None.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: The file is no such table.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / TABLE
+    # Each line ends with a line end once it is whole.
+    *lines, _ = path.read_bytes().decode(errors='replace').split('\n')
+    if not lines:
+        return []
+    header = lines[0].rstrip('\r').split(',')
+    if not {*COLUMNS[:3], 'where', 'similarity'} <= set(header):
+        raise ValueError(f'{path} is no condensation table: its first line is {lines[0][:80]!r}')
+    rows = (_row(header, line.rstrip('\r')) for line in lines[1:])
+    return [row for row in rows if row is not None]
+
+
+def _row(header: List[str], line: str) -> Optional[Dict[str, Any]]:
+    """A typed row; None of a line that is not whole."""
+    if '\0' in line:  # what a file system leaves of a page that it did not write
+        return None
+    cells = next(csv.reader([line]), [])
+    if len(cells) != len(header):
+        return None
+    found = dict(zip(header, cells))
+    row: Dict[str, Any] = {name: found.get(name) for name in COLUMNS}
+    if row['where'] not in PLACES or not row['layer']:
+        return None
+    try:
+        row.update({name: int(row[name]) for name in _INTEGERS})
+        row.update({name: float(row[name]) if row[name] else None for name in _NUMBERS})
+    except ValueError:
+        return None
+    return row
+
+
+# --- Checkpoints.
+
+
+def last_checkpoint(work_dir: PathLike) -> Optional[Path]:
+    """The file that ``last_checkpoint`` names; None where it is missing or cut short.
+
+    mmengine writes the path as it was then. So the file of that name in the work directory
+    itself comes first: it is the one also after a move or a copy. The path as it is written
+    counts where it leads elsewhere (``CheckpointHook(out_dir=...)``), but not into the work
+    directory of another training.
+
+    Args:
+        work_dir (str or Path): The work directory.
+    """
+    note = Path(work_dir) / 'last_checkpoint'
+    if not note.is_file():
+        return None
+    text = note.read_text(errors='replace').replace('\0', '').strip()
+    name = re.split(r'[\\/]', text)[-1]
+    beside, named = Path(work_dir) / name, Path(text)
+    if not name or not (name.endswith('.pth') or beside.is_file() or named.is_file()):
+        return None
+    foreign = named.parent.resolve() != Path(work_dir).resolve() and (
+        (named.parent / 'last_checkpoint').exists()
+    )
+    if beside.is_file() or foreign or not named.is_file():
+        return beside
+    return named
+
+
+def checkpoints(work_dir: PathLike) -> List[Path]:
+    """The checkpoints to go on from, the best choice first; not all need be whole.
+
+    First comes :func:`last_checkpoint`, also where that file is missing; then those before
+    it by the number in their name; then the others, the newest first. ``best_*.pth`` are
+    left out.
+
+    Args:
+        work_dir (str or Path): The work directory.
+    """
+    last = last_checkpoint(work_dir)
+    folder = Path(work_dir) if last is None else last.parent
+    files = [path for path in folder.glob('*.pth') if not path.name.startswith('best_')]
+    stem, number = _numbered(last) if last is not None else (None, 0)
+
+    def order(path: Path) -> Tuple[bool, int, float, int]:
+        its_stem, its_number = _numbered(path)
+        same = its_stem == stem
+        return same, its_number * same, path.stat().st_mtime, its_number
+
+    files.sort(key=order, reverse=True)
+    if last is None:
+        return files
+    return [last, *(p for p in files if _numbered(p)[0] != stem or _numbered(p)[1] < number)]
+
+
+def _numbered(path: Path) -> Tuple[str, int]:
+    """``('epoch_', 12)`` of ``epoch_12.pth``."""
+    match = re.fullmatch(r'(.*?)(\d+)', path.stem)
+    return (match[1], int(match[2])) if match else (path.stem, 0)
