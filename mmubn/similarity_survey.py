@@ -195,7 +195,7 @@ def survey_similarity(
     taken = 0
     run = forward or _run
     copied = copy.deepcopy(model)
-    devices = {p.device.index or 0 for p in model.parameters() if p.is_cuda}
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     with (
         torch.random.fork_rng(devices),
         torch.no_grad(),

@@ -16,6 +16,7 @@ from typing import Any, Optional, Sequence
 
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.logging import MMLogger
 from mmengine.registry import MODELS
 from mmengine.runner import Runner, load_checkpoint, set_random_seed
 from torch import nn
@@ -69,6 +70,8 @@ def survey_config(cfg: Config, args: argparse.Namespace) -> SimilaritySurvey:
     """Of the config's model on its training batches."""
     check_norms(cfg)
     check_data(cfg, ('train',))
+    # Without a line for each weight that is initialised.
+    MMLogger.get_instance('mmubn', log_level='WARNING')
     seed = cfg.get('randomness', {}).get('seed') or 0
     set_random_seed(seed)
     if args.checkpoint is None:
