@@ -84,7 +84,7 @@ class Options:
 def make_cifar_scenes(data_root: Path, out: Path) -> Path:
     """Scenes of ``cifar10/`` and ``cifar100/``, as archives or class folders.
 
-    1,000 scenes to train on, 500 to tune on and 1,000 to test on. The objects of the
+    1,200 scenes to train on, 500 to tune on and 1,000 to test on. The objects of the
     first two are of different training images of CIFAR-10, those of the last are of its
     test images; backgrounds and distractors are of CIFAR-100's likewise.
     """
@@ -102,7 +102,7 @@ def make_cifar_scenes(data_root: Path, out: Path) -> Path:
     }
     splits = {}
     for name, count, split, first, last in (
-        ('train', 1000, 'train', 0, 0.9),
+        ('train', 1200, 'train', 0, 0.9),
         ('val', 500, 'train', 0.9, 1),
         ('test', 1000, 'test', 0, 1),
     ):
@@ -143,6 +143,7 @@ STUDIES: Dict[str, Study] = {
             'val_dataloader.dataset.data_prefix.img': 'val/',
             'val_evaluator.ann_file': 'data/cifar_scenes/annotations/instances_val.json',
         },
+        tuning_budget=0.5,
         pretraining='studies/resnet18_pretraining_cifar100.py',
         prepare=make_cifar_scenes,
         folder='cifar100',

@@ -12,7 +12,7 @@ data_root = 'data/cifar_scenes/'
 image_scale = (96, 96)
 channels = 64
 strides = [4, 8, 16]
-epochs = 3
+epochs = 4
 
 model = dict(
     data_preprocessor=dict(
@@ -36,7 +36,7 @@ model = dict(
     rpn_head=dict(
         in_channels=channels,
         feat_channels=channels,
-        # Objects are 14 to 78 pixels wide: anchors of 12, 17, 24, 34, 48 and 68.
+        # Objects are 18 to 78 pixels wide: anchors of 12, 17, 24, 34, 48 and 68.
         anchor_generator=dict(scales=[3, 4.24], strides=strides),
     ),
     roi_head=dict(

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 _VERSION = 1  # of the pasting: another version is another data set
 _SETTINGS_FILE = 'scenes.json'
-_SIZES = 14, 56  # of the shorter side of an object or distractor, in pixels
+_SIZES = 18, 56  # of the shorter side of an object or distractor, in pixels
 _MAX_OVERLAP = 0.1  # of the smaller of two
 _TRIES = 20  # places for one, before it is left out
 

@@ -35,7 +35,7 @@ def test_a_box_is_what_shows_of_its_object():
             plain = np.eye(3)[label] * 255
             # Of what lies over it, at most a tenth of the smaller, with up to seven others.
             assert np.all(inside == plain, axis=-1).mean() > 0.5
-            assert 14 <= min(width, height) <= max(width, height) <= 79
+            assert 18 <= min(width, height) <= max(width, height) <= 79
 
 
 def test_everything_of_a_class_has_a_box():
@@ -52,7 +52,7 @@ def test_sizes_and_numbers_vary():
     found = [(len(boxes), *(box[2] for box in boxes)) for _, boxes, _ in scenes()]
     assert {entry[0] for entry in found} >= {1, 2, 3, 4}
     widths = [width for entry in found for width in entry[1:]]
-    assert min(widths) < 20
+    assert min(widths) < 24
     assert max(widths) > 50
 
 

@@ -244,7 +244,7 @@ def test_scenes_of_each_split_are_of_other_pictures(tmp_path, monkeypatch):
     reproduce_studies.make_cifar_scenes(tmp_path, tmp_path / 'scenes')
     assert {name: len(p.objects) for name, p in seen.items()} == dict(train=36, val=4, test=10)
     assert {name: len(p.others) for name, p in seen.items()} == dict(train=360, val=40, test=100)
-    assert [p.count for p in seen.values()] == [1000, 500, 1000]
+    assert [p.count for p in seen.values()] == [1200, 500, 1000]
     for kind in ('objects', 'others'):
         pictures = {
             name: {image.tobytes() for image in getattr(p, kind)} for name, p in seen.items()
