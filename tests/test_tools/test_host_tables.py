@@ -15,6 +15,7 @@ METRICS = {
     'bbox_AP': 'box AP',
     'segm_AP': 'mask AP',
 }
+PAPER_FILE = ROOT / 'tools' / 'paper_tables.csv'
 with (ROOT / 'tools' / 'host_tables.csv').open(newline='') as file:
     LINES = list(csv.DictReader(file))
 
@@ -48,3 +49,30 @@ def test_no_value_of_an_entry_is_missing():
     for line in LINES:
         results = metafile(line)['Results']
         assert named[line['entry']] == {name for result in results for name in result['Metrics']}
+
+
+def test_the_documented_table_has_the_same_values():
+    paper = {}
+    with PAPER_FILE.open(newline='') as file:
+        for line in csv.DictReader(file):
+            key = line['dataset'], line['model'], line['norm'], line['metric']
+            paper.setdefault(key, float(line['value']))
+    text = (ROOT / 'docs' / 'evidence.md').read_text()
+    rows = [line.strip('| ').split(' | ') for line in text.splitlines() if line.startswith('| ')]
+    found = {name: cells for name, *cells in rows if len(cells) == 3}
+    expected: dict = {}
+    for line in LINES:
+        if line['metric'] != 'top5':
+            key = line['dataset'], line['model']
+            values = expected.setdefault(key, ([], [], []))
+            for value, norm in zip(values, ('BN', 'UBN')):
+                value.append(paper[(*key, norm, line['metric'])])
+            values[2].append(float(line['value']))
+    for (dataset, model), values in expected.items():
+        start = _words(model if dataset == 'COCO' else f'{dataset} {model}')
+        (cells,) = (c for name, c in found.items() if _words(name)[: len(start)] == start)
+        assert [[float(v) for v in cell.split(' / ')] for cell in cells] == list(values), start
+
+
+def _words(text: str) -> list:
+    return text.replace(',', '').split()
