@@ -12,6 +12,7 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import DATASETS, HOOKS, MODELS
 
 from . import layers
+from .flops import register_mmengine
 
 for name in layers.__all__:
     MODELS.register_module(module=getattr(layers, name), force=True)
@@ -34,3 +35,5 @@ for registry, module, names in (
 
 # What `_base_ = 'mmubn::...'` may name.
 MODULE2PACKAGE['mmubn'] = 'mmubn'
+
+register_mmengine()

@@ -138,10 +138,11 @@ class CondensationHook(Hook):
         try:
             fixed = self._measure_batch(runner)
         except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise RuntimeError(
-                f'CondensationHook: its fixed batch of {self.fixed_samples} images does not go '
-                f'through the model at once ({error}): set fixed_samples to fewer where memory is '
-                'short, or to 0 to train without such a batch'
+                'CondensationHook: its fixed batch does not go through the model at once; set '
+                'fixed_samples to fewer images where memory is short, or to 0 to train without '
+                f'such a batch: {reason}'
             ) from error
         if fixed is not None and not kept:
             self._record(runner, runner.epoch, runner.iter, {'fixed': fixed})

@@ -62,11 +62,11 @@ class UBNCheckHook(Hook):
             )
         else:
             runner.logger.info(line)
-        for line in _without_effect(runner.model):
+        for line in without_effect(runner.model):
             runner.logger.warning(line)
 
 
-def _without_effect(model: nn.Module) -> Iterator[str]:
+def without_effect(model: nn.Module) -> Iterator[str]:
     """A line for each module whose ``norm_eval=True`` leaves layers of ours in training mode."""
     for name, module in model.named_modules():
         if getattr(module, 'norm_eval', False) is not True:

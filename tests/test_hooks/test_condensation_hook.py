@@ -2,18 +2,22 @@
 
 import json
 import re
+import subprocess
+import sys
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from mmengine.model import MMDistributedDataParallel
+from mmengine.model import BaseDataPreprocessor, MMDistributedDataParallel, stack_batch
 from mmengine.optim import OptimWrapper
 from processes import in_processes
+from torch import nn
 from toy_runner import HOOK, ToyImages, ToyNet, column, loader, log_of, make_runner, pairwise, table
 
 from mmubn.hooks import CondensationHook
+from mmubn.runs import read_condensation
 
 
 def spy(model, layer='stem.1'):
@@ -196,10 +200,99 @@ def test_resume_appends_without_gap_or_double_row(tmp_path):
     assert rows == table(tmp_path / 'whole')
 
 
-def test_new_training_in_an_old_work_dir_starts_a_new_table(tmp_path):
+def other_tables(work_dir):
+    return [path for path in work_dir.glob('condensation*.csv') if path.name != 'condensation.csv']
+
+
+def test_new_training_in_an_old_work_dir_keeps_the_old_table(tmp_path):
     make_runner(tmp_path, hooks=[HOOK], epochs=2).train()
-    make_runner(tmp_path, hooks=[HOOK], epochs=1).train()
+    before = (tmp_path / 'condensation.csv').read_bytes()
+    runner = make_runner(tmp_path, hooks=[HOOK], epochs=1)
+    runner.train()
     assert column(table(tmp_path), 'epoch', layer='norm', where='fixed/input') == [0, 1]
+    (old,) = other_tables(tmp_path)
+    assert old.read_bytes() == before
+    assert f'condensation.csv is of another training: kept as {old}' in log_of(runner)
+
+
+def test_rows_beyond_an_earlier_checkpoint_are_kept_aside(tmp_path):
+    make_runner(tmp_path, hooks=[HOOK], epochs=3).train()
+    before = (tmp_path / 'condensation.csv').read_bytes()
+    checkpoint = str(tmp_path / 'epoch_1.pth')
+    make_runner(tmp_path, hooks=[HOOK], epochs=2, resume=True, load_from=checkpoint).train()
+    assert column(table(tmp_path), 'epoch', layer='norm', where='fixed/input') == [0, 1, 2]
+    (old,) = other_tables(tmp_path)
+    assert old.read_bytes() == before
+
+
+def test_a_foreign_file_is_kept(tmp_path):
+    (tmp_path / 'condensation.csv').write_text('mine')
+    make_runner(tmp_path, hooks=[HOOK], epochs=1).train()
+    assert [path.read_text() for path in other_tables(tmp_path)] == ['mine']
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from mmubn.hooks.condensation_table import CondensationTable
+table = CondensationTable(Path(sys.argv[1]), 'first')
+row = dict(epoch=1, iter=1, layer='a', type='UBN', where='fixed/input')
+table.append([row])
+print('open', flush=True)
+sys.stdin.read()
+table.append([dict(row, epoch=2)])
+"""
+
+
+def test_two_trainings_at_once_do_not_mix_their_rows(tmp_path):
+    command = [sys.executable, '-c', WRITER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout.readline() == b'open\n'
+        runner = make_runner(tmp_path, hooks=[HOOK], epochs=1)
+        runner.train()
+        first.stdin.close()
+    assert column(table(tmp_path), 'epoch', layer='a') == [1, 2]
+    (second,) = other_tables(tmp_path)
+    assert second.name == f'condensation_{runner.timestamp}.csv'
+    assert {row['epoch'] for row in read_condensation(second)} == {0, 1}
+    assert 'another training is writing' in log_of(runner)
+
+
+class UnequalImages(ToyImages):
+    """Each image is a row and a column larger than the one before."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return dict(sample, inputs=nn.functional.pad(sample['inputs'], (0, index, 0, index)))
+
+
+class Padding(BaseDataPreprocessor):
+    """Pads a list of images alike, as those of mmdet and mmpretrain do."""
+
+    def forward(self, data, training=False):
+        inputs = data['inputs']
+        inputs = stack_batch(inputs) if isinstance(inputs, list) else inputs
+        return dict(inputs=inputs, labels=data['labels'])
+
+
+def test_images_of_several_sizes_are_padded_where_the_model_can(tmp_path):
+    val = UnequalImages(size=8, seed=1)
+    runner = make_runner(tmp_path / 'not', hooks=[HOOK], epochs=1, val=val)
+    with pytest.raises(RuntimeError, match=r'set fixed_samples to fewer images .* or to 0'):
+        runner.train()
+
+    model = ToyNet()
+    model.data_preprocessor = Padding()
+    options = dict(epochs=1, val=val, train_dataloader=dict(loader(ToyImages()), batch_size=4))
+    runner = make_runner(tmp_path / 'can', model, hooks=[HOOK], **options)
+    hook = next(h for h in runner.hooks if isinstance(h, CondensationHook))
+    hook.before_train(runner)
+    assert None not in column(table(tmp_path / 'can'), layer='norm', where='fixed/input')
+
+
+def test_a_single_image_has_no_similarity(tmp_path):
+    make_runner(tmp_path, hooks=[HOOK], epochs=1, val=ToyImages(size=1)).train()
+    assert column(table(tmp_path), layer='norm', where='fixed/input') == [None, None]
 
 
 def test_iteration_based_loop_records_every_val_interval(tmp_path):

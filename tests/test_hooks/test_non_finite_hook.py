@@ -1,6 +1,7 @@
 """Steps with NaN are stopped or skipped, and traced to the layer they come from."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -173,6 +174,48 @@ def test_several_optimizers(tmp_path):
     wrappers = {key: OptimWrapper(torch.optim.SGD(group, 0.1)) for key, group in groups.items()}
     with pytest.raises(FloatingPointError, match='iteration 1: the losses loss are not finite'):
         run(tmp_path, model, range(32), optim_wrapper=OptimWrapperDict(**wrappers))
+
+
+class FirstSteps(TwoOptimizers):
+    """Its second optimizer alone gets a gradient that is not finite."""
+
+    def train_step(self, data, optim_wrapper):
+        loss = self(**self.data_preprocessor(data, True), mode='loss')['loss']
+        loss.backward()
+        self.stem[0].weight.grad.fill_(float('inf'))
+        for wrapper in optim_wrapper.values():
+            wrapper.step()
+        return dict(loss=loss)
+
+
+def test_says_that_another_optimizer_has_stepped(tmp_path):
+    model = FirstSteps()
+    groups = dict(fc=model.fc.parameters(), stem=model.stem.parameters())
+    wrappers = {key: OptimWrapper(torch.optim.SGD(group, 0.1)) for key, group in groups.items()}
+    with pytest.raises(FloatingPointError, match='1 other optimizers had changed their weights'):
+        run(tmp_path, model, optim_wrapper=OptimWrapperDict(**wrappers))
+
+
+def test_needs_no_step_hook_of_torch(tmp_path, monkeypatch):
+    # As torch 2.1 leaves the optimizers once torch.compile has run in the process.
+    monkeypatch.setattr(torch.optim.SGD, 'step', torch.optim.SGD.step.__wrapped__)
+    model = ubn_net()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(FloatingPointError, match=r'iteration 1: .* No weight was changed'):
+        run(tmp_path, model, spoilt=range(32))
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_leaves_the_optimizer_as_it_was(tmp_path):
+    schedule = dict(type='MultiStepLR', milestones=[1], by_epoch=False)
+    runner = run(tmp_path, ubn_net(), param_scheduler=[schedule])
+    assert runner.optim_wrapper.get_lr()['lr'] == [pytest.approx(0.01)]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        runner.param_schedulers[0].step()
+    assert not hasattr(runner.optim_wrapper.optimizer.step, '__closure__') or (
+        '_watch_steps' not in runner.optim_wrapper.optimizer.step.__qualname__
+    )
 
 
 @pytest.mark.parametrize('bad', [dict(action='continue'), dict(max_skips=0)])

@@ -1,5 +1,6 @@
 """What the start-up check says of models that can and that cannot train their UBNs."""
 
+import importlib
 import re
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from toy_runner import ToyImages, ToyNet, loader, log_of, make_runner
 
 import mmubn
+from mmubn.hooks.ubn_check_hook import without_effect
 
 HOOK = dict(type='UBNCheckHook')
 
@@ -84,6 +86,52 @@ def test_all_with_frozen_statistics(tmp_path):
     assert line.endswith(
         'No batch statistics and no gate anywhere; set norm_eval=False in the backbone for those.'
     )
+
+
+class HoldsBatchNorm2d(ToyNet):
+    """norm_eval as some backbones have it."""
+
+    norm_eval = True
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+
+def test_norm_eval_without_effect_is_told(tmp_path):
+    runner = make_runner(tmp_path, HoldsBatchNorm2d(), hooks=[HOOK], epochs=1, val=False)
+    runner.train()
+    (line,) = [line for line in log_of(runner).splitlines() if 'norm_eval' in line]
+    assert 'WARNING' in line
+    expected = 'model: norm_eval=True has no effect on 1 of the 1 layers of UBN: HoldsBatchNorm2d'
+    assert expected in line
+
+
+@pytest.mark.parametrize(
+    ('library', 'kind', 'settings'),
+    [
+        ('mmpretrain', 'ShuffleNetV2', {}),
+        ('mmpretrain', 'EfficientNet', dict(arch='b0')),
+        ('mmpretrain', 'EfficientNetV2', dict(arch='b0')),
+        ('mmpretrain', 'ResNet', dict(depth=18)),
+        ('mmdet', 'EfficientNet', dict(arch='b0')),
+        ('mmdet', 'ResLayer', dict(depth=18)),
+        ('mmdet', 'ResNet', dict(depth=18)),
+    ],
+)
+def test_backbones_whose_norm_eval_has_no_effect_on_ours(library, kind, settings):
+    pytest.importorskip(library)
+    models = importlib.import_module(f'{library}.registry').MODELS
+    importlib.import_module(f'{library}.models')
+    model = models.build(
+        dict(type=f'{library}.{kind}', norm_cfg=dict(type='UBN'), norm_eval=True, **settings)
+    )
+    model.train()
+    # Which of them the docs name.
+    assert bool(list(without_effect(model))) == (kind != 'ResNet')
 
 
 class Configured(ToyNet):

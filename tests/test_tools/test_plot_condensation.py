@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from tiny_project import load_tool
 
-from mmubn.hooks.condensation_hook import COLUMNS
+from mmubn.runs import COLUMNS
 
 SIMILARITY = {'stem': [0.1, 0.2, 0.4], 'layer1': [0.5, 0.6, '']}
 GATE = {'stem': [0.5, 0.0], 'layer1': [1.0, 1.0]}
@@ -137,6 +137,17 @@ def test_iteration_based_run_is_drawn_over_iterations(tool, tmp_path):
     assert figure.axes[0].lines[0].get_xdata().tolist() == [0, 10, 20]
 
 
+def test_a_killed_run_is_drawn(tool, runs):
+    """Cut in the middle of a number, of a name and of a line of the log."""
+    bn, ubn = runs
+    table = (ubn / 'condensation.csv').read_text()
+    (ubn / 'condensation.csv').write_text(table + '3,30,stem,UBN,fixed/input,0.')
+    for log in bn.glob('*/vis_data/scalars.json'):
+        log.write_text(log.read_text() + '{"accuracy/top1": 3')
+    tool.main([str(bn), str(ubn)])
+    assert tool.Run(ubn).table('fixed/input').times == [0, 1, 2]
+
+
 def test_errors_name_the_file_and_the_option(tool, runs, tmp_path):
     with pytest.raises(SystemExit, match=r'nowhere/condensation.csv: no such file'):
         tool.main([str(tmp_path / 'nowhere')])
@@ -146,4 +157,7 @@ def test_errors_name_the_file_and_the_option(tool, runs, tmp_path):
         tool.main([str(runs[0]), '--where', 'train/output'])
     (runs[0] / 'condensation.csv').write_text(','.join(COLUMNS) + '\n')
     with pytest.raises(SystemExit, match=r'condensation.csv: holds no record yet'):
+        tool.main([str(runs[0])])
+    (runs[0] / 'condensation.csv').write_text('a,b\n1,2\n')
+    with pytest.raises(SystemExit, match=r'condensation.csv is no condensation table'):
         tool.main([str(runs[0])])

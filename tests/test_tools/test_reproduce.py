@@ -18,6 +18,8 @@ import reproduce_report
 import reproduce_rows
 import reproduce_run
 
+from mmubn.cli.errors import CommandError
+
 pytestmark = pytest.mark.usefixtures('metafiles_read_once')
 TINY = ('table3', '--config', 'tiny.py', '--work-dir', 'runs', '--rows', 'BN', 'UBN')
 
@@ -314,6 +316,63 @@ def run(*argv):
 def states(project) -> dict:
     found = sorted((project / 'runs').glob('*/seed*'))
     return {f.parent.name: reproduce_logs.read_run(f).state for f in found}
+
+
+def jobs(**changes):
+    rows = reproduce_rows.select(['table3'], ['BN'], one_network=True)
+    settings = [reproduce_run.make_setting(row, Path('net.py')) for row in rows]
+    given = dict(seeds=1, budget=None, epochs=3, user_options=[], flags=[], data_root='one', gpus=0)
+    return reproduce_run.make_jobs(
+        settings, Path('runs'), condensation=False, **{**given, **changes}
+    )
+
+
+@pytest.mark.parametrize(
+    ('changes', 'key'),
+    [
+        (dict(data_root='two'), 'data two'),
+        (dict(data_root='other/one'), 'data_root .*other/one; .*change runs/.*run.json'),
+        (dict(data_root=None), 'data None'),
+        (dict(flags=['--eval-on-train']), r"flags \['--eval-on-train'\]"),
+        (dict(gpus=2), 'gpus 2'),
+        (dict(user_options=['a=1']), r"options .*'a=1'"),
+        (dict(epochs=2), 'epochs 2'),
+        ('batch_size = 3', 'config_digest [0-9a-f]{16}'),
+    ],
+)
+def test_a_run_of_another_kind_is_refused(tmp_path, monkeypatch, changes, key):
+    monkeypatch.chdir(tmp_path)
+    config = Path('net.py')
+    config.write_text('train_cfg = dict(max_epochs=3)\nmodel = dict(backbone=dict())\n')
+    (job,) = jobs()
+    write_run(job.folder, 3, [[(1, 0.1, 10.0)]])
+    (job.folder / reproduce_logs.SETTINGS).write_text(json.dumps(job.settings))
+    assert [again.settings for again in jobs()] == [job.settings]
+    if isinstance(changes, str):
+        config.write_text(config.read_text() + changes)
+        changes = {}
+    changed = key.split()[0]
+    with pytest.raises(
+        CommandError, match=f'holds a run with {changed} .*, not .*{key.split()[-1]}'
+    ):
+        jobs(**changes)
+
+
+def test_what_an_older_version_did_not_write_is_not_compared(logs):
+    folder = Path('runs/net-BN/seed0')
+    assert 'flags' not in reproduce_logs.read_run(folder).settings
+    record = json.loads((folder / 'run.json').read_text())
+    (folder / 'run.json').write_text(json.dumps({**record, 'options': [], 'data': 'one'}))
+    old = reproduce_logs.read_run(folder).settings
+    reproduce_run._check_same(folder, {**old, 'flags': ['--amp']})
+
+
+def test_settings_cut_short_are_one_line(logs, capsys):
+    path = Path('runs/net-BN/seed0/run.json')
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(SystemExit):
+        reproduce.main(REPORT)
+    assert capsys.readouterr().err.startswith(f'error: {path}: is cut short')
 
 
 @pytest.mark.slow

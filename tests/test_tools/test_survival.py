@@ -55,8 +55,7 @@ def test_a_checkpoint_cut_short_is_reported_and_the_one_before_it_used(trained, 
     torch.save({}, 'run/weights.pth')  # newer, but no checkpoint
     train('--resume')
     (line,) = [ln for ln in capsys.readouterr().err.splitlines() if ln.startswith('warning: --res')]
-    last = trained / 'run' / 'epoch_3.pth'
-    assert line.startswith(f'warning: --resume: {last} is not a whole checkpoint (')
+    assert line.startswith('warning: --resume: run/epoch_3.pth is not a whole checkpoint (')
     assert line.endswith('): resuming from run/epoch_2.pth')
     assert same(end(), expected)
 
@@ -71,6 +70,26 @@ def test_a_checkpoint_that_is_gone(trained, capsys):
     assert same(end(), expected)
 
 
+@pytest.mark.parametrize('how', ['renamed', 'copied', 'note cut short'])
+def test_a_work_dir_in_another_place(trained, capsys, how):
+    expected = end()
+    (trained / 'run' / 'epoch_3.pth').unlink()
+    note = trained / 'run' / 'last_checkpoint'
+    note.write_text(str(trained / 'run' / 'epoch_2.pth'))
+    if how == 'copied':  # the original has gone on
+        shutil.copytree('run', 'moved')
+        cut_short(trained / 'run' / 'epoch_2.pth')
+    else:
+        (trained / 'run').rename('moved')
+    if how == 'note cut short':
+        (trained / 'moved' / 'last_checkpoint').write_text('/somewhere/ru')
+    load_tool('train').main(
+        [*DATA[:4], 'moved', '--resume', '--cfg-options', 'train_cfg.max_epochs=3']
+    )
+    assert 'warning' not in capsys.readouterr().err
+    assert same(end('moved'), expected)
+
+
 def test_no_whole_checkpoint_is_one_line(trained, capsys):
     for path in (trained / 'run').glob('*.pth'):
         cut_short(path)
@@ -78,6 +97,16 @@ def test_no_whole_checkpoint_is_one_line(trained, capsys):
         train('--resume')
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.endswith('; no checkpoint in run is whole: start anew')
+
+
+def test_a_note_cut_short_without_checkpoints_is_one_line(trained, fails):
+    for path in (trained / 'run').glob('*.pth'):
+        path.unlink()
+    (trained / 'run' / 'last_checkpoint').write_text('')
+    line = fails('train', *DATA, '--resume')
+    assert line.startswith(
+        'error: --resume: run/last_checkpoint names no checkpoint; no checkpoint'
+    )
 
 
 def test_killed_in_its_first_checkpoint_it_starts_anew(trained, capsys):
