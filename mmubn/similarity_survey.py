@@ -1,7 +1,6 @@
 """Which gates a threshold would shut: the similarity of every norm layer on one's own data."""
 
 import copy
-import csv
 import math
 from dataclasses import dataclass
 from itertools import islice
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .condensation import record_condensation
+from .runs import read_condensation
 
 THRESHOLDS = tuple(step / 20 for step in range(1, 11))  # 0.05, 0.1, ... 0.5
 
@@ -233,26 +233,23 @@ def read_survey(
     those of all epochs.
 
     Args:
-        path (str | Path): ``condensation.csv``.
+        path (str | Path): The work directory, or ``condensation.csv`` itself.
         thresholds (Sequence[float]): To report on. Default: 0.05, 0.1, ... 0.5.
 
     Raises:
+        FileNotFoundError: There is none.
         ValueError: The file is no such table, or has no training batches.
     """
     seen: Dict[str, List[float]] = {}
     types: Dict[str, str] = {}
-    epochs = set()
-    with Path(path).open(newline='') as file:
-        reader = csv.DictReader(file)
-        if not {'epoch', 'layer', 'type', 'where', 'similarity'} <= set(reader.fieldnames or ()):
-            raise ValueError(f'{path} is no table of CondensationHook')
-        for row in reader:
-            if row['where'] == 'train/input':
-                types[row['layer']] = row['type']
-                epochs.add(row['iter'])
-                values = seen.setdefault(row['layer'], [])
-                if row['similarity']:
-                    values.append(float(row['similarity']))
+    periods = set()
+    for row in read_condensation(path):
+        if row['where'] == 'train/input':
+            types[row['layer']] = row['type']
+            periods.add(row['iter'])
+            values = seen.setdefault(row['layer'], [])
+            if row['similarity'] is not None:
+                values.append(row['similarity'])
     if not seen:
         raise ValueError(f'{path} has no training batches yet (rows of train/input)')
     measured = []
@@ -260,7 +257,7 @@ def read_survey(
         layer = _layer(name, kind, seen[name])
         last = seen[name][-1] if seen[name] else math.nan
         measured.append(LayerSimilarity(name, kind, last, layer.lowest, layer.highest))
-    source = f'{path}: the last of {len(epochs)} records'
+    source = f'{path}: the last of {len(periods)} records'
     return SimilaritySurvey(measured, source, sorted(thresholds))
 
 

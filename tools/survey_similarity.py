@@ -55,13 +55,13 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
 
 def survey_run(path: Path, thresholds: Sequence[float]) -> SimilaritySurvey:
     """Of a work dir, or of the table itself."""
-    table = path / 'condensation.csv' if path.is_dir() else path
-    if not table.is_file():
-        raise CommandError(
-            f"{table}: no such file; train with custom_hooks=[dict(type='CondensationHook')]"
-        )
     try:
-        return read_survey(table, thresholds)
+        return read_survey(path, thresholds)
+    except FileNotFoundError as error:
+        raise CommandError(
+            f'{error.filename}: no such file; train with '
+            "custom_hooks=[dict(type='CondensationHook')]"
+        ) from error
     except ValueError as error:
         raise CommandError(str(error)) from error
 
