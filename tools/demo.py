@@ -25,8 +25,11 @@ def main() -> None:
     if not tests:
         raise SystemExit(f'demo.py: no evaluation in {work_dir / "test"}: run `make demo` first')
     print(f'\nDemo in {work_dir}: {training_time(work_dir)}')
-    print(held_out_ap(json.loads(tests[-1].read_text())))
-    print(condensation(read_condensation(work_dir)))
+    try:
+        print(held_out_ap(json.loads(tests[-1].read_text())))
+        print(condensation(read_condensation(work_dir)))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f'demo.py: {work_dir}: {error}: run `make demo` again') from error
     print(f'Drawn on held-out images (left truth, right prediction): {work_dir / "predictions"}')
 
 
@@ -51,7 +54,13 @@ def held_out_ap(metrics: Dict[str, float]) -> str:
 
 
 def condensation(rows: List[Dict[str, Any]]) -> str:
-    """One line a layer, as they are after the last epoch."""
+    """One line a layer, as they are after the last epoch.
+
+    Raises:
+        ValueError: There is no row.
+    """
+    if not rows:
+        raise ValueError('condensation.csv holds no record')
     last = [row for row in rows if row['iter'] == rows[-1]['iter']]
     layers: Dict[str, Dict[str, Dict[str, Any]]] = {}
     for row in last:
@@ -62,15 +71,16 @@ def condensation(rows: List[Dict[str, Any]]) -> str:
         f'{"layer":36}{"type":6}{"input":>8}{"output":>8}{"tau":>8}{"gate":>8}',
     ]
     for name, by_place in layers.items():
-        train = by_place['train/input']
+        first = next(iter(by_place.values()))
+        train = by_place.get('train/input', {})  # rows may lack where a training was killed
         values = (
-            by_place['fixed/input']['similarity'],
-            by_place['fixed/output']['similarity'],
-            train['running_similarity'],
-            train['batch_statistics_used'],
+            by_place.get('fixed/input', {}).get('similarity'),
+            by_place.get('fixed/output', {}).get('similarity'),
+            train.get('running_similarity'),
+            train.get('batch_statistics_used'),
         )
         shown = ''.join(f'{"-":>8}' if v is None else f'{v:8.2f}' for v in values)
-        lines.append(f'{name:36}{train["type"]:6}{shown}')
+        lines.append(f'{name:36}{first["type"]:6}{shown}')
     return '\n'.join(lines)
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import mmubn  # noqa: F401  configs may have mmubn:: in their _base_
 from mmubn.cli.errors import CommandError
-from mmubn.runs import replace_text
+from mmubn.runs import checkpoints, replace_text
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH_NORMS = ('BN', 'SyncBN', 'RBN', 'BNET', 'IEBN', 'UBN', 'SyncUBN')
@@ -304,16 +304,25 @@ def threads_of_each(parallel: int) -> int:
 
 def _start(job: Job) -> subprocess.Popen:
     gpus = job.settings['gpus']
+    config, *others = _arguments(job)
     if gpus:
-        config, *others = job.arguments
         command = [str(ROOT / 'tools' / 'dist_train.sh'), config, str(gpus), *others]
     else:
-        command = [sys.executable, str(ROOT / 'tools' / 'train.py'), *job.arguments]
+        command = [sys.executable, str(ROOT / 'tools' / 'train.py'), config, *others]
     env = {**os.environ, 'PYTHON': sys.executable}
     if not gpus:  # torchrun has a number of its own
         env.setdefault('OMP_NUM_THREADS', str(torch.get_num_threads()))
     with (job.folder / 'output.log').open('a') as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
+
+
+def _arguments(job: Job) -> List[str]:
+    """Those of train.py; a run that lacks but its last validation goes back one checkpoint."""
+    last, *before = checkpoints(job.folder) or [None]
+    if last is None or last.name != f'epoch_{job.settings["epochs"]}.pth' or not before:
+        return job.arguments
+    place = job.arguments.index('--resume') + 1
+    return [*job.arguments[:place], str(before[0]), *job.arguments[place:]]
 
 
 def _last_line(folder: Path) -> str:

@@ -63,7 +63,7 @@ def _optimizer_differences(
     saved = checkpoint['optimizer']['param_groups']
     key = 'optim_wrapper.optimizer'
     kind = cfg.optim_wrapper.optimizer.type
-    kind = kind if isinstance(kind, str) else kind.__name__
+    kind = kind.split('.')[-1] if isinstance(kind, str) else kind.__name__  # without its scope
     groups = _groups(cfg, model)
     of_saved, of_config = (_settings(found[0]) for found in (saved, groups))
     before = _saved_type(checkpoint)
@@ -91,8 +91,10 @@ def _optimizer_differences(
 
 def _groups(cfg: Config, model: nn.Module) -> List[Dict[str, Any]]:
     """The parameter groups that the config gives, with the learning rate as mmengine scales it."""
+    wanted = ('optimizer', 'constructor', 'paramwise_cfg')  # nothing that needs a GPU
+    settings = {key: value for key, value in cfg.optim_wrapper.items() if key in wanted}
     with _no_log():  # mmengine tells the settings of every parameter
-        wrapper = build_optim_wrapper(model, copy.deepcopy(cfg.optim_wrapper))
+        wrapper = build_optim_wrapper(model, copy.deepcopy(settings))
     groups = wrapper.optimizer.param_groups
     scaling = cfg.get('auto_scale_lr') or {}
     if scaling.get('enable'):

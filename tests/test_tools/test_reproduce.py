@@ -322,9 +322,8 @@ def jobs(**changes):
     rows = reproduce_rows.select(['table3'], ['BN'], one_network=True)
     settings = [reproduce_run.make_setting(row, Path('net.py')) for row in rows]
     given = dict(seeds=1, budget=None, epochs=3, user_options=[], flags=[], data_root='one', gpus=0)
-    return reproduce_run.make_jobs(
-        settings, Path('runs'), condensation=False, **{**given, **changes}
-    )
+    root = Path(changes.pop('work_dir', 'runs'))
+    return reproduce_run.make_jobs(settings, root, condensation=False, **{**given, **changes})
 
 
 @pytest.mark.parametrize(
@@ -356,6 +355,20 @@ def test_a_run_of_another_kind_is_refused(tmp_path, monkeypatch, changes, key):
         CommandError, match=f'holds a run with {changed} .*, not .*{key.split()[-1]}'
     ):
         jobs(**changes)
+
+
+def test_a_run_killed_before_its_last_validation_goes_back_one_checkpoint(logs):
+    (job,) = jobs(work_dir='others')
+    job.folder.mkdir(parents=True)
+    for name in ('epoch_2.pth', 'epoch_3.pth'):
+        (job.folder / name).touch()
+    resume = job.arguments.index('--resume')
+    (job.folder / 'last_checkpoint').write_text('epoch_2.pth')
+    assert reproduce_run._arguments(job) == job.arguments
+    (job.folder / 'last_checkpoint').write_text('epoch_3.pth')
+    arguments = reproduce_run._arguments(job)
+    assert arguments[resume + 1] == str(job.folder / 'epoch_2.pth')
+    assert [*arguments[: resume + 1], *arguments[resume + 2 :]] == job.arguments
 
 
 def test_what_an_older_version_did_not_write_is_not_compared(logs):
