@@ -10,6 +10,7 @@ import importlib.util
 from .condensation import record_condensation
 from .convert import convert_norm
 from .layers import BNET, IEBN, RBN, UBN, SyncUBN
+from .similarity_survey import read_survey, survey_similarity
 from .version import __version__
 
 if importlib.util.find_spec('mmengine') is not None:
@@ -23,5 +24,7 @@ __all__ = [
     'SyncUBN',
     '__version__',
     'convert_norm',
+    'read_survey',
     'record_condensation',
+    'survey_similarity',
 ]

@@ -1,6 +1,7 @@
 """Fixtures that several test modules share."""
 
 import os
+from functools import lru_cache
 from pathlib import Path
 
 # One thread: the tensors are small, and threads that wait for one another spin. Read when
@@ -23,6 +24,16 @@ def pytest_runtest_setup(item):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def metafiles_read_once():
+    """Quick configs: mmengine reads all metafiles of a package for each base there."""
+    from mmengine.config import utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, 'load', lru_cache(maxsize=None)(utils.load))
+        yield
 
 
 @pytest.fixture(scope='session')

@@ -12,15 +12,17 @@ import numpy as np
 import plot_condensation
 from matplotlib.figure import Figure
 from reproduce_logs import Run
-from reproduce_report import Line, baseline, mean_sd, paired
+from reproduce_report import CONDENSED, Line, baseline, mean_sd, paired, several
 from reproduce_rows import TITLES
 
-CURVES = ('table2', 'table3', 'table4', 'table5', 'table6', 'table8', 'figure4', 'figure5', 'ours')
-DIFFERENCES = ('table2', 'table3', 'table4', 'table5', 'table6', 'figure5', 'figure37-40', 'ours')
-LOSSES = ('table5', 'table6')
+TABLES = ('table2', 'table3', 'table4', 'table5', 'table6')
+OWN = ('ours', 'hosts-detection', 'hosts-classification', 'strong-recipe')
+CURVES = (*TABLES, 'table8', 'figure4', 'figure5', *OWN)
+DIFFERENCES = (*TABLES, 'figure5', 'figure37-40', *OWN, 'batches-of-two', 'small-batches')
+LOSSES = ('table5', 'table6', 'hosts-detection', 'batches-of-two')
 THRESHOLDS = ('figure6', 'figure11-16')
-BATCH_SIZES = ('table7', 'figure17-36')
-CONDENSATION = ('figure2', 'figure7-10')
+BATCH_SIZES = ('table7', 'figure17-36', 'small-batches')
+
 DASHES = ['-', '--', ':', '-.', (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3))]
 
 
@@ -55,7 +57,7 @@ def draw(by_experiment: Dict[str, List[Line]], out: Path, one_network: bool) -> 
             figures['batch_sizes'] = _against(
                 have, 'batch size', lambda line: line.row.batch_size, one_network, log=True
             )
-        if experiment in CONDENSATION:
+        if experiment in CONDENSED:
             figures.update(_condensation(have))
         for name, figure in figures.items():
             if figure is not None:
@@ -77,8 +79,7 @@ def _title(experiment: str, lines: Sequence[Line], one_network: bool) -> str:
 
 
 def _name(line: Line, lines: Sequence[Line]) -> str:
-    many = len({(other.row.dataset, other.row.model) for other in lines}) > 1
-    return f'{line.row.model} {line.row.norm}' if many else line.row.norm
+    return f'{line.row.model} {line.row.name}' if several(lines) else line.row.name
 
 
 def _seconds(run: Run, epochs: Sequence[int]) -> List[float]:
@@ -152,7 +153,8 @@ def _against(
     groups: Dict[str, List[Line]] = {}
     for line in lines:
         paper = '' if one_network else f'{line.row.dataset}, {line.row.model}, '
-        groups.setdefault(paper + line.row.base, []).append(line)
+        # Thresholds are a curve of one norm, batch sizes a curve each.
+        groups.setdefault(paper + (line.row.norm if log else line.row.base), []).append(line)
     for number, (name, group) in enumerate(groups.items()):
         color = f'C{number % 10}'
         points = [(place(line), *mean_sd(list(_finals(line).values()))) for line in group]

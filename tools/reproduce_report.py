@@ -9,12 +9,13 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 from reproduce_logs import Run
 from reproduce_rows import CONTRASTS, TITLES, Row
-from reproduce_run import Setting
+from reproduce_run import Setting, as_arguments
+from reproduce_studies import is_tuned
 from scipy.stats import t as student
 
 CSV_COLUMNS = (
     *('experiment', 'paper_dataset', 'paper_model', 'norm', 'batch_size', 'metric'),
-    *('paper', 'paper_minus_bn', 'state', 'mean', 'sd', 'n'),
+    *('paper', 'paper_minus_bn', 'host_bn', 'state', 'mean', 'sd', 'n'),
     *('minus_bn', 'ci95_low', 'ci95_high', 'pairs'),
     *('config', 'options', 'epochs', 'data', 'device'),
 )
@@ -22,6 +23,9 @@ LAYER_COLUMNS = (
     *('setting', 'seed', 'epoch', 'layer', 'type'),
     *('similarity', 'running_similarity', 'batch_statistics_used'),
 )
+
+
+CONDENSED = ('figure2', 'figure7-10', 'strong-recipe')  # experiments that ask about it
 
 
 @dataclass
@@ -34,10 +38,11 @@ class Line:
 
     @property
     def metrics(self) -> List[str]:
-        """Those of the paper, else the usual one of the data; of detection the loss too."""
+        """Those of the paper, else the usual ones of the data; of detection the loss too."""
         found = [metric for metric in self.row.paper if metric not in ('train_seconds', 'epochs')]
-        if self.row.dataset == 'COCO':
-            return [*(found or ['bbox_AP']), 'loss']
+        if self.row.detects:
+            zoo = list(self.row.zoo.values) if self.row.zoo else []
+            return [*(found or zoo or ['bbox_AP']), 'loss']
         return found or ['top1']
 
     @property
@@ -62,6 +67,11 @@ def baseline(line: Line, lines: Sequence[Line]) -> Optional[Line]:
     if line.row.norm == 'BN':
         return None
     return next((other for other in lines if other.row.is_baseline_of(line.row)), None)
+
+
+def several(lines: Sequence[Line]) -> bool:
+    """Whether they are of more than one network or data set."""
+    return len({(line.row.dataset, line.row.model) for line in lines}) > 1
 
 
 def mean_sd(values: Sequence[float]) -> Tuple[float, float]:
@@ -100,6 +110,8 @@ def cells(lines: Sequence[Line]) -> List[Dict[str, object]]:
                 cell['paper'] = paper
                 if bn is not None and metric in bn.row.paper:
                     cell['paper_minus_bn'] = round(paper - bn.row.paper[metric], 2)
+            if row.zoo is not None:
+                cell['host_bn'] = row.zoo.values.get(metric, '')
             finals = line.finals(metric)
             if finals:
                 cell['mean'], cell['sd'] = map(_rounded, mean_sd(list(finals.values())))
@@ -193,7 +205,9 @@ def markdown(by_experiment: Dict[str, List[Line]], one_network: bool) -> str:
     before: List[str] = []
     for experiment, lines in by_experiment.items():
         paper = dict.fromkeys(f'{line.row.model} on {line.row.dataset}' for line in lines)
-        text += ['', f'## {TITLES[experiment]}', '', f'Paper: {", ".join(paper)}.', '']
+        title = TITLES[experiment]
+        source = 'Network' if title.startswith('Not in the paper') else 'Paper'
+        text += ['', f'## {title}', '', f'{source}: {", ".join(paper)}.', '']
         conditions = _conditions(lines)
         text += ['Ours: as above.'] if conditions == before else conditions
         text += ['']
@@ -202,35 +216,87 @@ def markdown(by_experiment: Dict[str, List[Line]], one_network: bool) -> str:
             text += speed(lines)
             continue
         text += [
-            '| row | metric | paper | minus BN | ours | runs | minus BN |',
-            '|---|---|---|---|---|---|---|',
+            "| row | metric | paper | minus BN | host's own BN | ours | runs | minus BN |",
+            '|---|---|---|---|---|---|---|---|',
         ]
         for line, cell in _with_lines(lines):
             row = line.row
-            batch = f', batch {row.batch_size}' if row.batch_size else ''
-            label = row.norm + batch if one_network else row.label
+            label = row.label if several(lines) and not one_network else row.name
             ours = _shown(cell['mean'], '.2f')
             if cell['sd'] != '':
                 ours += f' ± {cell["sd"]:.2f}'
             values = label, cell['metric'], _shown(cell['paper'], '.4g')
-            values += _shown(cell['paper_minus_bn'], '+.2f'), ours, cell['state']
+            values += _shown(cell['paper_minus_bn'], '+.2f'), _shown(cell['host_bn'], '.4g')
+            values += ours, cell['state']
             values += (_difference(cell['minus_bn'], cell['ci95_low'], cell['ci95_high']),)
             text.append('| ' + ' | '.join(map(str, values)) + ' |')
         text += contrasts(lines)
+        if any(line.row.experiment in CONDENSED for line in lines):
+            text += condensation(lines)
+        text += zoo_notes(lines)
     return '\n'.join(text) + '\n'
 
 
-def contrasts(lines: Sequence[Line]) -> List[str]:
-    """Differences between rows neither of which is BN, as Markdown; empty without such."""
+def condensation(lines: Sequence[Line]) -> List[str]:
+    """Mean similarity of the layers on the fixed batch after training, as Markdown."""
     text = []
-    by_norm = {line.row.norm: line for line in lines}
-    for norm, other in CONTRASTS:
-        if norm not in by_norm or other not in by_norm:
+    for line in lines:
+        finals = _similarities(line)
+        if not finals:
             continue
-        for metric in by_norm[norm].metrics:
-            finals = (by_norm[name].finals(metric) for name in (norm, other))
-            shown = _difference(*_interval(*finals)[:3]) or 'not run'
-            text.append(f'| {norm} | {other} | {metric} | {shown} |')
+        bn = baseline(line, lines)
+        shown = _difference(*_interval(finals, _similarities(bn))[:3]) if bn is not None else ''
+        mean, sd = mean_sd(list(finals.values()))
+        spread = '' if math.isnan(sd) else f' ± {sd:.2f}'
+        text.append(f'| {line.row.name} | {mean:.2f}{spread} | {len(finals)} | {shown} |')
+    header = [
+        '',
+        'Condensation: similarity of the fixed batch (`fixed/input`) after the last epoch, mean '
+        'over the layers.',
+        '',
+        '| row | similarity × 100 | runs | minus BN |',
+        '|---|---|---|---|',
+    ]
+    return [*header, *text] if text else []
+
+
+def _similarities(line: Line) -> Dict[int, float]:
+    """Seed -> mean over the layers in the last epoch, times 100."""
+    found = {}
+    for seed, run in line.done.items():
+        rows = _last_epoch(run.folder / 'condensation.csv', 'fixed/input')
+        values = [float(row['similarity']) for row in rows if row['similarity']]
+        if values:
+            found[seed] = 100 * statistics.fmean(values)
+    return found
+
+
+def zoo_notes(lines: Sequence[Line]) -> List[str]:
+    """Where the column of the host's own BN comes from, as Markdown; empty without it."""
+    found = {(line.row.dataset, line.row.model): line.row.zoo for line in lines if line.row.zoo}
+    text = []
+    for (dataset, model), zoo in found.items():
+        note = f'; {zoo.note}' if zoo.note else ''
+        text.append(f'- {model} on {dataset}: `{zoo.config}`, {zoo.version}{note}')
+    header = ['', "Host's own BN: what the metafile of the host's model zoo says.", '']
+    return [*header, *text] if text else []
+
+
+def contrasts(lines: Sequence[Line]) -> List[str]:
+    """Differences between rows neither of which need be BN, as Markdown; empty without such."""
+    text = []
+    for line in lines:
+        row = line.row
+        wanted = [b for a, b in CONTRASTS.get(row.experiment, ()) if a == row.norm]
+        others = [other for other in lines if other.row.differs_in_norm(row)]
+        for other in sorted(
+            (other for other in others if other.row.norm in wanted),
+            key=lambda other: wanted.index(other.row.norm),
+        ):
+            metric = line.metrics[0]
+            shown = _difference(*_interval(line.finals(metric), other.finals(metric))[:3])
+            label = row.label if several(lines) else row.name
+            text.append(f'| {label} | {other.row.norm} | {metric} | {shown or "not run"} |')
     header = ['', '| row | minus | metric | difference |', '|---|---|---|---|']
     return [*header, *text] if text else []
 
@@ -251,7 +317,8 @@ def _conditions(lines: Sequence[Line]) -> List[str]:
     for line in lines:
         for seed, run in line.done.items():
             s = run.settings
-            common = [option for option in s['options'] if '.norm_cfg.' not in option]
+            own = {*as_arguments(line.setting.options)}
+            common = [o for o in s['options'] if o not in own and not is_tuned(line.row, o)]
             key = s['config'] if '-' in line.setting.name else '', s['epochs'], s['data']
             key += s['device'], s['torch'], s['commit'], ' '.join(common)
             groups.setdefault(key, set()).add(seed)
@@ -298,10 +365,10 @@ def write_tables(by_experiment: Dict[str, List[Line]], out: Path, one_network: b
     return [out / name for name in ('report.md', 'report.csv', 'curves.csv', 'layers.csv')]
 
 
-def _last_epoch(path: Path) -> List[Dict[str, str]]:
+def _last_epoch(path: Path, where: str = 'train/input') -> List[Dict[str, str]]:
     if not path.is_file():
         return []
     with path.open(newline='') as file:
-        rows = [row for row in csv.DictReader(file) if row['where'] == 'train/input']
+        rows = [row for row in csv.DictReader(file) if row['where'] == where]
     last = max((int(row['epoch']) for row in rows), default=0)
     return [row for row in rows if int(row['epoch']) == last]

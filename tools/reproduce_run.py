@@ -22,7 +22,7 @@ from mmubn.cli.errors import CommandError
 from mmubn.runs import checkpoints, replace_text
 
 ROOT = Path(__file__).resolve().parents[1]
-BATCH_NORMS = ('BN', 'RBN', 'BNET', 'IEBN', 'UBN')
+BATCH_NORMS = ('BN', 'SyncBN', 'RBN', 'BNET', 'IEBN', 'UBN', 'SyncUBN')
 SCALED = ('begin', 'end', 'milestones', 'step_size', 'T_max')
 
 
@@ -44,12 +44,14 @@ class Setting:
 
 
 def make_setting(row: Row, config: Optional[Path] = None) -> Setting:
-    """The setting of a row: its own config, or another network's with the row's norm.
+    """The setting of a row: its own config, or a network's with the row's norm.
 
     Args:
         row (Row): The row.
-        config (Path, optional): The other network's.
+        config (Path, optional): Another network's. Default: what the row says.
     """
+    if config is None and row.network:
+        config = ROOT / 'configs' / row.network
     changes = {**row.changes, **row.extra}
     parts = [f'{key.split(".")[-1]}={value}' for key, value in changes.items()]
     prefix = 'model.backbone.norm_cfg.'

@@ -13,12 +13,14 @@ from .. import layers
 class UBNCheckHook(Hook):
     """Says before training how many of the project's norm layers are built and train.
 
-    A layer trains if it is in training mode (``norm_eval`` and frozen stages prevent
-    it) and has parameters that require a gradient. Batch norms of other types are
-    counted beside them: a config may have missed them. None that trains is a warning;
-    a config that asks for one of the types of :mod:`mmubn.layers` and a model without
-    any is an error, since something (``sync_bn``, ``convert_sync_batchnorm``) replaced
-    them. ``norm_eval=True`` without effect is a warning: some backbones hold
+    A layer trains if it has parameters that require a gradient. In evaluation mode
+    (``norm_eval=True``) these train while the statistics stay frozen and the gate does
+    nothing, which is a setting of its own and easily copied unseen: a warning says what
+    it means where all that train do so. Batch norms of other types are counted beside
+    them: a config may have missed them. None that trains is a warning; a config that
+    asks for one of the types of :mod:`mmubn.layers` and a model without any is an error,
+    since something (``sync_bn``, ``convert_sync_batchnorm``) replaced them.
+    ``norm_eval=True`` without effect is a warning: some backbones hold
     ``nn.BatchNorm2d`` alone in evaluation mode, not what derives from ``_BatchNorm``.
 
     Raises:
@@ -37,24 +39,29 @@ class UBNCheckHook(Hook):
         if not built:
             _raise_if_asked_for(runner)
             return
-        evaluating = sum(not layer.training for layer in built)
-        frozen = sum(layer.training and not _requires_grad(layer) for layer in built)
-        trained = len(built) - evaluating - frozen
+        training = [layer for layer in built if _requires_grad(layer)]
+        evaluating = sum(not layer.training for layer in training)
+        frozen = len(built) - len(training)
+        trained = len(training)
         line = f'{_kinds(built)}: {len(built)} layers built, {trained} train'
         if evaluating:
-            line += f', {evaluating} held in evaluation mode (norm_eval=True, frozen_stages)'
+            line += f', {evaluating} of them with frozen statistics (norm_eval=True)'
         if frozen:
-            line += f', {frozen} with frozen parameters'
+            line += f', {frozen} frozen (frozen_stages)'
         others = _others(runner.model)
         if others:
             line += f'; {len(others)} other batch norms: {_kinds(others)}'
-        if trained:
-            runner.logger.info(line)
-        else:
+        if not trained:
             runner.logger.warning(
-                f'{line}. None of {_kinds(built)} can train: set norm_eval=False and '
-                'frozen_stages=-1 in the backbone.'
+                f'{line}. None of {_kinds(built)} can train: set frozen_stages=-1 in the backbone.'
             )
+        elif evaluating == trained:
+            runner.logger.warning(
+                f'{line}. No batch statistics and no gate anywhere; set norm_eval=False in the '
+                'backbone for those.'
+            )
+        else:
+            runner.logger.info(line)
         for line in without_effect(runner.model):
             runner.logger.warning(line)
 
@@ -90,7 +97,8 @@ def _kinds(norms: List[nn.Module]) -> str:
 
 def _requires_grad(layer: nn.Module) -> bool:
     parameters = list(layer.parameters())
-    return not parameters or any(p.requires_grad for p in parameters)
+    # Without an affine or calibrations, all there is to train are the statistics.
+    return any(p.requires_grad for p in parameters) if parameters else layer.training
 
 
 def _raise_if_asked_for(runner) -> None:

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from functools import lru_cache
 from pathlib import Path
 
 import cv2
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.config import utils as config_utils
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS, DefaultScope
@@ -54,14 +52,6 @@ NORMS = {
 ALL = [(network, norm) for network in NETWORKS for norm in ('bn', 'ubn')]
 SMALL = [f'{data}/resnet18_small_{data}.py' for data in ('cifar10', 'cifar100')]
 ALL += [('cifar100/resnet50', norm) for norm in ('in', 'gn', 'iebn', 'rbn', 'bnet')]
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _metafiles_are_read_once():
-    # mmengine reads all metafiles of mmpretrain for each of its configs that is a base.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config_utils, 'load', lru_cache(maxsize=None)(config_utils.load))
-        yield
 
 
 def relative(network: str, norm: str) -> str:

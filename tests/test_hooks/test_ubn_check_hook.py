@@ -65,18 +65,26 @@ def test_some_are_held(tmp_path):
     model.requires_grad_(True).eval()
     assert checked(tmp_path, model) == (
         'INFO',
-        'RBN, UBN: 3 layers built, 1 train, 1 held in evaluation mode '
-        '(norm_eval=True, frozen_stages), 1 with frozen parameters'
+        'RBN, UBN: 3 layers built, 2 train, 1 of them with frozen statistics (norm_eval=True), '
+        '1 frozen (frozen_stages)'
         '; 1 other batch norms: BatchNorm2d',
     )
 
 
 def test_none_can_train(tmp_path):
+    held = ['norm', 'more.0', 'more.1']
+    level, line = checked(tmp_path, Held(evaluate=held, freeze=held))
+    assert level == 'WARNING'
+    assert line.startswith('RBN, UBN: 3 layers built, 0 train, 3 frozen (frozen_stages)')
+    assert line.endswith('None of RBN, UBN can train: set frozen_stages=-1 in the backbone.')
+
+
+def test_all_with_frozen_statistics(tmp_path):
     level, line = checked(tmp_path, Held(evaluate=['norm', 'more.0', 'more.1']))
     assert level == 'WARNING'
-    assert line.startswith('RBN, UBN: 3 layers built, 0 train, 3 held in evaluation mode')
+    assert line.startswith('RBN, UBN: 3 layers built, 3 train, 3 of them with frozen statistics')
     assert line.endswith(
-        'None of RBN, UBN can train: set norm_eval=False and frozen_stages=-1 in the backbone.'
+        'No batch statistics and no gate anywhere; set norm_eval=False in the backbone for those.'
     )
 
 

@@ -20,6 +20,7 @@ import reproduce_run
 
 from mmubn.cli.errors import CommandError
 
+pytestmark = pytest.mark.usefixtures('metafiles_read_once')
 TINY = ('table3', '--config', 'tiny.py', '--work-dir', 'runs', '--rows', 'BN', 'UBN')
 
 
@@ -35,11 +36,16 @@ def test_every_row_has_a_config():
 def test_configs_have_the_norm_that_the_rows_say():
     rows = reproduce_rows.select(['table3'], ['*ResNet-50*'], one_network=False)
     rows += reproduce_rows.select(['table6'], ['*R50, UBN'], one_network=False)
+    rows += reproduce_rows.select(['hosts-detection'], ['*R50*'], one_network=False)
     assert {row.base for row in rows} == set(reproduce_rows.NORM_CFGS)
     for row in rows:
-        norm_cfg = Config.fromfile(ROOT / 'configs' / row.config).model.backbone.norm_cfg
+        cfg = Config.fromfile(ROOT / 'configs' / row.config)
+        norm_cfg = cfg.model.backbone.norm_cfg
         norm_cfg.pop('requires_grad', None)
         assert norm_cfg == row.norm_cfg
+        before = cfg.to_dict()
+        cfg.merge_from_dict(dict(row.options))
+        assert cfg.to_dict() == before
 
 
 def test_labels_are_unique_and_each_rectified_row_has_its_baseline():
@@ -77,7 +83,7 @@ def test_rows_that_say_the_same_share_their_runs():
         ),
     ):
         assert reproduce_run.make_setting(rows[a]) == reproduce_run.make_setting(rows[b])
-    every = {(r.config, str(r.norm_cfg), r.batch_size) for r in reproduce_rows.ROWS}
+    every = {(r.config, str(r.norm_cfg), str(r.extra)) for r in reproduce_rows.ROWS}
     assert len({reproduce_run.make_setting(r).name for r in reproduce_rows.ROWS}) == len(every)
 
 
@@ -200,8 +206,12 @@ def test_report_has_the_values_computed_by_hand(logs):
     assert (rbn['state'], rbn['mean'], rbn['paper']) == ('not run', '', '77.79')
 
     text = Path('out/report.md').read_text()
-    assert '| UBN | top1 | 78.67 | +1.65 | 44.67 ± 3.51 | 3 done | +2.67 [-1.13, +6.46] |' in text
-    assert '| RBN | top1 | 77.79 | +0.77 |  | not run |  |' in text
+    assert (
+        '| UBN | top1 | 78.67 | +1.65 | 79.9 | 44.67 ± 3.51 | 3 done | +2.67 [-1.13, +6.46] |'
+        in text
+    )
+    assert '| RBN | top1 | 77.79 | +0.77 | 79.9 |  | not run |  |' in text
+    assert '- ResNet-50 on CIFAR-100: `mmpretrain::resnet/resnet50_8xb16_cifar100.py`, ' in text
     assert '`net`; 3 epochs; data `d`; seeds 0, 1, 2; cpu: none; torch 2; commit abc' in text
     with Path('out/curves.csv').open(newline='') as file:
         curves = list(csv.DictReader(file))
@@ -279,8 +289,11 @@ def test_the_report_of_detection_has_the_loss(logs, capsys):
     argv[1:3] = ['table6']
     reproduce.main(argv)
     text = Path('out/report.md').read_text()
-    assert '| UBN | bbox_AP | 38.5 | +4.50 | 44.67 ± 3.51 | 3 done | +2.67 [-1.13, +6.46] |' in text
-    assert '| UBN | loss |  |  | 2.33 ± 0.00 | 3 done | +0.00 [+0.00, +0.00] |' in text
+    assert (
+        '| UBN | bbox_AP | 38.5 | +4.50 | 38.2 | 44.67 ± 3.51 | 3 done | +2.67 [-1.13, +6.46] |'
+        in text
+    )
+    assert '| UBN | loss |  |  |  | 2.33 ± 0.00 | 3 done | +0.00 [+0.00, +0.00] |' in text
     assert 'out/table6_loss.png' in capsys.readouterr().out
 
 
@@ -392,7 +405,8 @@ def test_runs_skip_resume_and_refuse_another_length(project, capfd):
     assert states(project) == {'tiny-BN': 'done', 'tiny-UBN': 'done'}
     assert 'resumed epoch: 1' in (folder / 'output.log').read_text()
     assert (
-        '| UBN | top1 | 78.67 | +1.65 |' in (project / 'runs' / 'report' / 'report.md').read_text()
+        '| UBN | top1 | 78.67 | +1.65 | 79.9 |'
+        in (project / 'runs' / 'report' / 'report.md').read_text()
     )
 
     capfd.readouterr()
@@ -443,7 +457,7 @@ def test_a_failing_run_is_told_and_the_others_go_on(project, monkeypatch, capfd)
     # Beside the config's own hooks, condensation is recorded; the report draws it.
     assert (project / 'runs' / 'tiny-UBN' / 'seed0' / 'condensation.csv').is_file()
     text = (project / 'runs' / 'report' / 'report.md').read_text()
-    assert '| UBN, FCT 0.2 | top1 |  |  |  | 1 part |  |' in text
+    assert '| UBN, FCT 0.2 | top1 |  |  | 95.58 |  | 1 part |  |' in text
     reproduce.main(['report', 'figure2', *TINY[1:5], '--out', 'out'])
     assert (project / 'out' / 'figure2_condensation.png').is_file()
 
@@ -473,5 +487,6 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, argv, message):
 def test_list_names_the_state_of_each_row(logs, capsys):
     reproduce.main(['list', 'table3', '--config', 'net.py', '--work-dir', 'runs'])
     out = capsys.readouterr().out
-    assert 'CIFAR-100, ResNet-50, UBN  [3 done]  paper: top1 78.67, top5 94.4' in out
+    host = "host's own BN: top1 79.9, top5 95.19"
+    assert f'CIFAR-100, ResNet-50, UBN  [3 done]  paper: top1 78.67, top5 94.4  {host}\n' in out
     assert 'CIFAR-100, ResNet-50, RBN  [not run]  paper: top1 77.79, top5 94.2' in out

@@ -1,0 +1,4 @@
+# mmdet's own: statistics frozen by norm_eval=True.
+_base_ = 'mmdet::faster_rcnn/faster-rcnn_r101_fpn_1x_coco.py'
+
+custom_imports = dict(imports=['mmubn'], allow_failed_imports=False)

@@ -1,0 +1,3 @@
+_base_ = 'mmpretrain::resnet/resnet50_8xb16_cifar100.py'
+
+custom_imports = dict(imports=['mmubn'], allow_failed_imports=False)

@@ -1,0 +1,132 @@
+"""The configs of the studies, and the options that their rows and stages add."""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from mmpretrain.datasets.categories import CIFAR10_CATEGORIES
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+sys.path.insert(0, str(Path(__file__).parents[2] / 'tools'))  # as Python does for a script there
+
+import reproduce_rows
+import reproduce_run
+import reproduce_studies
+
+pytestmark = pytest.mark.skipif(find_spec('mmdet') is None, reason='no mmdet')
+STUDIES = reproduce_studies.STUDIES
+
+
+def rows(experiment: str) -> list:
+    return [row for row in reproduce_rows.ROWS if row.experiment == experiment]
+
+
+def config(setting, **more) -> Config:
+    """As train.py has it, through the command line's own form of the options."""
+    from mmubn.cli.options import load_config, make_parser
+
+    options = reproduce_run.as_arguments({**setting.options, **more})
+    arguments = [str(setting.config), '--cfg-options', *options] if options else [setting.config]
+    return load_config(make_parser('').parse_args(arguments))
+
+
+def test_classes_are_cifars():
+    cfg = config(reproduce_run.make_setting(rows('batches-of-two')[0]))
+    assert cfg.classes == CIFAR10_CATEGORIES
+    assert cfg.model.roi_head.bbox_head.num_classes == 10
+
+
+@pytest.fixture(scope='module')
+def checkpoints(tmp_path_factory) -> dict:
+    """Norm -> file of a pretrained classifier, with numbers that tell it from a fresh one."""
+    folder = tmp_path_factory.mktemp('pretrained')
+    found = {}
+    for kind in ('BN', 'GN'):
+        setting = reproduce_studies.pretraining_setting(STUDIES['batches-of-two'], kind)
+        with DefaultScope.overwrite_default_scope('mmpretrain'):
+            model = MODELS.build(config(setting).model)
+        for layer in model.modules():
+            if isinstance(layer, (_BatchNorm, nn.GroupNorm)):
+                nn.init.uniform_(layer.weight, 0.5, 1.5)
+                nn.init.normal_(layer.bias)
+            if isinstance(layer, _BatchNorm):
+                layer.running_var.uniform_(0.5, 1.5)
+        found[kind] = folder / f'{kind}.pth'
+        torch.save(dict(state_dict=model.state_dict()), found[kind])
+    return found
+
+
+@pytest.mark.parametrize('row', rows('batches-of-two'), ids=lambda row: row.name)
+def test_a_detector_starts_from_the_pretrained_backbone(row, checkpoints):
+    more = {}
+    if row.pretrained:
+        init_cfg = dict(
+            type='Pretrained', checkpoint=checkpoints[row.pretrained], prefix='backbone.'
+        )
+        more = {f'model.backbone.init_cfg.{key}': value for key, value in init_cfg.items()}
+    cfg = config(reproduce_run.make_setting(row), **more)
+    assert cfg.train_dataloader.batch_size == (row.batch_size or 2)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        backbone = MODELS.build(cfg.model.backbone)
+    backbone.init_weights()
+    x = torch.randn(2, 3, 32, 32)
+    if row.pretrained:
+        original = torch.load(checkpoints[row.pretrained])['state_dict']
+        theirs = config(
+            reproduce_studies.pretraining_setting(STUDIES['batches-of-two'], row.pretrained)
+        )
+        with DefaultScope.overwrite_default_scope('mmpretrain'):
+            other = MODELS.build(theirs.model)
+        other.load_state_dict(original)
+        with torch.no_grad():
+            for model in (other, backbone):
+                model.eval()  # mmpretrain's returns nothing
+            expected = other.backbone(x)[-1]
+            torch.testing.assert_close(backbone(x)[-1], expected, rtol=1e-3, atol=1e-4)
+    backbone.train()
+    kept = [m for m in backbone.modules() if isinstance(m, _BatchNorm) and not m.training]
+    frozen = [p for p in backbone.parameters() if not p.requires_grad]
+    norms = [m for m in backbone.modules() if isinstance(m, _BatchNorm)]
+    if 'frozen' in row.norm:
+        assert kept == norms
+    elif row.pretrained and row.base != 'GN':
+        assert len(kept) == 1 + 5  # the stem, and of the first stage 4 and a downsampling
+    assert bool(frozen) == bool(row.pretrained)
+
+
+@pytest.mark.parametrize('name', STUDIES)
+def test_tuning_changes_the_split_and_what_is_tuned_alone(name):
+    study = STUDIES[name]
+    row = rows(name)[0]
+    setting = reproduce_run.make_setting(row)
+    point = study.points[0]
+    tuned = config(reproduce_studies._at(setting, point, study.validation))
+    plain = config(setting)
+    for key, value in point.items():
+        assert tuned.optim_wrapper.optimizer.pop(key.split('.')[-1]) == value
+        plain.optim_wrapper.optimizer.pop(key.split('.')[-1])
+    for cfg in (tuned, plain):
+        for key in ('train_dataloader', 'val_dataloader', 'val_evaluator'):
+            cfg[key] = {}
+    assert tuned.to_dict() == plain.to_dict()
+
+
+def test_the_tuning_of_the_strong_recipe_keeps_its_images_apart():
+    study = STUDIES['strong-recipe']
+    first, last = (study.validation[f'{s}_dataloader.dataset.indices'] for s in ('train', 'val'))
+    images = list(range(50000))
+    assert not {*images[:first]} & {*images[last:]}
+    assert study.validation['val_dataloader.dataset.split'] == 'train'
+
+
+def test_small_batches_scale_the_learning_rate():
+    for row in rows('small-batches'):
+        cfg = config(reproduce_run.make_setting(row))
+        lr, batch = cfg.optim_wrapper.optimizer.lr, cfg.train_dataloader.batch_size
+        assert lr / batch == pytest.approx(0.1 / 64)
+        assert cfg.model.backbone.norm_cfg == row.norm_cfg

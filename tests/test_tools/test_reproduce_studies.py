@@ -1,0 +1,276 @@
+"""The studies of tools/reproduce.py: their stages, what is chosen, what is told of it."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from mmpretrain.datasets.categories import CIFAR10_CATEGORIES
+from tiny_project import ROOT
+
+from mmubn.datasets import pasted_scenes
+
+sys.path.insert(0, str(ROOT / 'tools'))  # as Python does for a script there
+
+import reproduce
+import reproduce_logs
+import reproduce_rows
+import reproduce_studies
+
+pytestmark = pytest.mark.usefixtures('metafiles_read_once')
+STUDIES = reproduce_studies.STUDIES
+RATES = STUDIES['batches-of-two'].grid[reproduce_studies.LEARNING_RATE]
+
+
+def finish(job, value: float) -> None:
+    """Leaves the logs of a finished run, without training."""
+    logs = job.folder / '20260101_000000' / 'vis_data'
+    logs.mkdir(parents=True, exist_ok=True)
+    record = dict(job.settings, device='cpu: none', torch='2', commit='abc')
+    (job.folder / reproduce_logs.SETTINGS).write_text(json.dumps(record))
+    epochs = job.settings['epochs']
+    lines = [
+        dict(lr=0.1, time=0.1, loss=1.0, epoch=e, iter=e, step=e) for e in range(1, epochs + 1)
+    ]
+    key, scale = (
+        ('coco/bbox_mAP', 100) if 'faster_rcnn' in str(job.folder) else ('accuracy/top1', 1)
+    )
+    lines.append({key: value / scale, 'step': epochs})
+    (logs / 'scalars.json').write_text('\n'.join(map(json.dumps, lines)) + '\n')
+
+
+@pytest.fixture
+def stages(tmp_path, monkeypatch):
+    """Runs that end at once; the jobs of each call, and what a job reaches."""
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def value_of(job) -> float:
+        return 50.0
+
+    def run(jobs, parallel):
+        calls.append(list(jobs))
+        failed = []
+        for job in jobs:
+            value = run.value_of(job)
+            if value is None:
+                failed.append(f'{job.title}: diverged')
+            else:
+                finish(job, value)
+        return failed
+
+    run.value_of = value_of
+    run.calls = calls
+    monkeypatch.setattr(reproduce_studies, 'run_jobs', run)
+    monkeypatch.setattr(reproduce_studies, 'make_cifar_scenes', None)
+    for name, study in STUDIES.items():
+        if study.prepare:
+            changed = reproduce_studies.Study(
+                **{**vars(study), 'prepare': lambda given, out: Path('made') / given}
+            )
+            monkeypatch.setitem(STUDIES, name, changed)
+    Path('data').mkdir()
+    return run
+
+
+def options(job) -> dict:
+    """The ``--cfg-options`` of a job."""
+    return dict(
+        entry.split('=', 1) for entry in job.arguments[job.arguments.index('--cfg-options') + 1 :]
+    )
+
+
+def rate(job) -> float:
+    return float(options(job).get(reproduce_studies.LEARNING_RATE, 'nan'))
+
+
+TWO = ('batches-of-two', '--rows', 'BN', 'UBN', '--work-dir', 'runs')
+
+
+def run_two(*more):
+    reproduce.main(['run', *TWO, '--seeds', '2', '--data-root', 'data', *more])
+
+
+def test_each_row_is_tuned_then_trained_with_what_won(stages):
+    best = {'BN': 0.03, 'UBN': 0.01}
+
+    def value_of(job):
+        kind = job.setting.norm
+        return 60.0 if rate(job) == best[kind] and not options(job).get(BATCH) else 40.0
+
+    stages.value_of = value_of
+    run_two()
+    pretraining, tuning, training = stages.calls
+    assert [job.folder for job in pretraining] == [
+        Path('runs/pretraining/resnet18_pretraining_cifar100-BN/seed0')
+    ]
+    at = pretraining[0].arguments.index('--data-root') + 1
+    assert pretraining[0].arguments[at] == 'data/cifar100'
+    assert [rate(job) for job in tuning] == [r for _ in range(6) for r in RATES]
+    assert {options(job)['val_dataloader.dataset.data_prefix.img'] for job in tuning} == {'val/'}
+    batch_two = [job for job in training if BATCH not in options(job)]
+    assert [(job.setting.norm, job.settings['seed'], rate(job)) for job in batch_two] == [
+        ('BN', 0, 0.03),
+        ('UBN', 0, 0.01),
+        ('BN', 1, 0.03),
+        ('UBN', 1, 0.01),
+    ]
+    for job in training:
+        # The test split is the config's own.
+        assert not any('ann_file' in key for key in options(job))
+        assert job.arguments[job.arguments.index('--data-root') + 1] == 'made/data'
+
+
+BATCH = 'train_dataloader.batch_size'
+
+
+def test_the_checkpoint_is_an_argument_and_in_no_record(stages):
+    run_two()
+    _, tuning, training = stages.calls
+    for job in [*tuning, *training]:
+        path = Path(options(job)['model.backbone.init_cfg.checkpoint'])
+        assert path.is_absolute()
+        assert path.parts[-2:] == ('seed0', 'epoch_16.pth')
+        assert not any('init_cfg' in option for option in job.settings['options'])
+
+
+def test_a_failed_point_loses_and_is_told(stages, capsys):
+    stages.value_of = lambda job: None if rate(job) == 0.1 else 100 * (1 - rate(job))
+    with pytest.raises(SystemExit):
+        run_two()
+    assert {rate(job) for job in stages.calls[2]} == {0.003}
+    assert 'lr=0.1/seed0: diverged' in capsys.readouterr().err
+    text = Path('runs/report/report.md').read_text()
+    assert '| BN | lr 0.003 (at the edge of the grid) | lr 0.003: 99.70; ' in text
+    assert 'lr 0.1: no result |' in text
+
+
+def test_without_a_single_result_it_stops(stages, capsys):
+    stages.value_of = lambda job: None if reproduce_studies.TUNING in job.folder.parts else 50.0
+    with pytest.raises(SystemExit):
+        run_two()
+    assert 'BN: no run of its grid ended; see runs/tuning' in capsys.readouterr().err
+    assert len(stages.calls) == 2
+
+
+def test_the_strong_recipe_is_tuned_for_bn(stages):
+    def value_of(job):
+        decay = float(options(job)[reproduce_studies.WEIGHT_DECAY])
+        return 60.0 if (rate(job), decay) == (0.1, 0.001) else 40.0
+
+    stages.value_of = value_of
+    argv = ['run', 'strong-recipe', '--rows', 'UBN', '--data-root', 'data', '--work-dir', 'runs']
+    reproduce.main(argv)
+    tuning, training = stages.calls
+    assert {job.setting.norm for job in tuning} == {'BN'}
+    assert len(tuning) == 9
+    assert {job.settings['epochs'] for job in tuning} == {6}
+    assert [job.settings['seed'] for job in training] == [0, 1, 2]
+    assert {(job.setting.norm, rate(job)) for job in training} == {('UBN', 0.1)}
+    assert {job.settings['epochs'] for job in training} == {24}
+
+
+def test_report_and_table_of_the_tuning(stages):
+    stages.value_of = lambda job: 60.0 if rate(job) == 0.01 else 40.0
+    run_two()
+    reproduce.main(['report', *TWO, '--out', 'out'])
+    text = Path('out/report.md').read_text()
+    assert '- pretraining with BN: top1 40.00' in text
+    assert (
+        '| BN | lr 0.01 | lr 0.003: 40.00; lr 0.01: 60.00; lr 0.03: 40.00; lr 0.1: 40.00 |' in text
+    )
+    with Path('out/tuning.csv').open(newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6 * 4
+    chosen = {(row['row'], row['setting']) for row in rows if row['chosen'] == 'True'}
+    assert ('UBN, batch 8', 'lr 0.01') in chosen
+    assert 'options `' not in text  # the chosen rates are no condition of all
+    assert '| UBN, batch 8 | bbox_AP |  |  |  | 60.00 ± 0.00 | 2 done | +0.00 [' in text
+
+
+def test_a_part_of_the_rows_finds_the_same_contrasts(stages):
+    stages.value_of = lambda job: 70.0 if 'norm_eval=True' in str(job.folder) else 50.0
+    argv = ['run', 'batches-of-two', '--rows', 'UBN*', 'BN, frozen*', '--work-dir', 'runs']
+    reproduce.main([*argv, '--seeds', '2', '--data-root', 'data'])
+    text = Path('runs/report/report.md').read_text()
+    zero = '+0.00 [+0.00, +0.00]'
+    assert f'| UBN, frozen statistics | BN, frozen statistics | bbox_AP | {zero} |' in text
+    assert '| UBN | BN, frozen statistics | bbox_AP | -20.00 [-20.00, -20.00] |' in text
+
+
+@pytest.mark.parametrize(
+    ('argv', 'message'),
+    [
+        (('strong-recipe', 'table3'), 'strong-recipe is a study: give it a command of its own'),
+        (('strong-recipe', '--small'), 'strong-recipe is a study: it has its own network'),
+        (('strong-recipe', '--epochs', '3'), '--epochs: a study has several trainings'),
+        (('strong-recipe',), 'run: a study needs --data-root'),
+        (('batches-of-two', '--data-root', '.'), '--data-root: no folder cifar10; it needs'),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        reproduce.main(['run', *argv])
+    assert capsys.readouterr().err.startswith(f'error: {message}')
+    assert list(tmp_path.iterdir()) == []
+
+
+def make_cifars(folder: Path) -> None:
+    """Class folders of noise, each class about a colour of its own."""
+    rng = np.random.default_rng(0)
+    classes = dict(cifar10=CIFAR10_CATEGORIES)
+    classes['cifar100'] = [f'class{number:03d}' for number in range(100)]
+    for name, names in classes.items():
+        for split, count in (('train', 4), ('test', 1)):
+            for label in names:
+                place = folder / name / split / label
+                place.mkdir(parents=True)
+                colour = rng.integers(0, 256, 3)
+                for number in range(count):
+                    image = (colour + rng.normal(0, 30, (32, 32, 3))).clip(0, 255)
+                    cv2.imwrite(str(place / f'{number}.png'), image.astype(np.uint8))
+
+
+def test_scenes_of_each_split_are_of_other_pictures(tmp_path, monkeypatch):
+    make_cifars(tmp_path)
+    seen = {}
+    monkeypatch.setattr(
+        pasted_scenes, 'make_pasted_scenes', lambda out, splits, classes: seen.update(splits)
+    )
+    reproduce_studies.make_cifar_scenes(tmp_path, tmp_path / 'scenes')
+    assert {name: len(p.objects) for name, p in seen.items()} == dict(train=36, val=4, test=10)
+    assert {name: len(p.others) for name, p in seen.items()} == dict(train=360, val=40, test=100)
+    assert [p.count for p in seen.values()] == [1200, 500, 1000]
+    for kind in ('objects', 'others'):
+        pictures = {
+            name: {image.tobytes() for image in getattr(p, kind)} for name, p in seen.items()
+        }
+        assert not pictures['train'] & pictures['val']
+        assert not pictures['train'] & pictures['test']
+    # Labels are CIFAR-10's, colours are those of the files (BGR).
+    label = seen['test'].labels[0]
+    name = CIFAR10_CATEGORIES[label]
+    file = cv2.imread(str(tmp_path / 'cifar10' / 'test' / name / '0.png'))
+    assert np.array_equal(file, seen['test'].objects[0])
+
+
+@pytest.mark.slow
+def test_a_whole_study_on_a_tiny_budget(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    make_cifars(tmp_path / 'data')
+    argv = ['run', 'batches-of-two', '--rows', 'UBN, no gate', '--budget', '0.01', '--seeds', '1']
+    small = ['train_dataloader.dataset.indices=8', 'val_dataloader.dataset.indices=4']
+    reproduce.main([*argv, '--data-root', 'data', '--work-dir', 'runs', '--cfg-options', *small])
+    assert '1 of 1 runs' not in capfd.readouterr().out
+    row = next(r for r in reproduce_rows.ROWS if r.norm == 'UBN, no gate' and r.network)
+    (folder,) = Path('runs').glob('faster_rcnn*/seed0')
+    assert reproduce_logs.read_run(folder).state == 'done'
+    assert 'BatchNorm checkpoint loaded into UBN layers' in (folder / 'output.log').read_text()
+    values = reproduce_studies.grid_values(STUDIES['batches-of-two'], row, Path('runs'))
+    assert all(value >= 0 for _, value in values)
+    reproduce.main([*argv, '--data-root', 'data', '--work-dir', 'runs', '--cfg-options', *small])
+    assert capfd.readouterr().out.count('1 of 1 runs are finished') == 2

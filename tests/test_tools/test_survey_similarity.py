@@ -1,0 +1,83 @@
+"""tools/survey_similarity.py: a config of each host, a run, bad input."""
+
+import csv
+from pathlib import Path
+
+import pytest
+from tiny_project import ROOT, load_tool
+
+
+def survey(*argv) -> dict:
+    load_tool('survey_similarity').main([*map(str, argv), '--out', 'out'])
+    assert Path('out/similarity_survey.png').stat().st_size > 5000
+    with Path('out/similarity_survey.csv').open(newline='') as file:
+        return {row['layer']: row for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize('norm', ['BN', 'UBN'])
+def test_a_classifier(project, capsys, norm):
+    arguments = ['--cfg-options', 'model.backbone.norm_cfg._delete_=True']
+    arguments += [f'model.backbone.norm_cfg.type={norm}']
+    rows = survey('tiny.py', '--data-root', 'images', '--batches', 2, *arguments)
+    assert len(rows) == 20
+    assert all(-1 <= float(row['similarity']) <= 1 for row in rows.values())
+    out = capsys.readouterr().out
+    assert 'ImageClassifier, 2 training batches' in out
+    assert 'backbone.layer4.1.bn2' in out
+    assert not Path('work_dirs').exists()
+
+
+def test_a_detector(tmp_path, monkeypatch, capsys):
+    from mmubn.datasets import make_scenes
+
+    monkeypatch.chdir(tmp_path)
+    make_scenes('scenes', num_train=4, num_val=1, size=64)
+    config = ROOT / 'configs' / 'demo' / 'mask_rcnn_r18_ubn_scenes.py'
+    options = ['train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False']
+    options += ['model.backbone.norm_eval=True', 'train_dataloader.batch_size=2']
+    rows = survey(config, '--data-root', 'scenes', '--batches', 2, '--cfg-options', *options)
+    assert {name.split('.')[0] for name in rows} == {'backbone'}
+    assert 'layers are held in evaluation mode (norm_eval=True' in capsys.readouterr().out
+
+
+def test_of_a_checkpoint_it_takes_the_weights(project):
+    import torch
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, DefaultScope
+
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(Config.fromfile('tiny.py').model)
+    model.backbone.bn1.bias.data.fill_(100)  # every feature behind is alike
+    torch.save(model.state_dict(), 'alike.pth')
+    before = survey('tiny.py', '--data-root', 'images', '--batches', 1)
+    after = survey('tiny.py', '--data-root', 'images', '--batches', 1, '--checkpoint', 'alike.pth')
+    name = 'backbone.layer1.0.bn1'
+    assert float(after[name]['similarity']) > max(0.99, float(before[name]['similarity']))
+
+
+def test_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path('run').mkdir()
+    columns = 'epoch,iter,layer,type,where,similarity,running_similarity,batch_statistics_used'
+    Path('run/condensation.csv').write_text(f'{columns}\n1,9,a,UBN,train/input,0.2,0.3,1\n')
+    for source in ('run', 'run/condensation.csv'):
+        assert survey(source)['a']['shut_at_0.2'] == 'True'
+    assert 'warning: from fct=0.2 on most gates would be shut (1 of 1)' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('argv', 'message'),
+    [
+        (('images',), 'images/condensation.csv: no such file; train with custom_hooks='),
+        (('absent.py',), 'config: no file absent.py'),
+        (('tiny.py', '--data-root', 'images', '--checkpoint', 'x.pth'), '--checkpoint: no file x'),
+        (('tiny.py', '--data-root', 'images', '--batches', '0'), '--batches must be at least 1'),
+        (('tiny.py', '--data-root', 'images', '--layers', 'nothing'), "tiny.py: layers='nothing'"),
+        (
+            ('tiny.py', '--data-root', 'images', '--cfg-options', 'train_dataloader.batch_size=1'),
+            'tiny.py: no similarity in 8 batches',
+        ),
+    ],
+)
+def test_bad_input_is_one_line(project, fails, argv, message):
+    assert fails('survey_similarity', *argv).startswith(f'error: {message}')

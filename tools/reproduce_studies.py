@@ -1,0 +1,341 @@
+"""Studies: rows that need data of their own, a pretrained backbone, or settings tuned first.
+
+A study goes through stages, each of which is skipped as far as it is finished: it makes its
+data, pretrains, trains every tuned row at each point of its grid on a validation split, and
+then trains the rows, several seeds each, with the settings that won there, on the test split.
+What is tuned, and how the results are read, is written in docs/evidence.md.
+"""
+
+import csv
+import math
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from reproduce_logs import read_run
+from reproduce_rows import Row
+from reproduce_run import Job, Setting, as_arguments, make_jobs, make_setting, run_jobs
+
+from mmubn.cli.data_root import set_data_root
+from mmubn.cli.errors import CommandError
+
+LEARNING_RATE = 'optim_wrapper.optimizer.lr'
+WEIGHT_DECAY = 'optim_wrapper.optimizer.weight_decay'
+TUNING, PRETRAINING, SCENES = 'tuning', 'pretraining', 'scenes'
+COLUMNS = ('row', 'setting', 'metric', 'value', 'chosen', 'at_edge')
+
+
+@dataclass(frozen=True)
+class Study:
+    """How the rows of an experiment are trained.
+
+    Attributes:
+        seeds (int): Seeds of each row, unless ``--seeds`` says otherwise.
+        grid (dict): Setting -> the values that are tried, in all combinations.
+        metric (str): By which the best is chosen, after the last epoch.
+        validation (dict): Options by which a tuning run validates on a part of the
+            training set, or of its pictures, that it does not train on.
+        tuning_budget (float): Length of a tuning run by that of the row.
+        tuned_for (str): Norm of the one row that is tuned for all; empty: each row is.
+        pretraining (str): Config in ``configs/`` of the backbone that rows start from.
+        prepare (Callable, optional): Makes the data of the rows of the folders of
+            ``--data-root``, in a folder of the work dir, which it returns.
+        folder (str): Of ``--data-root``, that with the pretraining's data.
+    """
+
+    seeds: int
+    grid: Dict[str, Sequence[float]]
+    metric: str
+    validation: Dict[str, Any]
+    tuning_budget: float = 1
+    tuned_for: str = ''
+    pretraining: str = ''
+    prepare: Optional[Callable[[Path, Path], Path]] = None
+    folder: str = ''
+
+    @property
+    def points(self) -> List[Dict[str, float]]:
+        """The points of the grid."""
+        return [dict(zip(self.grid, values)) for values in product(*self.grid.values())]
+
+    def at_edge(self, point: Dict[str, float]) -> bool:
+        """Whether a wider grid might have a better one."""
+        return any(v in (min(self.grid[k]), max(self.grid[k])) for k, v in point.items())
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``reproduce.py run`` was told, for every stage."""
+
+    root: Path
+    data_root: Optional[str]
+    seeds: int
+    budget: float
+    options: Sequence[str]
+    flags: Sequence[str]
+    condensation: bool
+    parallel: int
+    gpus: int
+
+
+def make_cifar_scenes(data_root: Path, out: Path) -> Path:
+    """Scenes of ``cifar10/`` and ``cifar100/``, as archives or class folders.
+
+    1,200 scenes to train on, 500 to tune on and 1,000 to test on. The objects of the
+    first two are of different training images of CIFAR-10, those of the last are of its
+    test images; backgrounds and distractors are of CIFAR-100's likewise.
+    """
+    if out.exists():  # whole or not at all
+        return out
+    # Here, so that `list` starts quickly and detection alone needs no mmpretrain.
+    from mmpretrain.datasets.categories import CIFAR10_CATEGORIES
+
+    from mmubn.datasets.pasted_scenes import Pictures, make_pasted_scenes
+
+    read = {
+        (name, split): _cifar(data_root / name, kind, split)
+        for name, kind in (('cifar10', 'CIFAR10'), ('cifar100', 'CIFAR100'))
+        for split in ('train', 'test')
+    }
+    splits = {}
+    for name, count, split, first, last in (
+        ('train', 1200, 'train', 0, 0.9),
+        ('val', 500, 'train', 0.9, 1),
+        ('test', 1000, 'test', 0, 1),
+    ):
+        parts = (_part(items, first, last) for items in read['cifar10', split])
+        others = _part(read['cifar100', split][0], first, last)
+        splits[name] = Pictures(*parts, others, count)
+    make_pasted_scenes(out, splits, CIFAR10_CATEGORIES)
+    return out
+
+
+def _part(items: Sequence, first: float, last: float) -> Sequence:
+    return items[round(len(items) * first) : round(len(items) * last)]
+
+
+def _cifar(folder: Path, kind: str, split: str) -> Tuple[list, list]:
+    """Images in BGR, and labels."""
+    from mmpretrain.registry import DATASETS
+
+    dataset = dict(type=kind, data_root='cifar', split=split, pipeline=[], download=False)
+    cfg = Config(dict(train_dataloader=dict(dataset=dataset)))
+    if not folder.is_dir():
+        raise CommandError(f'--data-root: no folder {folder}; it needs cifar10/ and cifar100/')
+    set_data_root(cfg, str(folder))
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        built = DATASETS.build(cfg.train_dataloader.dataset)
+    infos = [built.get_data_info(index) for index in range(len(built))]
+    images = [info['img'][..., ::-1] for info in infos]
+    return images, [int(info['gt_label']) for info in infos]
+
+
+STUDIES: Dict[str, Study] = {
+    'batches-of-two': Study(
+        seeds=5,
+        grid={LEARNING_RATE: (0.003, 0.01, 0.03, 0.1)},
+        metric='bbox_AP',
+        validation={
+            'val_dataloader.dataset.ann_file': 'annotations/instances_val.json',
+            'val_dataloader.dataset.data_prefix.img': 'val/',
+            'val_evaluator.ann_file': 'data/cifar_scenes/annotations/instances_val.json',
+        },
+        tuning_budget=0.5,
+        pretraining='studies/resnet18_pretraining_cifar100.py',
+        prepare=make_cifar_scenes,
+        folder='cifar100',
+    ),
+    'strong-recipe': Study(
+        seeds=3,
+        grid={LEARNING_RATE: (0.05, 0.1, 0.2), WEIGHT_DECAY: (2e-4, 5e-4, 1e-3)},
+        metric='top1',
+        validation={
+            'train_dataloader.dataset.indices': 45000,
+            'val_dataloader.dataset.split': 'train',
+            'val_dataloader.dataset.indices': -5000,
+        },
+        tuning_budget=0.25,
+        tuned_for='BN',
+    ),
+}
+
+
+def run_study(
+    study: Study, rows: Sequence[Row], every_row: Sequence[Row], run: Options
+) -> Tuple[List[Job], List[str]]:
+    """Goes through the stages.
+
+    Args:
+        study (Study): The study.
+        rows (Sequence[Row]): What to train.
+        every_row (Sequence[Row]): Of the experiment, among them the one tuned for all.
+        run (Options): Of the command line.
+
+    Returns:
+        tuple[list[Job], list[str]]: The jobs of all stages, and a line for each that
+        failed.
+
+    Raises:
+        CommandError: Data is missing, or a pretraining or a whole grid failed.
+    """
+    if run.data_root is None:
+        raise CommandError('run: a study needs --data-root')
+    given = Path(run.data_root)
+    data = study.prepare(given, run.root / SCENES) if study.prepare else given
+    jobs: List[Job] = []
+    started: Dict[str, Path] = {}
+    if study.pretraining:
+        jobs = _pretraining_jobs(study, rows, given / study.folder, run)
+        print(f'pretraining {len(jobs)} backbones', flush=True)
+        failed = run_jobs(jobs, run.parallel)
+        if failed:
+            raise CommandError(f'the pretraining failed: {failed[0]}')
+        started = {job.setting.norm: _last_checkpoint(job) for job in jobs}
+    tuned = [row for row in every_row if row.norm == study.tuned_for and not row.batch_size]
+    tuned = tuned or list(rows)
+    print(f'tuning {len(tuned)} rows at {len(study.points)} points', flush=True)
+    tuning = []
+    for row in tuned:
+        settings = [_at(make_setting(row), point, study.validation) for point in study.points]
+        budget = run.budget * study.tuning_budget
+        tuning += _jobs(settings, row, run.root / TUNING, 1, budget, data, started, run)
+    failed = run_jobs(tuning, run.parallel)
+    training = []
+    for row in rows:
+        choice = choose(study, tuned[0] if study.tuned_for else row, run.root)
+        if choice is None:
+            raise CommandError(f'{row.label}: no run of its grid ended; see {run.root / TUNING}')
+        training += _jobs(
+            [make_setting(row)],
+            row,
+            run.root,
+            run.seeds,
+            run.budget,
+            data,
+            started,
+            run,
+            extra=as_arguments(choice),
+            condensation=run.condensation,
+        )
+    # Whole pairs first.
+    training.sort(key=lambda job: job.settings['seed'])
+    print(f'training {len(rows)} rows, {run.seeds} seeds', flush=True)
+    failed += run_jobs(training, run.parallel)
+    return [*jobs, *tuning, *training], failed
+
+
+def _jobs(
+    settings: Sequence[Setting],
+    row: Optional[Row],
+    root: Path,
+    seeds: int,
+    budget: float,
+    data: Path,
+    started: Dict[str, Path],
+    run: Options,
+    extra: Sequence[str] = (),
+    condensation: bool = False,
+) -> List[Job]:
+    jobs = make_jobs(
+        settings,
+        root,
+        seeds,
+        budget,
+        None,
+        [*run.options, *extra],
+        run.flags,
+        str(data),
+        run.gpus,
+        condensation=condensation,
+    )
+    if row is not None and row.pretrained:
+        init_cfg = dict(type='Pretrained', checkpoint=started[row.pretrained], prefix='backbone.')
+        # Not among the settings of the record, where no path belongs.
+        for job in jobs:
+            job.arguments += [f'model.backbone.init_cfg.{k}={v}' for k, v in init_cfg.items()]
+    return jobs
+
+
+def _pretraining_jobs(study: Study, rows: Sequence[Row], data: Path, run: Options) -> List[Job]:
+    kinds = dict.fromkeys(row.pretrained for row in rows if row.pretrained)
+    settings = [pretraining_setting(study, kind) for kind in kinds]
+    return _jobs(settings, None, run.root / PRETRAINING, 1, run.budget, data, {}, run)
+
+
+def _last_checkpoint(job: Job) -> Path:
+    return job.folder.resolve() / f'epoch_{job.settings["epochs"]}.pth'
+
+
+def pretraining_setting(study: Study, kind: str) -> Setting:
+    """The setting of a pretraining with a norm."""
+    return make_setting(Row('', 'CIFAR-100', '', kind, kind, network=study.pretraining))
+
+
+def _at(setting: Setting, point: Dict[str, float], options: Dict[str, Any]) -> Setting:
+    """A setting at a point of the grid."""
+    name = '-'.join([setting.name, *(f'{key.split(".")[-1]}={v:g}' for key, v in point.items())])
+    return Setting(name, setting.config, setting.norm, {**setting.options, **point, **options})
+
+
+def grid_values(study: Study, row: Row, root: Path) -> List[Tuple[Dict[str, float], float]]:
+    """Each point of a row's grid with its value; NaN where the run has not ended."""
+    found = []
+    for point in study.points:
+        setting = _at(make_setting(row), point, study.validation)
+        run = read_run(root / TUNING / setting.name / 'seed0')
+        done = run.state == 'done' and study.metric in run.curves
+        found.append((point, run.final(study.metric) if done else math.nan))
+    return found
+
+
+def choose(study: Study, row: Row, root: Path) -> Optional[Dict[str, float]]:
+    """The best point of a row's grid, of equal ones the first; None where no run has ended."""
+    ended = [(p, value) for p, value in grid_values(study, row, root) if not math.isnan(value)]
+    return max(ended, key=lambda entry: entry[1])[0] if ended else None
+
+
+def write_tuning(study: Study, rows: Sequence[Row], root: Path, out: Path) -> List[str]:
+    """Writes ``tuning.csv``, every point of every grid, and tells the choices.
+
+    Returns:
+        list[str]: The same as Markdown, below the pretraining's accuracy.
+    """
+    text = []
+    for kind in dict.fromkeys(row.pretrained for row in rows if row.pretrained):
+        run = read_run(root / PRETRAINING / pretraining_setting(study, kind).name / 'seed0')
+        if run.state == 'done':
+            text.append(f'- pretraining with {kind}: top1 {run.final("top1"):.2f}')
+    text = ['', '## Pretraining', '', *text] if text else []
+    tuned = [row for row in rows if row.norm == study.tuned_for or not study.tuned_for]
+    header = ['| row | chosen | ' + f'{study.metric} at each point of the grid |', '|---|---|---|']
+    text += ['', '## Tuning, on the validation split', '', *header]
+    with (out / 'tuning.csv').open('w', newline='') as file:
+        writer = csv.writer(file, lineterminator='\n')
+        writer.writerow(COLUMNS)
+        for row in tuned:
+            chosen = choose(study, row, root)
+            cells = []
+            for point, value in grid_values(study, row, root):
+                shown = '' if math.isnan(value) else f'{value:.2f}'
+                edge = study.at_edge(point)
+                writer.writerow(
+                    (row.name, _point(point), study.metric, shown, point == chosen, edge)
+                )
+                cells.append(f'{_point(point)}: {shown or "no result"}')
+            edge = ' (at the edge of the grid)' if chosen and study.at_edge(chosen) else ''
+            won = f'{_point(chosen)}{edge}' if chosen else 'not run'
+            text.append(f'| {row.name} | {won} | {"; ".join(cells)} |')
+    return text
+
+
+def is_tuned(row: Row, option: str) -> bool:
+    """Whether an option, ``KEY=VALUE``, is one that the row's study chooses."""
+    study = STUDIES.get(row.experiment)
+    return study is not None and option.split('=')[0] in study.grid
+
+
+def _point(point: Dict[str, float]) -> str:
+    return ', '.join(f'{key.split(".")[-1]} {value:g}' for key, value in point.items())
