@@ -9,6 +9,7 @@ import importlib.util
 
 from .condensation import record_condensation
 from .convert import convert_norm
+from .inference import prepare_for_inference
 from .layers import BNET, IEBN, RBN, UBN, SyncUBN
 from .version import __version__
 
@@ -23,5 +24,6 @@ __all__ = [
     'SyncUBN',
     '__version__',
     'convert_norm',
+    'prepare_for_inference',
     'record_condensation',
 ]
