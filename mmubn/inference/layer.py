@@ -58,7 +58,7 @@ class Constants:
 
     @property
     def kernel_size(self) -> int:
-        """k."""
+        """Side of the taps, k."""
         return self.taps.shape[-1]
 
 

@@ -7,7 +7,6 @@ from typing import Any, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from ..convert import _drop_and_activate
@@ -40,7 +39,7 @@ class PreparedLayer(NamedTuple):
 def prepare_for_inference(
     model: nn.Module, example_inputs: Optional[Tuple[Any, ...]] = None
 ) -> nn.Module:
-    """A copy of a model for inference alone, with the same outputs and cheap norm layers.
+    r"""A copy of a model for inference alone, with the same outputs and cheap norm layers.
 
     Of every UBN, SyncUBN, RBN, BNET, IEBN and BatchNorm2d all that is constant is folded, exactly,
     into the convolution before it: the running statistics, and the whole of a layer that has
@@ -73,7 +72,7 @@ def prepare_for_inference(
 
     Example:
         >>> prepared = mmubn.prepare_for_inference(model.eval())
-        >>> print(*prepared.inference_report, sep='\\n')
+        >>> print(*prepared.inference_report, sep='\n')
     """
     _check(model, example_inputs)
     prepared = copy.deepcopy(model).requires_grad_(False)
@@ -131,7 +130,7 @@ def _check(model: nn.Module, example_inputs: Optional[Tuple[Any, ...]]) -> None:
     devices = {str(value.device) for value in (*model.parameters(), *model.buffers())}
     if len(devices) > 1 or 'meta' in devices:
         raise ValueError(
-            f'the model is on {" and ".join(sorted(devices))}: move it to one device that holds data'
+            f'the model is on {" and ".join(sorted(devices))}: move it to one device with data'
         )
     for value in tree_leaves(example_inputs):
         if isinstance(value, Tensor) and str(value.device) not in devices:
