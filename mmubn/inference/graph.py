@@ -65,7 +65,9 @@ class _Tracer(torch.fx.Tracer):
         self.norms = {id(norm) for norm in norms}
 
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-        if id(m) in self.norms or super().is_leaf_module(m, qualified_name):
+        if id(m) in self.norms or isinstance(m, CONVOLUTIONS):
+            return True
+        if super().is_leaf_module(m, qualified_name):
             return True
         return not any(id(c) in self.norms or isinstance(c, CONVOLUTIONS) for c in m.modules())
 

@@ -212,7 +212,8 @@ class InferenceNorm(nn.Module):
 def depthwise(constants: Constants, dtype: torch.dtype) -> nn.Conv2d:
     """The depthwise convolution with T and beta."""
     channels, size = len(constants.taps), constants.kernel_size
-    conv = nn.Conv2d(
+    conv = nn.utils.skip_init(  # initial values would move the random generator
+        nn.Conv2d,
         channels,
         channels,
         size,
