@@ -57,9 +57,8 @@ def operators(path) -> Counter:
     return Counter(node.op_type for node in onnx.load(path).graph.node)
 
 
-# What TensorRT's ONNX parser and OpenVINO's ONNX frontend list as supported, of what can be in
-# such a graph: github.com/onnx/onnx-tensorrt docs/operators.md, and OpenVINO's "Supported
-# Operations" page, both read in November 2026.
+# Of what can be in such a graph, what TensorRT's parser lists as supported: onnx-tensorrt,
+# docs/operators.md, in the version for TensorRT 8.4. OpenVINO is run below.
 SUPPORTED = {
     *('Add', 'BatchNormalization', 'Conv', 'Flatten', 'Gemm', 'GlobalAveragePool', 'MaxPool'),
     *('Mul', 'ReduceMean', 'Relu', 'Reshape', 'Sigmoid', 'Sub'),

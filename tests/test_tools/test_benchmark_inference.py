@@ -19,6 +19,7 @@ def row(tool, **values):
     return {**dict.fromkeys(tool.COLUMNS, ''), **first, 'size': '64', 'rounds': '3', **values}
 
 
+@pytest.mark.slow
 def test_a_run(tool, tmp_path, capsys):
     pytest.importorskip('onnxruntime')
     page = tmp_path / 'page.md'
