@@ -15,7 +15,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 
 class Calls:
@@ -122,15 +122,15 @@ class _Watcher(TorchDispatchMode):
             self._watch(norm, self._normalizes, self._leave)
 
     def _watch(self, module: nn.Module, before: Any, after: Any) -> None:
-        self._handles.append(module.register_forward_pre_hook(before))
+        self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(module.register_forward_hook(after))
 
     def remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _enter(self, module: nn.Module, args: Tuple) -> None:
-        self._read(args)
+    def _enter(self, module: nn.Module, args: Tuple, kwargs: Dict[str, Any]) -> None:
+        self._read((args, kwargs))
         self._inside += 1
 
     def _leave(self, module: nn.Module, args: Tuple, output: Tensor) -> None:
@@ -142,8 +142,9 @@ class _Watcher(TorchDispatchMode):
         self.calls.outputs[id(module)].append(readers)
         self._made[id(output)] = weakref.ref(output), module, readers
 
-    def _normalizes(self, module: nn.Module, args: Tuple) -> None:
-        source, readers = self._maker(args[0])
+    def _normalizes(self, module: nn.Module, args: Tuple, kwargs: Dict[str, Any]) -> None:
+        (x,) = (*args, *kwargs.values())
+        source, readers = self._maker(x)
         self.calls.inputs[id(module)].append(source)
         readers.append(module)
         self._inside += 1
@@ -154,7 +155,7 @@ class _Watcher(TorchDispatchMode):
         return (module, readers) if reference is not None and reference() is value else (None, [])
 
     def _read(self, values: Any) -> None:
-        for value in tree_leaves(values):
+        for value in tree_flatten(values)[0]:
             self._maker(value)[1].append(None)
             if id(value) in self._weights:
                 self.calls.weights_read.add(id(self._weights[id(value)]))

@@ -7,7 +7,7 @@ from typing import Any, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from ..convert import _drop_and_activate
 from ..layers.base import RectifiedBatchNorm
@@ -132,7 +132,7 @@ def _check(model: nn.Module, example_inputs: Optional[Tuple[Any, ...]]) -> None:
         raise ValueError(
             f'the model is on {" and ".join(sorted(devices))}: move it to one device with data'
         )
-    for value in tree_leaves(example_inputs):
+    for value in tree_flatten(example_inputs)[0]:
         if isinstance(value, Tensor) and str(value.device) not in devices:
             raise ValueError(
                 f'example_inputs are on {value.device}, the model is on {devices.pop()}'
@@ -169,7 +169,7 @@ def _replacement(norm: nn.Module, conv: Optional[nn.Module]) -> Tuple[nn.Module,
     """What takes the layer's place, in words too. The convolution takes its part in."""
     if _obstacle(norm):
         return norm, 'the layer as it was'
-    dtype = norm.running_mean.dtype
+    dtype = norm.running_mean.dtype if conv is None else conv.weight.dtype
     if conv is not None:
         part, constants = fold(norm)
         _scale(conv, part)

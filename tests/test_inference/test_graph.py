@@ -176,6 +176,22 @@ class CalledTwiceTogether(Block):
         return self.norm(self.conv(x)) + self.norm(self.conv(x[..., ::2, ::2])).mean()
 
 
+class ByKeyword(Block):
+    def forward(self, x):
+        return self.norm(input=self.conv(input=x))
+
+
+class ReadByKeyword(Block):
+    reason = 'its input is read elsewhere too'
+
+    def build(self):
+        self.next = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.norm(y) + self.next(input=y)
+
+
 class TwoNames(Block):
     """Modules that are registered twice are replaced under both names."""
 
@@ -218,7 +234,7 @@ CASES = Block.__subclasses__()
 
 
 def leaves(output):
-    return torch.utils._pytree.tree_leaves(output)
+    return torch.utils._pytree.tree_flatten(output)[0]
 
 
 @pytest.mark.parametrize('how', ['read', 'watched'])
