@@ -180,7 +180,8 @@ class InferenceNorm(nn.Module):
         ):
             self.register_buffer(name, None if value is None else value.to(dtype).view(shape))
 
-    def forward(self, v: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # BatchNorm's name, which some give
+        v = input
         in_place = self.owns_input and not v.requires_grad
         pooled = F.adaptive_avg_pool2d(v, 1)
         factor, shift = self.weight, self.shift_bias
@@ -233,7 +234,7 @@ def _per_channel(pooled: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tens
     """``weight * pooled + bias`` of (N, C, 1, 1), with a weight of (C, 1, 1, 1)."""
     if tracing() and torch.onnx.is_in_onnx_export():
         # One node in place of two, which runtimes fuse with the sigmoid. Torch is slow at it.
-        return F.conv2d(pooled, weight, bias, groups=len(weight))
+        return F.conv2d(pooled, weight, bias, groups=weight.shape[0])
     weight = weight.transpose(0, 1)
     return pooled * weight if bias is None else torch.addcmul(bias.view_as(weight), pooled, weight)
 
