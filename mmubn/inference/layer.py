@@ -183,7 +183,7 @@ class InferenceNorm(nn.Module):
     def forward(self, input: Tensor) -> Tensor:  # BatchNorm's name, which some give
         v = input
         in_place = self.owns_input and not v.requires_grad
-        pooled = F.adaptive_avg_pool2d(v, 1)
+        pooled = _pool(v)
         factor, shift = self.weight, self.shift_bias
         if self.scale_weight is not None:
             factor = torch.sigmoid(_per_channel(pooled, self.scale_weight, self.scale_bias))
@@ -230,9 +230,23 @@ def depthwise(constants: Constants, dtype: torch.dtype) -> nn.Conv2d:
     return conv.eval()
 
 
+def _to_onnx() -> bool:
+    return tracing() and torch.onnx.is_in_onnx_export()
+
+
+def _pool(v: Tensor) -> Tensor:
+    """Mean over H and W, (N, C, 1, 1)."""
+    if _to_onnx() and not torch.jit.is_tracing() and hasattr(torch.onnx, 'ops'):
+        # The newer exporter would write ReduceMean, for which onnxruntime leaves its format.
+        return torch.onnx.ops.symbolic(
+            'GlobalAveragePool', (v,), dtype=v.dtype, shape=(*v.shape[:2], 1, 1)
+        )
+    return F.adaptive_avg_pool2d(v, 1)
+
+
 def _per_channel(pooled: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     """``weight * pooled + bias`` of (N, C, 1, 1), with a weight of (C, 1, 1, 1)."""
-    if tracing() and torch.onnx.is_in_onnx_export():
+    if _to_onnx():
         # One node in place of two, which runtimes fuse with the sigmoid. Torch is slow at it.
         return F.conv2d(pooled, weight, bias, groups=weight.shape[0])
     weight = weight.transpose(0, 1)

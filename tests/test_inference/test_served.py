@@ -96,16 +96,17 @@ def test_onnx_opsets(dynamo, opset, tmp_path):
         assert difference(run_onnx(path, x), model(x)) < 1e-4
 
 
-def test_nodes_of_a_layer(tmp_path):
+@pytest.mark.parametrize('dynamo', [True, False], ids=['dynamo', 'torchscript'])
+def test_nodes_of_a_layer(dynamo, tmp_path):
     """Eight of a layer with all it can have, counting the convolution before it."""
     layer = nn.Sequential(nn.Conv2d(3, 8, 3), mmubn.UBN(8))
     path = tmp_path / 'net.onnx'
     x = torch.randn(1, 3, 8, 8)
-    to_onnx(prepare_for_inference(randomize(layer)), x, path, dynamo=False)
+    to_onnx(prepare_for_inference(randomize(layer)), x, path, dynamo)
     expected = dict(Conv=4, GlobalAveragePool=1, Sigmoid=1, Sub=1, Mul=1)
     assert operators(path) == expected
     layer = nn.Sequential(nn.Conv2d(3, 8, 3), mmubn.BNET(8))
-    to_onnx(prepare_for_inference(randomize(layer)), x, path, dynamo=False)
+    to_onnx(prepare_for_inference(randomize(layer)), x, path, dynamo)
     assert operators(path) == dict(Conv=2)
 
 
