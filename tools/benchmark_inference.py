@@ -104,7 +104,8 @@ def make_models(name: str, size: int) -> Dict[str, nn.Module]:
     """A network with each of the norms, in evaluation; what is prepared is so beside the same."""
     from torchvision import models
 
-    logging.getLogger('mmubn').setLevel(logging.ERROR)  # a line a conversion hides the tables
+    logger = logging.getLogger('mmubn')
+    logger.setLevel(logging.ERROR)  # a line a conversion would drown the tables
     torch.manual_seed(0)
     bn = models.get_model(name, weights=None)
     _measure_statistics(bn, size)
@@ -120,6 +121,7 @@ def make_models(name: str, size: int) -> Dict[str, nn.Module]:
         _measure_statistics(model, size)
         made[kind] = model
         made[f'{kind}_prepared'] = mmubn.prepare_for_inference(model)
+    logger.setLevel(logging.NOTSET)
     return made
 
 
