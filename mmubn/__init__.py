@@ -9,6 +9,7 @@ import importlib.util
 
 from .condensation import record_condensation
 from .convert import convert_norm
+from .inference import prepare_for_inference
 from .layers import BNET, IEBN, RBN, UBN, SyncUBN
 from .similarity_survey import read_survey, survey_similarity
 from .version import __version__
@@ -24,6 +25,7 @@ __all__ = [
     'SyncUBN',
     '__version__',
     'convert_norm',
+    'prepare_for_inference',
     'read_survey',
     'record_condensation',
     'survey_similarity',

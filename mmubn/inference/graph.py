@@ -1,0 +1,206 @@
+"""Finds the convolution before each norm layer, where it is certain.
+
+Certain means: whenever the layer is called, its input is what one convolution has just given,
+nothing else reads that, and whenever the convolution is called, that layer follows. torch.fx
+reads it from the model's forward; where forward depends on what it is given, a run is watched
+instead.
+"""
+
+import inspect
+import weakref
+from collections import defaultdict
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+
+class Calls:
+    """Who was called with whose output.
+
+    ``inputs`` has for each norm layer, by id, what its inputs came from, call by call: a
+    module, or None where that is not known. ``outputs`` has for each convolution the modules
+    that read its output, call by call: a list of one where that was one.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: Dict[int, List[Optional[nn.Module]]] = defaultdict(list)
+        self.outputs: Dict[int, List[List[Optional[nn.Module]]]] = defaultdict(list)
+        self.weights_read: Set[int] = set()
+
+    def convolution_before(self, norm: nn.Module) -> Tuple[Optional[nn.Module], str]:
+        """The convolution that can take part of the layer in, or None and why there is none."""
+        sources = self.inputs[id(norm)]
+        if not sources:
+            return None, 'it is not called'
+        conv = sources[0]
+        if any(source is not conv for source in sources):
+            return None, 'it is called on outputs of several layers'
+        if not isinstance(conv, CONVOLUTIONS):
+            return None, 'it does not follow a convolution'
+        if type(conv) not in CONVOLUTIONS:  # it may do something else with its weights
+            return None, f'it follows {type(conv).__name__}, a convolution of another kind'
+        if any(len(readers) != 1 for readers in self.outputs[id(conv)]):
+            return None, 'its input is read elsewhere too'
+        if any(readers[0] is not norm for readers in self.outputs[id(conv)]):
+            return None, 'the convolution before it serves other layers too'
+        if id(conv) in self.weights_read:
+            return None, 'the weights of the convolution before it are read elsewhere'
+        if conv._forward_hooks or conv._forward_pre_hooks:
+            return None, 'the convolution before it has hooks'
+        return conv, ''
+
+
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+
+
+class _Tracer(torch.fx.Tracer):
+    """Does not look into modules that have neither a convolution nor a norm inside."""
+
+    def __init__(self, norms: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.norms = {id(norm) for norm in norms}
+
+    def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
+        if id(m) in self.norms or isinstance(m, CONVOLUTIONS):
+            return True
+        if super().is_leaf_module(m, qualified_name):
+            return True
+        return not any(id(c) in self.norms or isinstance(c, CONVOLUTIONS) for c in m.modules())
+
+
+def read_forward(model: nn.Module, norms: Sequence[nn.Module]) -> Calls:
+    """The calls that ``model.forward`` makes, its optional arguments left at their defaults.
+
+    Args:
+        model (nn.Module): In evaluation mode.
+        norms (Sequence[nn.Module]): The layers to find convolutions for.
+
+    Raises:
+        Exception: Of any kind, where torch.fx cannot read it.
+    """
+    parameters = inspect.signature(model.forward).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    graph = _Tracer(norms).trace(model, defaults)
+    calls = Calls()
+
+    def module_of(node: torch.fx.Node) -> Optional[nn.Module]:
+        return model.get_submodule(node.target) if node.op == 'call_module' else None
+
+    wanted = {id(norm) for norm in norms}
+    for node in graph.nodes:
+        module = module_of(node)
+        if node.op == 'get_attr':
+            owner = model.get_submodule(node.target.rpartition('.')[0])
+            calls.weights_read.add(id(owner))
+        elif isinstance(module, CONVOLUTIONS):
+            calls.outputs[id(module)].append([module_of(user) for user in node.users])
+        elif id(module) in wanted:
+            calls.inputs[id(module)].append(module_of(node.all_input_nodes[0]))
+    return calls
+
+
+class _Watcher(TorchDispatchMode):
+    """Notes every operation outside the layers that reads a convolution's output or weight."""
+
+    def __init__(self, model: nn.Module, norms: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.calls = Calls()
+        self._inside = 0  # of a norm layer or a convolution, whose own operations do not count
+        # By the id of a tensor. Ids are given again, so a reference tells whether it is that one.
+        self._made: Dict[int, Tuple[weakref.ref, nn.Module, List[Optional[nn.Module]]]] = {}
+        self._weights: Dict[int, nn.Module] = {}
+        self._handles = []
+        for module in model.modules():
+            if isinstance(module, CONVOLUTIONS):
+                self._weights.update({id(p): module for p in module.parameters()})
+                self._watch(module, self._enter, self._convolved)
+        for norm in norms:
+            self._watch(norm, self._normalizes, self._leave)
+
+    def _watch(self, module: nn.Module, before: Any, after: Any) -> None:
+        self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(after))
+
+    def remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, module: nn.Module, args: Tuple, kwargs: Dict[str, Any]) -> None:
+        self._read((args, kwargs))
+        self._inside += 1
+
+    def _leave(self, module: nn.Module, args: Tuple, output: Tensor) -> None:
+        self._inside -= 1
+
+    def _convolved(self, module: nn.Module, args: Tuple, output: Tensor) -> None:
+        self._inside -= 1
+        readers: List[Optional[nn.Module]] = []
+        self.calls.outputs[id(module)].append(readers)
+        self._made[id(output)] = weakref.ref(output), module, readers
+
+    def _normalizes(self, module: nn.Module, args: Tuple, kwargs: Dict[str, Any]) -> None:
+        (x,) = (*args, *kwargs.values())
+        source, readers = self._maker(x)
+        self.calls.inputs[id(module)].append(source)
+        readers.append(module)
+        self._inside += 1
+
+    def _maker(self, value: Any) -> Tuple[Optional[nn.Module], List[Optional[nn.Module]]]:
+        """The convolution that gave this very tensor, and the readers of it so far."""
+        reference, module, readers = self._made.get(id(value), (None, None, []))
+        return (module, readers) if reference is not None and reference() is value else (None, [])
+
+    def _read(self, values: Any) -> None:
+        for value in tree_flatten(values)[0]:
+            self._maker(value)[1].append(None)
+            if id(value) in self._weights:
+                self.calls.weights_read.add(id(self._weights[id(value)]))
+
+    def finish(self, result: Any) -> Calls:
+        """The calls, once the run has given ``result``: what is returned is read."""
+        self._read(result)
+        return self.calls
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not self._inside:
+            self._read((args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def watch_run(
+    model: nn.Module, norms: Sequence[nn.Module], example_inputs: Optional[Tuple] = None
+) -> Calls:
+    """The calls of one run.
+
+    Args:
+        model (nn.Module): In evaluation mode.
+        norms (Sequence[nn.Module]): The layers to find convolutions for.
+        example_inputs (tuple, optional): Positional arguments of the model. Without them it
+            runs on an image of noise, 1×C×224×224, with C that of its first convolution; of
+            a model with ``extract_feat``, as OpenMMLab's have it, that alone runs.
+
+    Returns:
+        Calls: Of layers that the run did not come to there are none.
+    """
+    function = model
+    if example_inputs is None:
+        function = getattr(model, 'extract_feat', model)
+        example_inputs = (_noise(model),)
+    watcher = _Watcher(model, norms)
+    try:
+        with torch.no_grad(), watcher:
+            result = function(*example_inputs)
+        return watcher.finish(result)
+    finally:
+        watcher.remove_hooks()
+
+
+def _noise(model: nn.Module) -> Tensor:
+    conv = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    # A generator of its own leaves the global one as it is.
+    noise = torch.rand(1, conv.in_channels, 224, 224, generator=torch.Generator().manual_seed(0))
+    return noise.to(conv.weight)

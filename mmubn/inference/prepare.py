@@ -1,0 +1,237 @@
+"""A model whose norm layers are as cheap in evaluation as their equations allow."""
+
+import copy
+import logging
+from collections import Counter
+from typing import Any, Iterator, List, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from ..convert import _drop_and_activate
+from ..layers.base import RectifiedBatchNorm
+from .graph import Calls, read_forward, watch_run
+from .layer import Constants, Fold, InferenceNorm, constants_of, depthwise, fold
+
+logger = logging.getLogger('mmubn')
+
+
+class PreparedLayer(NamedTuple):
+    """What became of one norm layer."""
+
+    name: str
+    """Its name in the model."""
+    kind: str
+    """Its type, such as ``'UBN'``."""
+    convolution: str
+    """Name of the convolution that it was folded into; empty where there is none."""
+    left: str
+    """What is computed in its place."""
+    reason: str
+    """Why it was not folded; empty where it was."""
+
+    def __str__(self) -> str:
+        where = f'into {self.convolution}' if self.convolution else f'not folded: {self.reason}'
+        return f'{self.name} ({self.kind}): {where}; left: {self.left}'
+
+
+def prepare_for_inference(
+    model: nn.Module, example_inputs: Optional[Tuple[Any, ...]] = None
+) -> nn.Module:
+    r"""A copy of a model for inference alone, with the same outputs and cheap norm layers.
+
+    Of every UBN, SyncUBN, RBN, BNET, IEBN and BatchNorm2d all that is constant is folded, exactly,
+    into the convolution before it: the running statistics, and the whole of a layer that has
+    neither a calibration nor a tap beside the middle that is not zero. What is left is a depthwise
+    convolution, an offset and a factor an image and channel, or less; see
+    :mod:`mmubn.inference.layer`. A layer without a convolution that is its own is not folded, but
+    reduced as far as it goes alone.
+
+    Which convolution comes before a layer is read from the model's forward by torch.fx, or,
+    where that cannot be, from a run: on ``example_inputs``, or on noise, see
+    :func:`mmubn.inference.graph.watch_run`.
+
+    One line in the log sums up; each layer is in the list ``inference_report`` of the model
+    returned, and in the log at level INFO.
+
+    Args:
+        model (nn.Module): In evaluation mode. It is left as it is.
+        example_inputs (tuple, optional): Positional arguments of a call of the model, which is
+            run on them once and watched; for a detector such as ``(images, data_samples,
+            'predict')``. Needed where layers are reported as not called.
+
+    Returns:
+        nn.Module: The copy, without gradients for its parameters. Its state dict is another
+        one than the model's, so it is saved by ``torch.save``, or made again from the model.
+
+    Raises:
+        ValueError: The model is in training mode, compiled, wrapped for several processes,
+            prepared already, on several devices, or has no such layer; the example inputs
+            are on another device.
+
+    Example:
+        >>> prepared = mmubn.prepare_for_inference(model.eval())
+        >>> print(*prepared.inference_report, sep='\n')
+    """
+    _check(model, example_inputs)
+    prepared = copy.deepcopy(model).requires_grad_(False)
+    norms = dict(_norms(prepared))
+    calls, unread = _calls(prepared, list(norms.values()), example_inputs)
+    names = {id(module): name for name, module in prepared.named_modules()}
+    report, by_module = [], {}
+    for name, norm in norms.items():
+        conv, reason = None, _obstacle(norm)
+        if not reason:
+            conv, reason = calls.convolution_before(norm) if calls else (None, unread)
+        new, left = _replacement(norm, conv)
+        by_module[id(norm)] = new
+        conv_name = '' if conv is None else names[id(conv)]
+        report.append(PreparedLayer(name, type(norm).__name__, conv_name, left, reason))
+    for parent in list(prepared.modules()):
+        for name, child in list(parent._modules.items()):  # one module may have several names
+            if id(child) in by_module:
+                setattr(parent, name, by_module[id(child)])
+    prepared.inference_report = report
+    _log(report)
+    return prepared
+
+
+def _norms(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        known = isinstance(module, RectifiedBatchNorm)
+        if known or type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm):
+            yield name, module
+
+
+def _check(model: nn.Module, example_inputs: Optional[Tuple[Any, ...]]) -> None:
+    """Refuses what cannot be prepared, in one line."""
+    modules = dict(model.named_modules())
+    if hasattr(model, 'inference_report') or any(
+        isinstance(module, InferenceNorm) for module in modules.values()
+    ):
+        raise ValueError('the model is prepared for inference already')
+    for name, module in modules.items():
+        shown = f'the model ({name})' if name else 'the model'
+        if hasattr(module, '_orig_mod') or getattr(module, '_compiled_call_impl', None):
+            raise ValueError(f'{shown} is compiled: prepare it first, then compile what you get')
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f'{shown} is a TorchScript module: prepare the module it was made of')
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            raise ValueError(f'{shown} is wrapped in {type(module).__name__}: pass its .module')
+    for name, module in (('', model), *_norms(model)):
+        if module.training:
+            shown = f'{name} is' if name else 'the model is'
+            raise ValueError(f'{shown} in training mode: call model.eval() first')
+    if not dict(_norms(model)):
+        raise ValueError(
+            'the model has no norm layer to prepare: no UBN, SyncUBN, RBN, BNET, IEBN, BatchNorm2d'
+        )
+    devices = {str(value.device) for value in (*model.parameters(), *model.buffers())}
+    if len(devices) > 1 or 'meta' in devices:
+        raise ValueError(
+            f'the model is on {" and ".join(sorted(devices))}: move it to one device with data'
+        )
+    for value in tree_flatten(example_inputs)[0]:
+        if isinstance(value, Tensor) and str(value.device) not in devices:
+            raise ValueError(
+                f'example_inputs are on {value.device}, the model is on {devices.pop()}'
+            )
+
+
+def _calls(
+    model: nn.Module, norms: List[nn.Module], example_inputs: Optional[Tuple[Any, ...]]
+) -> Tuple[Optional[Calls], str]:
+    """The calls of the layers, or None and why they are not known."""
+    if example_inputs is not None:
+        return watch_run(model, norms, example_inputs), ''
+    try:
+        return read_forward(model, norms), ''
+    except Exception as error:  # whatever the forward of a model does with torch.fx's proxies
+        logger.info('torch.fx cannot read the forward of the model: %s', error)
+    try:
+        return watch_run(model, norms), ''
+    except Exception as error:  # whatever a model raises that wants another input
+        logger.info('the model does not run on an image of noise: %s', error)
+    return None, 'the order of the layers is not known: pass example_inputs'
+
+
+def _obstacle(norm: nn.Module) -> str:
+    """Why nothing of the layer may be folded, whatever comes before it."""
+    if norm.running_mean is None:
+        return 'it has no running statistics'
+    if any(hook is not _drop_and_activate for hook in norm._forward_hooks.values()):
+        return 'it has forward hooks'
+    return 'it has forward pre-hooks' if norm._forward_pre_hooks else ''
+
+
+def _replacement(norm: nn.Module, conv: Optional[nn.Module]) -> Tuple[nn.Module, str]:
+    """What takes the layer's place, in words too. The convolution takes its part in."""
+    if _obstacle(norm):
+        return norm, 'the layer as it was'
+    dtype = norm.running_mean.dtype if conv is None else conv.weight.dtype
+    if conv is not None:
+        part, constants = fold(norm)
+        _scale(conv, part)
+    else:
+        constants = constants_of(norm)
+    if constants is None:
+        new, left = nn.Identity(), 'nothing'
+    elif constants.per_image or (constants.kernel_size > 1 and constants.shift_bias is not None):
+        new = InferenceNorm(constants, dtype, owns_input=conv is not None)
+        parts = dict(
+            offset=constants.shift_weight, factor=constants.scale_weight, convolution=new.affine
+        )
+        left = ', '.join(name for name, value in parts.items() if value is not None)
+    elif constants.kernel_size > 1:
+        new, left = depthwise(constants, dtype), 'convolution'
+    else:
+        new, left = _batch_norm(norm, constants), 'BatchNorm2d'
+    hooks = norm._forward_hooks
+    if hooks:  # timm's fused drop and activation
+        parts = [new, norm.drop, norm.act]
+        new = nn.Sequential(*(part for part in parts if not isinstance(part, nn.Identity)))
+    return new.eval(), left
+
+
+@torch.no_grad()
+def _scale(conv: nn.Module, part: Fold) -> None:
+    """Makes the convolution give ``scale * (what it gave) + offset``."""
+    weight, bias = conv.weight.double(), part.offset
+    if isinstance(conv, nn.ConvTranspose2d):  # (in, out / groups, k, k)
+        grouped = weight.unflatten(0, (conv.groups, -1))
+        weight = (grouped * part.scale.view(conv.groups, 1, -1, 1, 1)).flatten(0, 1)
+    else:
+        weight = weight * part.scale.view(-1, 1, 1, 1)
+    if conv.bias is not None:
+        bias = bias + part.scale * conv.bias.double()
+    # New parameters, as others may share the old ones.
+    dtype = conv.weight.dtype
+    conv.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    conv.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+
+
+@torch.no_grad()
+def _batch_norm(norm: nn.Module, constants: Constants) -> nn.BatchNorm2d:
+    """The BatchNorm of a layer that is one, beside a constant factor."""
+    new = nn.BatchNorm2d(norm.num_features, float(norm.eps)).to(norm.running_mean)
+    std = (norm.running_var.double() + float(norm.eps)).sqrt()
+    new.running_mean.copy_(norm.running_mean)
+    new.running_var.copy_(norm.running_var)
+    new.weight.copy_(constants.taps[:, 0, 0] * std)
+    if constants.bias is not None:
+        new.bias.copy_(constants.bias)
+    return new.requires_grad_(False)
+
+
+def _log(report: List[PreparedLayer]) -> None:
+    for layer in report:
+        logger.info('%s', layer)
+    apart = [layer for layer in report if not layer.convolution]
+    why = Counter(layer.reason for layer in apart)
+    logger.warning(
+        'prepared %d norm layers for inference: %d folded into the convolution before%s',
+        len(report),
+        len(report) - len(apart),
+        ''.join(f'; {count} not: {reason}' for reason, count in why.items()),
+    )

@@ -1,0 +1,312 @@
+"""The convolution before a layer is taken where it is certain, and nowhere else."""
+
+import pytest
+import torch
+from of_inference import difference, randomize
+from torch import nn
+from torch.nn import functional as F
+
+import mmubn
+from mmubn import UBN, prepare_for_inference
+
+
+class Block(nn.Module):
+    """A convolution and a layer; subclasses say how they are called."""
+
+    reason = None
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = UBN(8)
+        self.build()
+
+    def build(self):
+        pass
+
+    def forward(self, x):
+        return self.norm(self.conv(x)).relu()
+
+
+class ReadTwice(Block):
+    reason = 'its input is read elsewhere too'
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.norm(y) + y.sigmoid()
+
+
+class ReturnedToo(Block):
+    reason = 'its input is read elsewhere too'
+
+    def forward(self, x):
+        y = self.conv(x)
+        return [self.norm(y), {'raw': y}]
+
+
+class ReadBefore(Block):
+    reason = 'its input is read elsewhere too'
+
+    def forward(self, x):
+        y = self.conv(x)
+        gate = y.mean()
+        return self.norm(y) * gate
+
+
+class NextConvolutionReads(Block):
+    reason = 'its input is read elsewhere too'
+
+    def build(self):
+        self.next = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.norm(y) + self.next(y)
+
+
+class Between(Block):
+    reason = 'it does not follow a convolution'
+
+    def forward(self, x):
+        return self.norm(self.conv(x).relu())
+
+
+class AfterSum(Block):
+    reason = 'it does not follow a convolution'
+
+    def build(self):
+        self.other = nn.Conv2d(3, 8, 1)
+
+    def forward(self, x):
+        return self.norm(self.conv(x) + self.other(x))
+
+
+class SharedNorm(Block):
+    reason = 'it is called on outputs of several layers'
+
+    def build(self):
+        self.other = nn.Conv2d(3, 8, 1)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) + self.norm(self.other(x))
+
+
+class SharedConvolution(Block):
+    """As heads share convolutions between levels, each level with its own norm."""
+
+    reason = 'the convolution before it serves other layers too'
+
+    def build(self):
+        self.other = UBN(8)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) + self.other(self.conv(x + 1))
+
+
+class ConvolutionAlone(Block):
+    """Called once more, without the layer."""
+
+    reason = 'the convolution before it serves other layers too'
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) + self.conv(x).tanh()
+
+
+class NeverCalled(Block):
+    reason = 'it is not called'
+
+    def build(self):
+        self.unused = self.norm
+        self.norm = nn.Identity()
+
+
+class WeightsRead(Block):
+    reason = 'the weights of the convolution before it are read elsewhere'
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) + self.conv.weight.mean()
+
+
+class Scaled(nn.Conv2d):
+    """As weight standardisation does it: not what its weight says."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean(), self.bias, padding=1)
+
+
+class OtherConvolution(Block):
+    reason = 'it follows Scaled, a convolution of another kind'
+
+    def build(self):
+        self.conv = Scaled(3, 8, 3)
+
+
+class WeightNorm(Block):
+    reason = 'it follows ParametrizedConv2d, a convolution of another kind'
+
+    def build(self):
+        nn.utils.parametrizations.weight_norm(self.conv)
+
+
+class ConvolutionHook(Block):
+    reason = 'the convolution before it has hooks'
+
+    def build(self):
+        self.conv.register_forward_hook(lambda module, args, output: output + 1)
+
+
+class NormHook(Block):
+    reason = 'it has forward hooks'
+
+    def build(self):
+        self.norm.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+class BatchStatistics(Block):
+    reason = 'it has no running statistics'
+
+    def build(self):
+        self.norm = mmubn.RBN(8, track_running_stats=False)
+
+
+class CalledTwiceTogether(Block):
+    """The pair runs on several levels: each call is of both, so it may fold."""
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) + self.norm(self.conv(x[..., ::2, ::2])).mean()
+
+
+class ByKeyword(Block):
+    def forward(self, x):
+        return self.norm(input=self.conv(input=x))
+
+
+class ReadByKeyword(Block):
+    reason = 'its input is read elsewhere too'
+
+    def build(self):
+        self.next = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.norm(y) + self.next(input=y)
+
+
+class TwoNames(Block):
+    """Modules that are registered twice are replaced under both names."""
+
+    def build(self):
+        self.again = self.norm
+        self.layers = nn.ModuleList([self.conv, self.norm])
+
+    def forward(self, x):
+        return self.again(self.conv(x)) + self.layers[1](self.layers[0](x - 1))
+
+
+class Transposed(Block):
+    def build(self):
+        self.conv = nn.ConvTranspose2d(3, 8, 2, stride=2)
+
+
+class TransposedGroups(Block):
+    def build(self):
+        self.conv = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 8, 2, groups=2))
+
+
+class SharedWeight(Block):
+    """Another convolution has the same weight: it keeps it."""
+
+    def build(self):
+        self.other = nn.Conv2d(3, 8, 3, padding=1)
+        self.other.weight = self.conv.weight
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) + self.other(x)
+
+
+class GroupsAndNoBias(Block):
+    def build(self):
+        self.conv = nn.Conv2d(3, 9, 3, groups=3, bias=False)
+        self.norm = UBN(9)
+
+
+CASES = Block.__subclasses__()
+
+
+def leaves(output):
+    return torch.utils._pytree.tree_flatten(output)[0]
+
+
+@pytest.mark.parametrize('how', ['read', 'watched'])
+@pytest.mark.parametrize('case', CASES, ids=lambda case: case.__name__)
+def test_certain_or_left(case, how):
+    model = randomize(case())
+    x = torch.randn(2, 3, 8, 8)
+    prepared = prepare_for_inference(model, (x,) if how == 'watched' else None)
+    with torch.no_grad():
+        for actual, expected in zip(leaves(prepared(x)), leaves(model(x))):
+            assert difference(actual, expected) < 2e-6
+    (layer, *_) = prepared.inference_report
+    assert layer.reason == (case.reason or '')
+    assert bool(layer.convolution) == (case.reason is None)
+
+
+class Branching(Block):
+    """torch.fx cannot read it."""
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.norm(y) if x.sum() > 0 else self.norm(y).relu()
+
+
+def test_watches_a_run_where_forward_cannot_be_read():
+    model = randomize(Branching())
+    state = torch.random.get_rng_state()
+    prepared = prepare_for_inference(model)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert prepared.inference_report[0].convolution == 'conv'
+    assert not prepared.conv._forward_hooks
+    for x in (torch.rand(1, 3, 6, 6), -torch.rand(1, 3, 6, 6)):
+        assert difference(prepared(x), model(x)) < 2e-6
+
+
+class Demanding(Branching):
+    """Neither readable nor willing to take an image of noise."""
+
+    def forward(self, x):
+        if x.shape[-1] != 6:
+            raise RuntimeError('six columns')
+        return super().forward(x)
+
+
+def test_says_that_it_needs_an_example():
+    model = randomize(Demanding())
+    x = torch.rand(1, 3, 6, 6)
+    (layer,) = prepare_for_inference(model).inference_report
+    assert layer.reason == 'the order of the layers is not known: pass example_inputs'
+    prepared = prepare_for_inference(model, (x,))
+    assert prepared.inference_report[0].convolution == 'conv'
+    assert difference(prepared(x), model(x)) < 2e-6
+    with pytest.raises(RuntimeError, match='six columns'):
+        prepare_for_inference(model, (x[..., :5],))
+
+
+class Detector(nn.Module):
+    """Like OpenMMLab's: forward wants more than images, extract_feat does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = Branching()
+        self.head = Block()
+
+    def extract_feat(self, images):
+        return self.backbone(images)
+
+    def forward(self, images, samples):
+        return [self.head(image[None]) for image in images[: len(samples)]]
+
+
+def test_extract_feat_stands_for_a_detector():
+    report = prepare_for_inference(randomize(Detector())).inference_report
+    assert [layer.convolution for layer in report] == ['backbone.conv', '']
+    assert report[1].reason == 'it is not called'

@@ -1,0 +1,243 @@
+"""Whole models: the same outputs, a report, and one line for what cannot be prepared."""
+
+import copy
+import logging
+
+import pytest
+import timm
+import torch
+import torchvision
+from of_inference import KINDS, difference, randomize
+from torch import nn
+
+import mmubn
+from mmubn import prepare_for_inference
+from mmubn.inference.layer import InferenceNorm
+
+
+def network(kind: str = 'UBN', name: str = 'resnet18') -> nn.Module:
+    model = torchvision.models.get_model(name)
+    if kind != 'BN':
+        mmubn.convert_norm(model, dict(type=kind))
+    return randomize(model, 0.1)
+
+
+def modules_of(model: nn.Module, kind: type) -> list:
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+@pytest.mark.parametrize('kind', [*KINDS, 'BN'])
+def test_outputs_are_the_models(kind):
+    model = network(kind)
+    state = copy.deepcopy(model.state_dict())
+    prepared = prepare_for_inference(model)
+    x = torch.randn(2, 3, 64, 48)
+    assert difference(prepared(x), model(x)) < 1e-5
+    assert all(layer.convolution for layer in prepared.inference_report)
+    assert not any(p.requires_grad for p in prepared.parameters())
+    # The model given is as it was, and shares nothing with the copy.
+    assert all(p.requires_grad for p in model.parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    with torch.no_grad():
+        prepared.fc.weight.zero_()
+    assert model.fc.weight.any()
+
+
+@pytest.mark.parametrize(
+    ('kind', 'left'),
+    [
+        ('UBN', 'offset, factor, convolution'),
+        ('RBN', 'offset, factor'),
+        ('BNET', 'convolution'),
+        ('IEBN', 'factor'),
+        ('BN', 'nothing'),
+    ],
+)
+def test_what_is_left(kind, left):
+    prepared = prepare_for_inference(network(kind))
+    assert {layer.left for layer in prepared.inference_report} == {left}
+    convolutions = 20 if kind in ('BN', 'RBN', 'IEBN') else 40
+    assert len(modules_of(prepared, nn.Conv2d)) == convolutions
+
+
+def test_resnet50_of_timm():
+    model = timm.create_model('resnet50')
+    model = randomize(mmubn.convert_norm(model, dict(type='UBN')), 0.1)
+    prepared = prepare_for_inference(model)
+    x = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        assert difference(prepared(x), model(x)) < 1e-5
+    assert len(prepared.inference_report) == 53
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_converted_and_not_trained_is_the_fused_batch_norm_network(kind):
+    norm_cfg = dict(type=kind)
+    if kind == 'BNET':  # starts as published, with random taps, unless told otherwise
+        norm_cfg['kernel_init'] = 'identity'
+    bn = network('BN')
+    prepared = prepare_for_inference(mmubn.convert_norm(copy.deepcopy(bn), norm_cfg).eval())
+    fused = prepare_for_inference(bn)
+    assert {layer.left for layer in prepared.inference_report} == {'nothing'}
+    state = fused.state_dict()
+    for name, value in prepared.state_dict().items():
+        assert difference(value, state[name]) < 1e-6, name
+
+
+@pytest.mark.parametrize(
+    'name', ['efficientnet_b0', 'densenet121', 'resnetv2_50', 'hrnet_w18_small']
+)
+def test_networks_of_timm(name):
+    """Fused activations, norms before convolutions, concatenation, many branches."""
+    model = timm.create_model(name)
+    model = randomize(mmubn.convert_norm(model, dict(type='UBN')), 0.05)
+    prepared = prepare_for_inference(model)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert difference(prepared(x), model(x)) < 1e-5
+    reasons = {layer.reason for layer in prepared.inference_report if not layer.convolution}
+    assert reasons <= {'it does not follow a convolution'}
+    assert (not reasons) == (name not in ('densenet121', 'resnetv2_50'))
+
+
+def test_norms_without_a_convolution_stand_alone():
+    model = nn.Sequential(
+        nn.ReLU(), mmubn.UBN(4), nn.ReLU(), mmubn.BNET(4), nn.ReLU(), nn.BatchNorm2d(4)
+    )
+    model.append(mmubn.UBN(4, kernel_size=1, center=False, scale=False))
+    randomize(model)
+    prepared = prepare_for_inference(model)
+    x = torch.randn(2, 4, 6, 6)
+    kept = x.clone()
+    assert difference(prepared(x), model(x)) < 2e-6
+    assert torch.equal(x, kept)
+    assert [type(prepared[i]) for i in (1, 3, 5, 6)] == [
+        *(InferenceNorm, InferenceNorm, nn.BatchNorm2d, nn.BatchNorm2d)
+    ]
+
+
+def test_report_and_log(caplog):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), mmubn.UBN(4), nn.ReLU(), mmubn.RBN(4))
+    with caplog.at_level(logging.INFO, 'mmubn'):
+        prepared = prepare_for_inference(randomize(model))
+    lines = [
+        '1 (UBN): into 0; left: offset, factor, convolution',
+        '3 (RBN): not folded: it does not follow a convolution; left: offset, factor',
+    ]
+    assert [str(layer) for layer in prepared.inference_report] == lines
+    assert caplog.messages[:2] == lines
+    assert caplog.messages[2] == (
+        'prepared 2 norm layers for inference: 1 folded into the convolution before; '
+        '1 not: it does not follow a convolution'
+    )
+
+
+def test_saved_and_loaded_whole(tmp_path):
+    prepared = prepare_for_inference(network())
+    torch.save(prepared, tmp_path / 'prepared.pt')
+    x = torch.randn(1, 3, 32, 32)
+    loaded = torch.load(tmp_path / 'prepared.pt', weights_only=False)
+    assert torch.equal(loaded(x), prepared(x))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('kind', ['UBN', 'RBN'])
+def test_half_precision(kind, dtype):
+    """The prepared network errs no more than the network itself does in that dtype."""
+    model = network(kind)
+    prepared = prepare_for_inference(model)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(x)
+        itself = difference(copy.deepcopy(model).to(dtype)(x.to(dtype)), expected)
+        actual = copy.deepcopy(prepared).to(dtype)(x.to(dtype))
+        assert actual.dtype == dtype
+        assert difference(actual, expected) < 1.5 * itself
+        with torch.autocast('cpu', dtype):
+            assert difference(prepared(x), expected) < 1.5 * itself
+
+
+def test_channels_last_and_double():
+    model = network()
+    prepared = prepare_for_inference(model)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        last = torch.channels_last
+        assert (
+            difference(prepared.to(memory_format=last)(x.to(memory_format=last)), expected) < 1e-5
+        )
+        kept = prepare_for_inference(model.to(memory_format=last))
+        assert kept.layer1[0].conv1.weight.is_contiguous(memory_format=last)
+        exact = prepare_for_inference(model.double())
+        assert difference(exact(x.double()), model(x.double())) < 1e-12
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('kind', ['UBN', 'RBN', 'IEBN'])
+def test_compiled_in_one_graph(kind):
+    torch._dynamo.reset()
+    layers = [getattr(mmubn, kind)(8), nn.ReLU(), getattr(mmubn, kind)(8)]
+    model = randomize(nn.Sequential(nn.Conv2d(3, 8, 3), *layers))
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        compiled = torch.compile(prepare_for_inference(model), fullgraph=True, backend='aot_eager')
+        assert difference(compiled(x), model(x)) < 1e-5
+
+
+def on_two_devices():
+    model = network()
+    model.fc.to('meta')
+    return model
+
+
+@pytest.mark.parametrize(
+    ('make', 'message'),
+    [
+        (lambda: network().train(), 'the model is in training mode: call model.eval() first'),
+        (
+            lambda: (m := network(), m.layer1[0].bn1.train())[0],
+            'layer1.0.bn1 is in training mode: call model.eval() first',
+        ),
+        (
+            lambda: torch.compile(network()),
+            'the model is compiled: prepare it first, then compile what you get',
+        ),
+        (
+            lambda: (m := network(), m.layer1.compile())[0],
+            'the model (layer1) is compiled: prepare it first, then compile what you get',
+        ),
+        (
+            lambda: torch.jit.trace(nn.BatchNorm2d(3).eval(), torch.randn(1, 3, 4, 4)),
+            'the model is a TorchScript module: prepare the module it was made of',
+        ),
+        (
+            lambda: nn.DataParallel(network()).eval(),
+            'the model is wrapped in DataParallel: pass its .module',
+        ),
+        (
+            lambda: prepare_for_inference(network('BN')),
+            'the model is prepared for inference already',
+        ),
+        (
+            lambda: nn.Sequential(prepare_for_inference(network())).eval(),
+            'the model is prepared for inference already',
+        ),
+        (on_two_devices, 'the model is on cpu and meta: move it to one device with data'),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.GroupNorm(1, 3)).eval(),
+            'the model has no norm layer to prepare: no UBN, SyncUBN, RBN, BNET, IEBN, BatchNorm2d',
+        ),
+    ],
+)
+def test_refuses_in_one_line(make, message):
+    model = make()
+    with pytest.raises(ValueError, match=r'^[^\n]+$') as caught:
+        prepare_for_inference(model)
+    assert str(caught.value) == message
+
+
+def test_refuses_examples_on_another_device():
+    with pytest.raises(ValueError, match=r'^example_inputs are on meta, the model is on cpu$'):
+        prepare_for_inference(network(), (torch.randn(1, 3, 32, 32, device='meta'),))

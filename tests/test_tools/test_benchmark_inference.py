@@ -1,0 +1,83 @@
+"""The benchmark of inference measures what it says, and writes it down."""
+
+import csv
+
+import pytest
+from tiny_project import ROOT, load_tool
+
+MARKS = '<!-- benchmark: begin -->\n<!-- benchmark: end -->'
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / 'tools')
+    return load_tool('benchmark_inference')
+
+
+def row(tool, **values):
+    first = dict(date='d', commit='c', device='cpu: X, 2 threads', torch='2', model='resnet18')
+    return {**dict.fromkeys(tool.COLUMNS, ''), **first, 'size': '64', 'rounds': '3', **values}
+
+
+@pytest.mark.slow
+def test_a_run(tool, tmp_path, capsys):
+    pytest.importorskip('onnxruntime')
+    page = tmp_path / 'page.md'
+    page.write_text(f'# Before\n\n{MARKS}\n\nAfter.\n')
+    tool.main(
+        [
+            *('--model', 'resnet18', '--size', '32', '--batches', '1', '--repeats', '2'),
+            *('--norms', 'bn', 'bn_folded', 'ubn_prepared', 'ubn_converted', 'bnet_prepared'),
+            *('--runtimes', 'torch', 'onnxruntime', '--threads', '1'),
+            *('--csv', str(tmp_path / 'rows.csv'), '--docs', str(page)),
+        ]
+    )
+    with (tmp_path / 'rows.csv').open(newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [r['runtime'] for r in rows] == ['torch'] * 5 + ['onnxruntime'] * 5
+    for r in rows:
+        assert 0 < float(r['p10_ms']) <= float(r['median_ms']) <= float(r['p90_ms'])
+        assert float(r['images_per_s']) == pytest.approx(1e3 / float(r['median_ms']), rel=1e-3)
+        assert float(r['difference']) < 1e-4
+    nodes = {r['norm']: int(r['onnx_nodes']) for r in rows if r['onnx_nodes']}
+    # 20 convolutions, 17 activations, 8 sums, pooling, the classifier.
+    assert nodes['bn_folded'] == nodes['ubn_converted'] == 49
+    assert nodes['bnet_prepared'] == 49 + 20
+    assert nodes['ubn_prepared'] == 49 + 7 * 20
+    text = page.read_text()
+    assert text.startswith('# Before\n\n<!-- benchmark: begin -->\nresnet18, 32×32 images, cpu: ')
+    assert text.endswith('<!-- benchmark: end -->\n\nAfter.\n')
+    assert '| `ubn_prepared` |' in text
+    tool.write_docs(page, [row(tool, batch='1', norm='bn', runtime='torch', median_ms='7')])
+    assert '| `bn` | 7 |' in page.read_text()
+    assert 'ubn_prepared' not in page.read_text()
+    assert 'nodes of the ONNX graph, ubn_prepared' in capsys.readouterr().out
+
+
+def test_goals(tool):
+    rows = [
+        row(tool, norm='ubn_prepared', runtime='torch', batch='8', ratio_bn_folded='1.21'),
+        row(tool, norm='ubn_prepared', runtime='onnxruntime', ratio_bn_folded='1.25'),
+        row(tool, norm='ubn_prepared', runtime='openvino', ratio_bn_folded='9', onnx_nodes='400'),
+        row(tool, norm='ubn_converted', runtime='openvino', ratio_bn_folded='1.01'),
+    ]
+    assert [line.split()[0] for line in tool.goals(rows)] == [
+        *('MISSED', 'reached', 'reached', 'MISSED')
+    ]
+
+
+@pytest.mark.parametrize(
+    ('argv', 'message'),
+    [
+        (['--repeats', '0'], '--repeats and --batches begin at 1, --size at 32'),
+        (['--norms', 'gn'], "invalid choice: 'gn'"),
+        (['--docs', 'none.md'], r'none.md: there is no <!-- benchmark: begin -->'),
+        (['--csv', 'other.csv'], r'other.csv: its columns are not those of this version'),
+    ],
+)
+def test_bad_options(tool, argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'other.csv').write_text('norm,ms\n')
+    with pytest.raises(SystemExit) as caught:
+        tool.main(argv)
+    assert message in f'{caught.value} {capsys.readouterr().err}'
