@@ -167,7 +167,7 @@ class Backend(Protocol):
         large. The similarity is that of :func:`mmubn.ops.mean_cosine_similarity`.
 
         Args:
-            x (Tensor): X; N may be 0.
+            x (Tensor): X; N is not 0, which :mod:`mmubn.ops.step` sees to.
             center_weight (Tensor, optional): :math:`w_m`, (C,).
             stride (int): Measures the similarity on every so many rows and columns; 0
                 does not measure it.

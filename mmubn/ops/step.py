@@ -26,6 +26,8 @@ def step_forward(
     if not settings.training:
         return backend.normalize(x, None, None, parameters, buffers, settings)
     due = _is_due(buffers, settings)
+    if not x.numel():
+        return _forward_without_images(x, parameters, step)
     stride = settings.stride if due is not False else 0
     image_mean, row = backend.measure(x, parameters.center_weight, stride)
     if isinstance(due, Tensor):  # without pairs there is no similarity
@@ -45,6 +47,8 @@ def step_backward(
 ) -> Tuple[Tensor, Parameters]:
     """Gradients of X and of the parameters; there is always one of the bias."""
     backend, _, settings, group = step
+    if not x.numel():
+        return _backward_without_images(x, statistics, parameters, group)
     sums = backend.backward_sums(x, dy, image_mean, statistics, parameters, settings)
     d_statistics = sums.d_statistics
     if group is not None:
@@ -54,6 +58,37 @@ def step_backward(
     )
     weight, kernel, bias, _, *scale = sums.gradients
     return dx, Parameters(weight, kernel, bias, d_center_weight, *scale)
+
+
+def an_image(x: Tensor) -> Tensor:
+    """A single zero, of the dtype and device of an empty ``x``, for what takes no empty one."""
+    return x.new_zeros(1, x.shape[1], 1, 1)
+
+
+def _forward_without_images(
+    x: Tensor, parameters: Parameters, step: Step
+) -> Tuple[Tensor, Optional[Tensor], Tensor]:
+    """Joins the collective of the other processes and moves the buffers by the same code as they.
+
+    So that the buffers stay equal bit for bit.
+    """
+    backend, buffers, settings, group = step
+    image = an_image(x)
+    image_mean, row = backend.measure(image, parameters.center_weight, stride=0)
+    row.zero_()
+    rows = row[None] if group is None else _all_gather(row, group)
+    statistics = backend.normalize(image, image_mean, rows, parameters, buffers, settings)[2]
+    return torch.empty_like(x), None, statistics
+
+
+def _backward_without_images(
+    x: Tensor, statistics: Tensor, parameters: Parameters, group: Optional[Any]
+) -> Tuple[Tensor, Parameters]:
+    if group is not None:
+        distributed.all_reduce(statistics.new_zeros(2, x.shape[1]), group=group)
+    gradients = [None if value is None else torch.zeros_like(value) for value in parameters]
+    gradients = Parameters(*gradients)._replace(bias=statistics.new_zeros(x.shape[1]))
+    return torch.zeros_like(x), gradients
 
 
 def _is_due(buffers: Buffers, settings: Settings) -> Union[bool, Tensor]:

@@ -86,16 +86,12 @@ class TorchBackend:
     ) -> Tuple[Tensor, Tensor]:
         """See :meth:`mmubn.ops.interface.Backend.measure`."""
         image_mean, image_var = self._image_moments(x)
-        batch, channels, height, width = x.shape
-        if batch:
-            pooled = image_mean
-            if center_weight is not None:
-                pooled = image_mean * (1 + center_weight.to(image_mean.dtype))
-            var, mean = torch.var_mean(pooled, dim=0, correction=0)
-            var = var + image_var.mean(0)
-        else:
-            mean, var = image_mean.new_zeros(2, channels)
-        count = mean.new_full((1,), batch * height * width)
+        pooled = image_mean
+        if center_weight is not None:
+            pooled = image_mean * (1 + center_weight.to(image_mean.dtype))
+        var, mean = torch.var_mean(pooled, dim=0, correction=0)
+        var = var + image_var.mean(0)
+        count = mean.new_full((1,), x.numel() // x.shape[1])
         return image_mean, torch.cat(
             [count, self._pairs(x, image_mean, image_var, stride), mean, var]
         )

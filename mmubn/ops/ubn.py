@@ -8,7 +8,7 @@ from torch import Tensor
 from . import backend as backends
 from . import compiled
 from .interface import Buffers, Parameters, Settings
-from .step import Step, keeps, step_backward, step_forward
+from .step import Step, an_image, keeps, step_backward, step_forward
 from .utils import compiling, differentiable, is_batched, tracing
 
 
@@ -68,7 +68,8 @@ def ubn(
             return _not_compiled(x, parameters, buffers, settings, group, backend)
         if compiled.serves(settings):
             return compiled.step(x, parameters, buffers, settings, backend)
-    step = Step(backends.choose(backend, x, parameters.kernel_size), buffers, settings, group)
+    chosen = backends.choose(backend, x if x.numel() else an_image(x), parameters.kernel_size)
+    step = Step(chosen, buffers, settings, group)
     if tracing():
         return step_forward(x, parameters, step)[0]
     wanted = (x, *parameters)
