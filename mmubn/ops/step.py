@@ -101,9 +101,9 @@ def _is_due(buffers: Buffers, settings: Settings) -> Union[bool, Tensor]:
         return False
     if buffers.steps is None:
         return True
-    due = buffers.steps % settings.interval == 0  # on the CPU
+    number = buffers.steps.clone() if tracing() else int(buffers.steps)  # on the CPU
     buffers.steps.add_(1)
-    return due if tracing() else bool(due)
+    return number % settings.interval == 0
 
 
 def keeps(image_mean: Optional[Tensor], x: Tensor) -> bool:

@@ -398,9 +398,10 @@ def test_at_most_five_launches_forward_and_four_backward(name, width, training, 
     if name == 'sync_ubn':
         rows = torch.rand(2, 2 * 4 + 3)
         monkeypatch.setattr(SyncUBN, '_group', lambda self: self.training or None)
-        monkeypatch.setattr(sys.modules['mmubn.ops.ubn'], '_all_gather', lambda row, group: rows)
+        monkeypatch.setattr(sys.modules['mmubn.ops.step'], '_all_gather', lambda row, group: rows)
         monkeypatch.setattr(torch.distributed, 'all_reduce', lambda value, group: None)
-    x, dy = torch.randn(2, 2, 4, 1, width)
+    dtype = torch.float16 if name == 'ubn_half' else torch.float32
+    x, dy = torch.randn(2, 2, 4, 1, width).to(dtype)
     inputs = [x.requires_grad_(), *layer.parameters()]
     for _ in range(2 if name == 'ubn_sampled' else 1):  # measures the similarity, and does not
         with Launches(monkeypatch, layer) as launches:
