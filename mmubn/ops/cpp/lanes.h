@@ -239,18 +239,23 @@ void pack(const T* planes, A* tile, int64_t hw, int64_t count, const T* limit) {
     for (int64_t j = 0; j < pixels; j++) store<A>(tile + (q + j) * N, v[j]);
   }
 }
-template <class T, class A>
-void unpack(const A* tile, T* planes, int64_t hw, int64_t count) {
+// Back, each vector v of pixels q of channel c as f(c, q, v, how many).
+template <class T, class A, class F>
+void unpack(const A* tile, T* planes, int64_t hw, int64_t count, F f) {
   constexpr int N = Vec<A>::n;
   int64_t q = 0;
-  for (; q + N <= hw; q += N) {
+  for (; q < hw; q += N) {
+    const int64_t pixels = std::min<int64_t>(N, hw - q);
     typename Vec<A>::type v[N];
-    for (int j = 0; j < N; j++) v[j] = load<A>(tile + (q + j) * N);
+    for (int64_t j = 0; j < N; j++) v[j] = load<A>(tile + std::min(q + j, hw - 1) * N);
     transpose<A>(v);
-    for (int64_t c = 0; c < count; c++) store_as<A>(planes + c * hw + q, v[c]);
+    if (pixels == N)
+      for (int64_t c = 0; c < count; c++)
+        store_as<A>(planes + c * hw + q, f(c, q, v[c], Fixed<N>{}));
+    else
+      for (int64_t c = 0; c < count; c++)
+        store_some<A>(planes + c * hw + q, f(c, q, v[c], int(pixels)), pixels);
   }
-  for (; q < hw; q++)
-    for (int64_t c = 0; c < count; c++) narrow(tile[q * N + c], planes[c * hw + q]);
 }
 // The last `count` channels of pixels that are C apart, to pixels of N channels and back.
 template <class T, class A>

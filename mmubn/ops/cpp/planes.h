@@ -146,24 +146,6 @@ inline void march_all(const Strip<A, K>& strip, const A (&taps)[K * K], int64_t 
     });
 }
 
-// A whole vector or a part of one.
-template <class A, class T, int n>
-inline typename Vec<A>::type load_part(const T* p, Fixed<n>) {
-  return load_as<A>(p);
-}
-template <class A, class T>
-inline typename Vec<A>::type load_part(const T* p, int n) {
-  return load_some<A>(p, n);
-}
-template <class A, class T, int n>
-inline void store_part(T* p, typename Vec<A>::type v, Fixed<n>) {
-  store_as<A>(p, v);
-}
-template <class A, class T>
-inline void store_part(T* p, typename Vec<A>::type v, int n) {
-  store_some<A>(p, v, n);
-}
-
 // Y = dwconv(a (X + h); K) + beta of one plane; taps hold a already.
 template <class T, class A, int K>
 void plane_forward(Strip<A, K>* strip, const T* x, T* y, A shift, const A (&taps)[K * K], A bias,

@@ -88,6 +88,14 @@ struct Plan {
       }
     });
   }
+  // f(first channel, end) for all channels: the algebra on numbers an image and channel.
+  template <class F>
+  void each_channels(F f) const {
+    constexpr int64_t size = 64;
+    const int64_t few = 1 + B * C / 4096;
+    parallel((C + size - 1) / size, int(std::min<int64_t>(threads, few)),
+             [&](int64_t begin, int64_t end) { f(begin * size, std::min(C, end * size)); });
+  }
   // The end of the channels in c0 ... c1 whose lanes can be read where they lie.
   int64_t in_place_until(int64_t c0, int64_t c1) const {
     return pixels ? c0 + (c1 - c0) / N * N : c0;
@@ -104,7 +112,8 @@ struct Plan {
     if (pixels)
       unpack_tail(tile, image(y, n, c), hw, C, count);
     else
-      unpack(tile, image(y, n, c), hw, count);
+      unpack(tile, image(y, n, c), hw, count,
+             [](int64_t, int64_t, typename Vec<A>::type v, auto) { return v; });
   }
   A* tiles(int count) const {
     static thread_local Buffer buffer;
@@ -309,9 +318,11 @@ struct Groups {
 };
 
 // Sums of the channels c0 ... c1 of one image, to products (KK + 1, pitch) and d_sum, which
-// hold nothing yet; pitch is that of the block, its first channel is c0.
+// hold nothing yet; pitch is that of the block, its first channel is c0. The only block of X may
+// be packed already.
 void image_sums(const Plan& p, const T* x, const T* dy, int64_t n, int64_t c0, int64_t c1,
-                const A* shift, const A* taps, A* products, A* d_sum, int64_t pitch) {
+                const A* shift, const A* taps, A* products, A* d_sum, int64_t pitch,
+                bool is_packed) {
   auto set = [&](int64_t c, const A(&sums)[KK], const A(&inside)[KK]) {
     A d = 0;
     for (int t = 0; t < KK; t++) {
@@ -341,7 +352,7 @@ void image_sums(const Plan& p, const T* x, const T* dy, int64_t n, int64_t c0, i
                 products + c - c0, d_sum + c - c0, pitch, i, p.H, p.W, p.C);
   for (int64_t c = side_by_side; c < c1; c += N) {
     A *tile = p.tiles(2), *dy_tile = tile + p.hw * N;
-    p.pack_block(x, tile, n, c);
+    if (!is_packed) p.pack_block(x, tile, n, c);
     p.pack_block(dy, dy_tile, n, c);
     for (int64_t i = 0; i < p.H; i++)
       Packed::sums(tile, dy_tile, shift + c - c0, taps + c, p.Cp, products + c - c0, d_sum + c - c0,
@@ -378,13 +389,23 @@ void input(const Plan& p, const T* x, const T* dy, T* dx, int64_t n, int64_t c0,
                                       level + c - c0, has_slope, i, p.H, p.W, p.C);
     });
   for (int64_t c = side_by_side; c < c1; c += N) {
-    A *tile = p.tiles(3), *dy_tile = tile + p.hw * N, *out = dy_tile + p.hw * N;
-    if (has_slope) p.pack_block(x, tile, n, c);
+    A *dy_tile = p.tiles(3), *out = dy_tile + p.hw * N, *tile = out + p.hw * N;
     p.pack_block(dy, dy_tile, n, c);
+    if (p.pixels && has_slope) p.pack_block(x, tile, n, c);
+    const bool now = p.pixels && has_slope;  // of planes X is added on the way back
     for (int64_t i = 0; i < p.H; i++)
-      Packed::template input<1>(tile, dy_tile, out, scale + c - c0, taps + c, p.Cp, mean + c - c0, slope + c,
-               level + c - c0, has_slope, i, p.H, p.W, N);
-    p.unpack_block(out, dx, n, c);
+      Packed::template input<1>(tile, dy_tile, out, scale + c - c0, taps + c, p.Cp, mean + c - c0,
+                                slope + c, level + c - c0, now, i, p.H, p.W, N);
+    if (p.pixels || !has_slope) {
+      p.unpack_block(out, dx, n, c);
+      continue;
+    }
+    const T* planes = p.image(x, n, c);
+    unpack(out, p.image(dx, n, c), p.hw, std::min<int64_t>(N, p.C - c),
+           [&](int64_t i, int64_t q, typename Vec<A>::type v, auto count) {
+             const auto apart = load_part<A>(planes + i * p.hw + q, count) - mean[c - c0 + i];
+             return v + apart * slope[c + i];
+           });
   }
 }
 
@@ -408,33 +429,37 @@ void ubn_measure(const Layer* layer, const T* x, int similar, A* image_mean, A* 
   double* sums = buffer.get<double>(3 * C);
   double *mu = sums, *inner = sums + C, *between = sums + 2 * C;
   std::memset(sums, 0, 3 * C * sizeof(double));
+  p.each_channels([&](int64_t c0, int64_t c1) {
+    for (int64_t n = 0; n < B; n++)
+      for (int64_t c = c0; c < c1; c++) {
+        const A m = mean[n * Cp + c];
+        image_mean[n * C + c] = m;
+        inner[c] += var[n * Cp + c];
+        mu[c] += m * (1 + (l.center_weight ? l.center_weight[c] : A(0)));
+      }
+    for (int64_t c = c0; c < c1; c++) mu[c] /= B;
+    for (int64_t n = 0; n < B; n++)
+      for (int64_t c = c0; c < c1; c++) {
+        const A pooled = mean[n * Cp + c] * (1 + (l.center_weight ? l.center_weight[c] : A(0)));
+        const double apart = pooled - mu[c];
+        between[c] += apart * apart;
+      }
+    for (int64_t c = c0; c < c1; c++) {
+      row[3 + c] = A(mu[c]);
+      row[3 + C + c] = A((inner[c] + between[c]) / B);
+    }
+  });
   bool finite = true;
   int64_t nonzero = 0;
-  for (int64_t n = 0; n < B; n++) {
+  for (int64_t n = 0; similar && n < B; n++) {
     const A *m = mean + n * Cp, *v = var + n * Cp;
     double norm = 0;
 #pragma omp simd reduction(+ : norm)
-    for (int64_t c = 0; c < C; c++) {
-      norm += v[c] + m[c] * m[c];
-      inner[c] += v[c];
-      mu[c] += m[c] * (1 + (l.center_weight ? l.center_weight[c] : A(0)));
-    }
+    for (int64_t c = 0; c < C; c++) norm += v[c] + m[c] * m[c];
     const A squared_norm = A(norm * p.hw);
     finite &= bool(std::isfinite(squared_norm));
     nonzero += squared_norm > 0;
     weight[n] = squared_norm > 0 ? 1 / std::sqrt(squared_norm) : 0;
-    std::memcpy(image_mean + n * C, m, C * sizeof(A));
-  }
-  for (int64_t c = 0; c < C; c++) mu[c] /= B;
-  for (int64_t n = 0; n < B; n++)
-    for (int64_t c = 0; c < C; c++) {
-      const double apart =
-          mean[n * Cp + c] * (1 + (l.center_weight ? l.center_weight[c] : A(0))) - mu[c];
-      between[c] += apart * apart;
-    }
-  for (int64_t c = 0; c < C; c++) {
-    row[3 + c] = A(mu[c]);
-    row[3 + C + c] = A((inner[c] + between[c]) / B);
   }
   row[0] = A(B * p.hw);
   row[1] = row[2] = 0;
@@ -499,17 +524,7 @@ void ubn_backward_sums(const Layer* layer, const T* x, const T* dy, const A* ima
   A *shift = work, *factor = shift + B * Cp, *d_scale = factor + B * Cp, *taps = d_scale + B * Cp;
   A* parts = taps + KK * Cp;
   effective_taps(p, l, taps);
-  p.each([&](int64_t n, int64_t c0, int64_t c1) {
-    const int64_t at = n * Cp + c0, end = c1 == C ? Cp : c1;
-    if (image_mean)
-      std::memcpy(mean + at, image_mean + n * C + c0, (c1 - c0) * sizeof(A));
-    else if (needs_mean)
-      means(p, x, n, c0, c1, mean + at);
-    else
-      std::memset(mean + at, 0, (c1 - c0) * sizeof(A));
-    for (A* array : {mean, shift, scale}) std::fill(array + n * Cp + c1, array + n * Cp + end, A(0));
-    coefficients(l, mean + at, mu, rstd, c0, c1 - c0, shift + at, scale + at, factor + at);
-  });
+  const bool tiles = p.lanes && !p.pixels;
   parallel(g.count * g.blocks, p.threads, [&](int64_t begin, int64_t end) {
     static thread_local Buffer buffer;
     A *products = buffer.get<A>((KK + 2) * g.block), *d_sum = products + (KK + 1) * g.block;
@@ -519,8 +534,24 @@ void ubn_backward_sums(const Layer* layer, const T* x, const T* dy, const A* ima
       A* total = parts + (group * g.blocks + task % g.blocks) * (KK + 1) * g.block;
       std::memset(total, 0, (KK + 1) * g.block * sizeof(A));
       for (int64_t n = B * group / g.count; n < B * (group + 1) / g.count; n++) {
-        const int64_t at = n * Cp + c0;
-        image_sums(p, x, dy, n, c0, c1, shift + at, taps, products, d_sum, g.block);
+        const int64_t at = n * Cp + c0, channels = c1 - c0;
+        const bool is_packed = tiles && !image_mean && needs_mean;
+        if (image_mean) {
+          std::memcpy(mean + at, image_mean + n * C + c0, channels * sizeof(A));
+        } else if (is_packed) {  // once for the mean and for the sums
+          A* tile = p.tiles(2);
+          p.pack_block(x, tile, n, c0);
+          Packed::mean(tile, p.hw, N, N, mean + at);
+        } else if (needs_mean) {
+          means(p, x, n, c0, c1, mean + at);
+        } else {
+          std::memset(mean + at, 0, channels * sizeof(A));
+        }
+        coefficients(l, mean + at, mu, rstd, c0, channels, shift + at, scale + at, factor + at);
+        if (c1 == C)
+          for (A* array : {mean, shift, scale})
+            std::fill(array + n * Cp + C, array + (n + 1) * Cp, A(0));
+        image_sums(p, x, dy, n, c0, c1, shift + at, taps, products, d_sum, g.block, is_packed);
         const A *a = scale + at, *tap = taps + (p.lanes ? c0 : c0 * KK);
         A* dot = d_scale + at;
         const int64_t channel = p.lanes ? 1 : KK, next = p.lanes ? Cp : 1;  // strides of tap
@@ -541,59 +572,67 @@ void ubn_backward_sums(const Layer* layer, const T* x, const T* dy, const A* ima
       }
     }
   });
-  for (int64_t c = 0; c < C; c++) {
-    A d_taps[KK + 1] = {};
-    for (int64_t group = 0; group < g.count; group++)
-      for (int t = 0; t <= KK; t++)
-        d_taps[t] += parts[((group * g.blocks + c / g.block) * (KK + 1) + t) * g.block + c % g.block];
-    d_bias[c] = d_taps[KK];
-    if (d_kernel) {
-      A along = 0;
-      for (int t = 0; t < KK; t++) {
-        along += d_taps[t] * l.kernel[c * KK + t];
-        d_kernel[c * KK + t] = d_taps[t] * l.weight[c];
-      }
-      d_weight[c] = along;
-    } else if (d_weight) {
-      d_weight[c] = d_taps[0];
-    }
-  }
   static thread_local Buffer buffer;
   double* sums = buffer.get<double>(4 * C);
-  double *by_mean = sums, *by_rstd = sums + C, *by_weight = sums + 2 * C, *by_bias = sums + 3 * C;
   std::memset(sums, 0, 4 * C * sizeof(double));
-  for (int64_t n = 0; n < B; n++) {
-    const int64_t at = n * Cp;
-    for (int64_t c = 0; c < C; c++) {
-      const int64_t i = at + c;
-      by_rstd[c] += d_scale[i] * factor[i];
-      A gap = 0;
-      if (l.scale_weight) {
-        const A centred = mean[i] + shift[i], f = factor[i];
-        const A logit = d_scale[i] * rstd[c] * f * (1 - f);
-        gap = logit * l.scale_weight[c];
+  p.each_channels([&](int64_t c0, int64_t c1) {
+    double *by_mean = sums, *by_rstd = sums + C, *by_weight = sums + 2 * C, *by_bias = sums + 3 * C;
+    for (int64_t c = c0; c < c1; c++) {
+      A d_taps[KK + 1] = {};
+      for (int64_t group = 0; group < g.count; group++) {
+        const A* part = parts + (group * g.blocks + c / g.block) * (KK + 1) * g.block;
+        for (int t = 0; t <= KK; t++) d_taps[t] += part[t * g.block + c % g.block];
+      }
+      d_bias[c] = d_taps[KK];
+      if (d_kernel) {
+        A along = 0;
+        for (int t = 0; t < KK; t++) {
+          along += d_taps[t] * l.kernel[c * KK + t];
+          d_kernel[c * KK + t] = d_taps[t] * l.weight[c];
+        }
+        d_weight[c] = along;
+      } else if (d_weight) {
+        d_weight[c] = d_taps[0];
+      }
+    }
+    for (int64_t n = 0; n < B; n++) {
+      const int64_t at = n * Cp;
+      if (!l.scale_weight) {
+        for (int64_t c = c0; c < c1; c++) {
+          by_rstd[c] += d_scale[at + c];
+          by_mean[c] -= d_shift[at + c];
+          d_gap[at + c] = 0;
+        }
+        continue;
+      }
+      for (int64_t c = c0; c < c1; c++) {
+        const int64_t i = at + c;
+        const A f = factor[i], logit = d_scale[i] * rstd[c] * f * (1 - f);
+        A gap = logit * l.scale_weight[c];
+        by_rstd[c] += d_scale[i] * f;
         by_bias[c] += logit;
         if (l.scale_from_input) {
           by_weight[c] += logit * mean[i];
         } else {
+          const A centred = mean[i] + shift[i];
           by_weight[c] += logit * centred * rstd[c];
           by_rstd[c] += gap * centred;
           gap *= rstd[c];
           d_shift[i] += gap;
         }
+        d_gap[i] = gap;
+        by_mean[c] -= d_shift[i];
       }
-      d_gap[i] = gap;
-      by_mean[c] -= d_shift[i];
     }
-  }
-  for (int64_t c = 0; c < C; c++) {
-    d_statistics[c] = A(by_mean[c]);
-    d_statistics[C + c] = A(-0.5 * rstd[c] * rstd[c] * rstd[c] * by_rstd[c]);
-    if (l.scale_weight) {
-      d_scale_weight[c] = A(by_weight[c]);
-      d_scale_bias[c] = A(by_bias[c]);
+    for (int64_t c = c0; c < c1; c++) {
+      d_statistics[c] = A(by_mean[c]);
+      d_statistics[C + c] = A(-0.5 * rstd[c] * rstd[c] * rstd[c] * by_rstd[c]);
+      if (l.scale_weight) {
+        d_scale_weight[c] = A(by_weight[c]);
+        d_scale_bias[c] = A(by_bias[c]);
+      }
     }
-  }
+  });
 }
 
 // dX, and the gradient of the center weight where there is one.
@@ -619,26 +658,27 @@ void ubn_backward_input(const Layer* layer, const T* x, const T* dy, const A* ke
   double* by_center = buffer.get<double>(C);
   std::memset(by_center, 0, C * sizeof(double));
   const A pixels = A(p.hw);
-  for (int64_t n = 0; n < B; n++)
-    for (int64_t c = 0; c < Cp; c++) {
-      const int64_t i = n * Cp + c;
-      A reaches = 0;
-      if (c < C) {
+  p.each_channels([&](int64_t c0, int64_t c1) {
+    for (int64_t n = 0; n < B; n++) {
+      for (int64_t c = c0; c < c1; c++) {
+        const int64_t i = n * Cp + c;
         const A center = l.center_weight ? l.center_weight[c] : A(0);
         // (1 + w_m) m - mu, as the forward pass rounds it
         const A centred = mean[i] + (center * mean[i] - mu[c]);
-        reaches = share > 0 ? (d_mean[c] + slope[c] * centred) * pixels : A(0);
+        A reaches = share > 0 ? (d_mean[c] + slope[c] * centred) * pixels : A(0);
         if (l.center_weight) {
           const A through = d_shift[i] + reaches;
           by_center[c] += through * mean[i];
           reaches += center * through;
         }
-        reaches += d_gap[i];
+        level[i] = (reaches + d_gap[i]) / pixels;
       }
-      level[i] = reaches / pixels;
+      if (c1 == C)
+        for (int64_t c = C; c < Cp; c++) level[n * Cp + c] = 0;
     }
-  if (l.center_weight)
-    for (int64_t c = 0; c < C; c++) d_center_weight[c] = A(by_center[c]);
+    if (l.center_weight)
+      for (int64_t c = c0; c < c1; c++) d_center_weight[c] = A(by_center[c]);
+  });
   p.each([&](int64_t n, int64_t c0, int64_t c1) {
     const int64_t at = n * Cp + c0;
     input(p, x, dy, dx, n, c0, c1, mean + at, scale + at, slope, level + at, share > 0, taps);

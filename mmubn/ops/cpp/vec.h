@@ -164,6 +164,24 @@ inline void store_some(T* p, typename Vec<A>::type v, int64_t n) {
   for (int64_t i = 0; i < n; i++) narrow(lanes[i], p[i]);
 #endif
 }
+// A whole vector or a part of one.
+template <class A, class T, int n>
+inline typename Vec<A>::type load_part(const T* p, Fixed<n>) {
+  return load_as<A>(p);
+}
+template <class A, class T>
+inline typename Vec<A>::type load_part(const T* p, int n) {
+  return load_some<A>(p, n);
+}
+template <class A, class T, int n>
+inline void store_part(T* p, typename Vec<A>::type v, Fixed<n>) {
+  store_as<A>(p, v);
+}
+template <class A, class T>
+inline void store_part(T* p, typename Vec<A>::type v, int n) {
+  store_some<A>(p, v, n);
+}
+
 template <class A>
 inline typename Vec<A>::type spread(A value) {
   return typename Vec<A>::type{} + value;
