@@ -9,6 +9,8 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 Step = Callable[[], Iterator[str]]
 Laps = Dict[str, float]  # phase -> milliseconds
@@ -157,6 +159,32 @@ def peak_bytes(step: Step, device: torch.device) -> Optional[int]:
         pass
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def launches(step: Step, device: torch.device) -> int:
+    """What one run of a step asks of the device, by torch's profiler.
+
+    Args:
+        step: The step.
+        device (torch.device): The device.
+
+    Returns:
+        int: Kernels, copies and fills on a CUDA device. On a CPU torch's operators that called
+        no other, views among them; code that is not torch's is not seen.
+    """
+    kinds = [ProfilerActivity.CPU]
+    if device.type == 'cuda':
+        kinds.append(ProfilerActivity.CUDA)
+        torch.cuda.synchronize()
+    with profile(activities=kinds) as seen:
+        for _ in step():
+            pass
+        if device.type == 'cuda':
+            torch.cuda.synchronize()
+    events = seen.events()
+    if device.type == 'cuda':
+        return sum(event.device_type == DeviceType.CUDA for event in events)
+    return sum(not event.cpu_children for event in events)
 
 
 def saved_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:

@@ -10,9 +10,10 @@ norms of a setting run in turn, round after round; times are medians, ratios are
 of the ratios within a round. Tables and goals go to stdout, progress to stderr, and each
 setting's rows to a CSV as it ends.
 
-The norms: bn is nn.BatchNorm2d; ubn chooses its backend itself, ubn_torch and ubn_triton
-name it, ubn_compiled is ubn_torch under torch.compile; literal is UBN's equations under
-autograd with the N x N matrix of similarities; rbn and bnet are the layers of that name.
+The norms: bn is nn.BatchNorm2d; ubn chooses its backend itself, ubn_torch, ubn_cpp and
+ubn_triton name it, ubn_compiled is ubn under torch.compile; literal is UBN's equations
+under autograd with the N x N matrix of similarities; rbn, bnet and iebn are the layers of
+that name.
 """
 
 import argparse
@@ -41,14 +42,18 @@ ROOT = Path(__file__).resolve().parents[1]
 Shape = Tuple[int, ...]
 
 BASE_SHAPES = [(32, 64, 56, 56), (32, 256, 14, 14), (128, 64, 32, 32), (2, 256, 100, 152)]
+# Small planes, and a layer in which only overhead is left.
+BASE_SHAPES += [(64, 512, 4, 4), (4, 16, 4, 4)]
 RESNET50_SHAPES = [(256, channels, side, side) for channels, side in RESNET50_LAYERS]
-# Norms, dtypes and layouts by default. On CUDA ubn is ubn_triton, on the CPU ubn_torch.
-NORMS_CPU = ['bn', 'ubn', 'literal', 'rbn', 'bnet']
-NORMS_CUDA = ['bn', 'ubn', 'ubn_torch', 'ubn_compiled', 'literal', 'rbn', 'bnet']
+# Norms, dtypes and layouts by default. On CUDA ubn is ubn_triton, on the CPU ubn_cpp.
+NORMS_CPU = ['bn', 'ubn', 'ubn_torch', 'literal', 'rbn', 'bnet', 'iebn']
+NORMS_CUDA = ['bn', 'ubn', 'ubn_torch', 'ubn_compiled', 'literal', 'rbn', 'bnet', 'iebn']
 NORMS_MODEL = ['bn', 'ubn', 'literal']
 MODEL_SHAPES = {
     ('resnet50', 'cuda'): (256, 3, 224, 224),
     ('resnet50', 'cpu'): (8, 3, 224, 224),
+    ('resnet18_small', 'cuda'): (128, 3, 32, 32),
+    ('resnet18_small', 'cpu'): (128, 3, 32, 32),
     ('mask_rcnn_r50', 'cuda'): (2, 3, 800, 1344),
     ('mask_rcnn_r50', 'cpu'): (1, 3, 320, 480),
 }
@@ -214,7 +219,7 @@ class Bench:
         forwards: Dict[str, Callable[[], torch.Tensor]],
         clock: object,
     ) -> List[Row]:
-        saved, peak = {}, {}
+        saved, peak, launches = {}, {}, {}
         for name in list(steps):
             self.progress(f'memory, {name}')
             try:
@@ -222,6 +227,7 @@ class Bench:
                     pass
                 peak[name] = measure.peak_bytes(steps[name], self.args.device)
                 saved[name] = measure.saved_bytes(forwards[name], modules[name])
+                launches[name] = measure.launches(steps[name], self.args.device)
             except torch.cuda.OutOfMemoryError:
                 print(f'{name}: out of memory, left out', file=sys.stderr)
                 del steps[name]
@@ -229,7 +235,7 @@ class Bench:
             return []
         warmup = WARMUP_MODEL if setting['model'] else WARMUP
         laps = measure.race(steps, clock, self.args.repeats, warmup, self.progress)
-        return make_rows(self.run, setting, laps, saved, peak)
+        return make_rows(self.run, setting, laps, saved, peak, launches)
 
 
 def _setting(model: str, shape: Shape, dtype: str, layout: str) -> Row:

@@ -17,7 +17,7 @@ COLUMNS = (
     *('date', 'commit', 'device', 'torch', 'triton', 'mmubn'),
     *('model', 'norm', 'shape', 'dtype', 'layout', 'what'),
     *('median_ms', 'p10_ms', 'p90_ms', 'ratio_bn', 'ratio_literal'),
-    *('saved_bytes', 'saved_ratio_bn', 'peak_bytes', 'rounds'),
+    *('saved_bytes', 'saved_ratio_bn', 'peak_bytes', 'launches', 'rounds'),
 )
 SETTING = ('model', 'shape', 'dtype', 'layout')
 TOTALS = ('both', 'step')
@@ -71,6 +71,7 @@ def make_rows(
     laps: Dict[str, List[Dict[str, float]]],
     saved: Optional[Dict[str, int]] = None,
     peak: Optional[Dict[str, Optional[int]]] = None,
+    launches: Optional[Dict[str, int]] = None,
 ) -> List[Row]:
     """Rows of one setting, a phase of a norm each, and the sum of its phases.
 
@@ -83,6 +84,7 @@ def make_rows(
         laps (dict): Norm -> the milliseconds of each phase, for each round.
         saved (dict, optional): Norm -> bytes kept for the backward pass.
         peak (dict, optional): Norm -> peak bytes, None where unknown.
+        launches (dict, optional): Norm -> of :func:`benchmark_measure.launches`.
 
     Returns:
         list[dict]: The rows.
@@ -101,6 +103,7 @@ def make_rows(
                     row[column] = f'{_quantile(ratios, 0.5):.4f}'
             if what in TOTALS:
                 row.update(_memory(norm, saved or {}, peak or {}))
+                row['launches'] = str((launches or {}).get(norm, ''))
             rows.append(row)
     return rows
 

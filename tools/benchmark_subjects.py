@@ -17,13 +17,15 @@ NORMS: Dict[str, Optional[dict]] = {
     'bn': None,
     'ubn': _UBN,
     'ubn_torch': dict(_UBN, backend='torch'),
+    'ubn_cpp': dict(_UBN, backend='cpp'),
     'ubn_triton': dict(_UBN, backend='triton'),
-    'ubn_compiled': dict(_UBN, backend='torch'),
+    'ubn_compiled': _UBN,
     'literal': _UBN,
     'rbn': dict(type='RBN'),
     'bnet': dict(type='BNET'),
+    'iebn': dict(type='IEBN'),
 }
-MODELS = ('resnet50', 'mask_rcnn_r50')
+MODELS = ('resnet50', 'resnet18_small', 'mask_rcnn_r50')
 
 
 class Literal(nn.Module):
@@ -116,9 +118,9 @@ def make_model(
     batch, _, height, width = shape
     torch.manual_seed(0)
     images = torch.rand(shape).to(device, memory_format=layout)
-    if kind == 'resnet50':
-        model = models.resnet50(weights=None)
-        labels = torch.randint(1000, (batch,)).to(device)
+    if kind != 'mask_rcnn_r50':
+        model = models.resnet50(weights=None) if kind == 'resnet50' else _resnet18_small(models)
+        labels = torch.randint(10, (batch,)).to(device)
 
         def loss(net: nn.Module) -> Tensor:
             return F.cross_entropy(net(images), labels)
@@ -136,6 +138,23 @@ def make_model(
             return sum(net(list(images), targets).values())
 
     return model.to(device, memory_format=layout).train(), loss
+
+
+def _resnet18_small(models) -> nn.Module:
+    """The network of configs/cifar10/resnet18_small_cifar10.py: 16 channels, no early strides."""
+    net = models.resnet18(weights=None, num_classes=10)
+    net.maxpool = nn.Identity()
+    net.conv1 = nn.Conv2d(3, 64, 3, padding=1)
+    for module in list(net.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, nn.BatchNorm2d(child.num_features // 4))
+            elif isinstance(child, nn.Conv2d):
+                inputs = 3 if child is net.conv1 else child.in_channels // 4
+                rest = child.kernel_size, child.stride, child.padding
+                setattr(module, name, nn.Conv2d(inputs, child.out_channels // 4, *rest, bias=False))
+    net.fc = nn.Linear(128, 10)
+    return net
 
 
 def _objects(height: int, width: int, device: torch.device, count: int = 8) -> Dict[str, Tensor]:

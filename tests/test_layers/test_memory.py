@@ -58,6 +58,21 @@ def ratio(make_model, loss):
     return measure.saved_bytes(lambda: loss(model), model) / bytes_bn
 
 
+@pytest.mark.newer_torch('torch.compile calls the step as one operator from torch 2.4 on')
+@pytest.mark.filterwarnings('ignore')
+def test_a_compiled_network_keeps_what_a_compiled_batch_norm_keeps():
+    """With the partition that Inductor takes, which decides what is saved and what is made anew."""
+    x = torch.randn(4, 8, 24, 24, requires_grad=True)
+
+    def kept(norm):
+        torch._dynamo.reset()
+        net = nn.Sequential(nn.Conv2d(8, 16, 3), norm, nn.ReLU(), nn.Conv2d(16, 8, 3))
+        compiled = torch.compile(net, backend='aot_eager_decomp_partition')
+        return measure.saved_bytes(lambda: compiled(x), net)
+
+    assert kept(mmubn.UBN(16)) <= 1.1 * kept(nn.BatchNorm2d(16))
+
+
 def test_resnet50_keeps_what_batch_norm_keeps():
     images = torch.randn(2, 3, 160, 160)
     found = ratio(torchvision.models.resnet50, lambda model: model(images).sum())
