@@ -66,9 +66,11 @@ struct Plan {
       : B(l.batch), C(l.channels), H(l.height), W(l.width), hw(H * W), Cp(padded(C)) {
     pixels = l.pixels;
     lanes = pixels || (hw <= SMALL_PLANE && 2 * C >= N);
-    // As many channels as leave a task for each of many threads: a task has things to set up.
-    const int64_t wanted = (16 + B - 1) / B;
+    // As many channels as leave a task for each of some threads: a task has things to set up, and
+    // pixels are read fastest with all their channels.
+    const int64_t wanted = ((pixels ? 4 : 16) + B - 1) / B;
     block = lanes ? padded((C + wanted - 1) / wanted) : std::max<int64_t>(1, C / wanted);
+    if (pixels) block = std::max<int64_t>(block, 4 * N);
     blocks = (C + block - 1) / block;
     // A task that takes less than waking a thread does is better done here.
     threads = int(std::min<int64_t>(l.threads, 1 + B * C * hw / 16384));
