@@ -30,8 +30,8 @@ class BNET(RectifiedBatchNorm, _BatchNorm):
         kernel_size (int): Odd k. Default: 3.
         kernel_init (str): ``'published'``, or ``'identity'``, which starts as
             BatchNorm. Default: ``'published'``.
-        backend (str): What runs the passes over X: ``'torch'``, ``'triton'``, or
-            ``'auto'``, Triton on a GPU where it can. Default: ``'auto'``.
+        backend (str): What makes a step: ``'auto'``, Triton on a GPU and compiled C++ on
+            a CPU where they can; ``'torch'``; ``'cpp'``; ``'triton'``. Default: ``'auto'``.
         device: As in ``nn.BatchNorm2d``.
         dtype: As in ``nn.BatchNorm2d``.
 

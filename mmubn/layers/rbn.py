@@ -25,8 +25,8 @@ class RBN(RectifiedBatchNorm, _BatchNorm):
         momentum (float, optional): As in ``nn.BatchNorm2d``. Default: 0.1.
         affine (bool): As in ``nn.BatchNorm2d``. Default: True.
         track_running_stats (bool): As in ``nn.BatchNorm2d``. Default: True.
-        backend (str): What runs the passes over X: ``'torch'``, ``'triton'``, or
-            ``'auto'``, Triton on a GPU where it can. Default: ``'auto'``.
+        backend (str): What makes a step: ``'auto'``, Triton on a GPU and compiled C++ on
+            a CPU where they can; ``'torch'``; ``'cpp'``; ``'triton'``. Default: ``'auto'``.
         device: As in ``nn.BatchNorm2d``.
         dtype: As in ``nn.BatchNorm2d``.
 

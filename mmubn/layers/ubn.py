@@ -83,8 +83,8 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
             Default: True.
         scale (bool): Whether to calibrate the scaling with ``scale_weight`` and
             ``scale_bias``. Default: True.
-        backend (str): What runs the passes over X: ``'torch'``, ``'triton'``, or
-            ``'auto'``, Triton on a GPU where it can. Default: ``'auto'``.
+        backend (str): What makes a step: ``'auto'``, Triton on a GPU and compiled C++ on
+            a CPU where they can; ``'torch'``; ``'cpp'``; ``'triton'``. Default: ``'auto'``.
         device: As in ``nn.BatchNorm2d``.
         dtype: As in ``nn.BatchNorm2d``.
 
