@@ -32,6 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import IEBN
+from ..ops import Buffers, Parameters, Settings
+from ..ops import backend as backends
+from ..ops.interface import Backend
 from ..ops.utils import tracing
 
 
@@ -179,9 +182,18 @@ class InferenceNorm(nn.Module):
             ('bias', bias, (1, -1, 1, 1)),
         ):
             self.register_buffer(name, None if value is None else value.to(dtype).view(shape))
+        # What says to a backend that mu is in the offset and sigma^2 is 1.
+        like = taps.new_ones(len(taps), dtype=dtype)
+        self.register_buffer('_ones', like, persistent=False)
+        self.register_buffer('_zeros', torch.zeros_like(like), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:  # BatchNorm's name, which some give
         v = input
+        # A backend's convolution is faster than torch's; what is left otherwise is made in place.
+        if self.affine is not None and not tracing() and v.numel() and not v.requires_grad:
+            backend = backends.choose('auto', v, self.affine.kernel_size[0])
+            if backend is not backends.TORCH:
+                return self._by(backend, v)
         in_place = self.owns_input and not v.requires_grad
         pooled = _pool(v)
         factor, shift = self.weight, self.shift_bias
@@ -202,6 +214,25 @@ class InferenceNorm(nn.Module):
         if self.bias is None:
             return v
         return v.add_(self.bias) if in_place else v + self.bias
+
+    @torch.no_grad()
+    def _by(self, backend: Backend, v: Tensor) -> Tensor:
+        """In one call of a backend's own code: as a step of UBN in evaluation."""
+
+        def channels(value: Optional[Tensor]) -> Optional[Tensor]:
+            return None if value is None else value.view(-1)
+
+        parameters = Parameters(
+            weight=self._ones if self.weight is None else channels(self.weight),
+            kernel=self.affine.weight,
+            bias=self.affine.bias,
+            center_weight=None if self.shift_weight is None else -channels(self.shift_weight),
+            scale_weight=channels(self.scale_weight),
+            scale_bias=channels(self.scale_bias),
+        )
+        mean = self._zeros if self.shift_bias is None else self.shift_bias
+        settings = Settings(eps=0.0, training=False, scale_from_input=True)
+        return backend.normalize(v, None, None, parameters, Buffers(mean, self._ones), settings)[0]
 
     def extra_repr(self) -> str:
         """What is computed of each image."""
