@@ -8,6 +8,7 @@ from mmubn.layers import UBN
 from mmubn.ops import Buffers, Parameters, Settings, mean_cosine_similarity
 from mmubn.ops.backend import TORCH, TRITON
 
+pytest.importorskip('triton', minversion='3.3')
 pytest.importorskip('mmubn.ops.triton_kernels', exc_type=ImportError)
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 

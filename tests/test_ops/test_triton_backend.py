@@ -14,6 +14,7 @@ from mmubn.layers import BNET, IEBN, RBN, UBN, SyncUBN
 from mmubn.ops import Buffers, Parameters, Settings, reference, triton_backend
 from mmubn.ops.backend import TORCH, TRITON
 
+pytest.importorskip('triton', minversion='3.3')
 kernels = pytest.importorskip('mmubn.ops.triton_kernels', exc_type=ImportError)
 
 pytestmark = pytest.mark.usefixtures('on_kernel_device')
