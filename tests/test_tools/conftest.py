@@ -18,9 +18,11 @@ def project(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def fails(capsys):
-    """Runs a tool that must fail; returns the last line it writes to stderr."""
+def fails(capsys, tmp_path, monkeypatch):
+    """Runs a tool that must fail in a folder of its own; returns the last line it writes to stderr."""
     from tiny_project import load_tool
+
+    monkeypatch.chdir(tmp_path)
 
     def run(tool: str, *argv: str) -> str:
         with pytest.raises(SystemExit) as caught:
