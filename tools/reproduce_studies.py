@@ -136,7 +136,7 @@ def _cifar(folder: Path, kind: str, split: str) -> Tuple[list, list]:
 STUDIES: Dict[str, Study] = {
     'batches-of-two': Study(
         seeds=5,
-        grid={LEARNING_RATE: (0.003, 0.01, 0.03, 0.1)},
+        grid={LEARNING_RATE: (0.001, 0.003, 0.01, 0.03)},
         metric='bbox_AP',
         validation={
             'val_dataloader.dataset.ann_file': 'annotations/instances_val.json',
