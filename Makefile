@@ -91,11 +91,11 @@ test-slow: env
 	"$(BIN)/python" -m pytest -m slow
 
 # The fast tests on the oldest torch that the package takes, with the upstream packages, whose mmengine
-# finds no configs in a package that is linked in.
+# finds no configs in a package that is linked in; so it must not be the checkout's that is imported.
 test-oldest:
 	@cmp -s tests/requirements-oldest.txt "$(OLDEST)/requirements.txt" || $(MAKE) --no-print-directory oldest
 	@"$(OLDEST)/bin/pip" install --quiet --no-build-isolation --no-deps --force-reinstall . ./tools/mmcv_ops
-	"$(OLDEST)/bin/python" -m pytest -m 'not slow'
+	"$(OLDEST)/bin/pytest" -m 'not slow'
 
 oldest:
 	$(PYTHON) -m venv "$(OLDEST)"

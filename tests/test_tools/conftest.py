@@ -19,7 +19,7 @@ def project(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def fails(capsys, tmp_path, monkeypatch):
-    """Runs a tool that must fail in a folder of its own; returns the last line it writes to stderr."""
+    """Runs a tool that must fail, in an empty folder; returns its last line on stderr."""
     from tiny_project import load_tool
 
     monkeypatch.chdir(tmp_path)

@@ -138,14 +138,14 @@ def test_the_checkpoint_is_an_argument_and_in_no_record(stages):
 
 
 def test_a_failed_point_loses_and_is_told(stages, capsys):
-    stages.value_of = lambda job: None if rate(job) == 0.1 else 100 * (1 - rate(job))
+    stages.value_of = lambda job: None if rate(job) == 0.03 else 100 * (1 - rate(job))
     with pytest.raises(SystemExit):
         run_two()
-    assert {rate(job) for job in stages.calls[2]} == {0.003}
-    assert 'lr=0.1/seed0: diverged' in capsys.readouterr().err
+    assert {rate(job) for job in stages.calls[2]} == {0.001}
+    assert 'lr=0.03/seed0: diverged' in capsys.readouterr().err
     text = Path('runs/report/report.md').read_text()
-    assert '| BN | lr 0.003 (at the edge of the grid) | lr 0.003: 99.70; ' in text
-    assert 'lr 0.1: no result |' in text
+    assert '| BN | lr 0.001 (at the edge of the grid) | lr 0.001: 99.90; ' in text
+    assert 'lr 0.03: no result |' in text
 
 
 def test_without_a_single_result_it_stops(stages, capsys):
@@ -179,9 +179,8 @@ def test_report_and_table_of_the_tuning(stages):
     reproduce.main(['report', *TWO, '--out', 'out'])
     text = Path('out/report.md').read_text()
     assert '- pretraining with BN: top1 40.00' in text
-    assert (
-        '| BN | lr 0.01 | lr 0.003: 40.00; lr 0.01: 60.00; lr 0.03: 40.00; lr 0.1: 40.00 |' in text
-    )
+    grid = 'lr 0.001: 40.00; lr 0.003: 40.00; lr 0.01: 60.00; lr 0.03: 40.00'
+    assert f'| BN | lr 0.01 | {grid} |' in text
     with Path('out/tuning.csv').open(newline='') as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 6 * 4
