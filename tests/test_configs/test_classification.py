@@ -16,11 +16,10 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-import mmubn
 from mmubn.cli.data_root import set_data_root
 
 pytest.importorskip('mmpretrain')
-CONFIGS = Path(mmubn.__file__).parents[1] / 'configs'
+CONFIGS = Path(__file__).parents[2] / 'configs'
 
 # Norm layers and millions of parameters of each network with BN.
 NETWORKS = {
