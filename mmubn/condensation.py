@@ -30,7 +30,7 @@ def record_condensation(model: nn.Module, layers: str = '') -> Iterator['Condens
     Raises:
         ValueError: No layer to measure.
 
-    Example:
+    Examples:
         >>> with mmubn.record_condensation(model, 'layer4') as rec:
         ...     model(images)
         >>> rec.to_dict()['layer4.1.bn2']['input']

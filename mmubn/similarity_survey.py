@@ -188,7 +188,7 @@ def survey_similarity(
 
     Source: UBN (arXiv 2311.15993), Definition 1 and Eq. 3; the survey is ours.
 
-    Example:
+    Examples:
         >>> print(mmubn.survey_similarity(model, train_loader))
     """
     seen: Dict[str, List[float]] = {}

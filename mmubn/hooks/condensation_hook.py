@@ -78,7 +78,7 @@ class CondensationHook(Hook):
 
     Source: UBN (arXiv 2311.15993), Definition 1, section 3.2 and Appendix A.
 
-    Example:
+    Examples:
         >>> custom_hooks = [dict(type='CondensationHook')]
     """
 

@@ -22,7 +22,7 @@ class EpochSeedHook(Hook):
     An iteration-based loop is one long epoch: its resumed run sees the same samples in
     the same order, and draws other augmentations.
 
-    Example:
+    Examples:
         >>> custom_hooks = [dict(type='EpochSeedHook')]
         >>> randomness = dict(seed=0)
     """

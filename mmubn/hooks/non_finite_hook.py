@@ -41,7 +41,7 @@ class NonFiniteHook(Hook):
         FloatingPointError: In training, with what the log says.
         ValueError: A setting out of range.
 
-    Example:
+    Examples:
         >>> custom_hooks = [dict(type='NonFiniteHook', action='skip')]
     """
 

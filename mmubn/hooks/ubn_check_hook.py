@@ -26,7 +26,7 @@ class UBNCheckHook(Hook):
     Raises:
         RuntimeError: The layers that the config asks for are not in the model.
 
-    Example:
+    Examples:
         >>> custom_hooks = [dict(type='UBNCheckHook')]
     """
 

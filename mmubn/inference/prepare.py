@@ -70,7 +70,7 @@ def prepare_for_inference(
             prepared already, on several devices, or has no such layer; the example inputs
             are on another device.
 
-    Example:
+    Examples:
         >>> prepared = mmubn.prepare_for_inference(model.eval())
         >>> print(*prepared.inference_report, sep='\n')
     """

@@ -32,8 +32,8 @@ class BNET(RectifiedBatchNorm, _BatchNorm):
             BatchNorm. Default: ``'published'``.
         backend (str): What makes a step: ``'auto'``, Triton on a GPU and compiled C++ on
             a CPU where they can; ``'torch'``; ``'cpp'``; ``'triton'``. Default: ``'auto'``.
-        device: As in ``nn.BatchNorm2d``.
-        dtype: As in ``nn.BatchNorm2d``.
+        device (torch.device, optional): As in ``nn.BatchNorm2d``.
+        dtype (torch.dtype, optional): As in ``nn.BatchNorm2d``.
 
     Shape:
         - Input: (N, C, H, W). Output: the same.

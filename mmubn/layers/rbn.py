@@ -27,8 +27,8 @@ class RBN(RectifiedBatchNorm, _BatchNorm):
         track_running_stats (bool): As in ``nn.BatchNorm2d``. Default: True.
         backend (str): What makes a step: ``'auto'``, Triton on a GPU and compiled C++ on
             a CPU where they can; ``'torch'``; ``'cpp'``; ``'triton'``. Default: ``'auto'``.
-        device: As in ``nn.BatchNorm2d``.
-        dtype: As in ``nn.BatchNorm2d``.
+        device (torch.device, optional): As in ``nn.BatchNorm2d``.
+        dtype (torch.dtype, optional): As in ``nn.BatchNorm2d``.
 
     Shape:
         - Input: (N, C, H, W). Output: the same.

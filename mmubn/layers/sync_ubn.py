@@ -37,7 +37,8 @@ class SyncUBN(UBN, _BatchNorm):
     results to take.
 
     Args:
-        process_group: As in ``nn.SyncBatchNorm``. Default: all processes.
+        process_group (torch.distributed.ProcessGroup, optional): As in
+            ``nn.SyncBatchNorm``. Default: all processes.
 
     The other arguments, the shapes and what is raised are UBN's.
 
@@ -45,7 +46,7 @@ class SyncUBN(UBN, _BatchNorm):
     combination of the variances is Chan et al., "Updating formulae and a pairwise
     algorithm for computing sample variances", 1979.
 
-    Example:
+    Examples:
         >>> norm_cfg = dict(type='SyncUBN', fct=0.15)
     """
 

@@ -85,8 +85,8 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
             ``scale_bias``. Default: True.
         backend (str): What makes a step: ``'auto'``, Triton on a GPU and compiled C++ on
             a CPU where they can; ``'torch'``; ``'cpp'``; ``'triton'``. Default: ``'auto'``.
-        device: As in ``nn.BatchNorm2d``.
-        dtype: As in ``nn.BatchNorm2d``.
+        device (torch.device, optional): As in ``nn.BatchNorm2d``.
+        dtype (torch.dtype, optional): As in ``nn.BatchNorm2d``.
 
     Shape:
         - Input: (N, C, H, W), any float dtype and memory format; statistics are
@@ -105,7 +105,7 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
     Source: arXiv 2311.15993, sections 3.3.1 to 3.3.3. The initial values of the
     rectifications are those of RBN (CVPR 2021), the identity kernel is ours.
 
-    Example:
+    Examples:
         >>> norm = UBN(64, fct=0.15)
         >>> y = norm(torch.randn(8, 64, 32, 32))
     """
