@@ -1,9 +1,10 @@
-# make demo | compare | demo-cls | test | test-slow | test-oldest | gpu-check | lint | doctor | env.
+# make demo | compare | demo-cls | test | test-slow | test-oldest | gpu-check | lint | docs | doctor | env.
 # Everything runs in one virtual environment, built on first use and again when requirements.txt
 # changes; VENV=... puts it elsewhere. Nothing is compiled, unless OPS=1 asks for mmcv's own operators;
 # OPS=0 goes back.
 VENV ?= .venv
 OLDEST ?= .venv-oldest
+DOCS ?= .venv-docs
 PYTHON ?= python3.11
 NORM ?= ubn
 BIN := $(VENV)/bin
@@ -13,8 +14,8 @@ OPS ?= $(or $(shell cut -c 1 "$(VENV)/operators" 2>/dev/null),0)
 OPERATORS = $(OPS) $(shell grep -E '^(onedl-mmcv|torch)==' requirements.txt)
 $(if $(filter 0 1,$(OPS)),,$(error OPS=$(OPS): 1 compiles the operators of mmcv, 0 takes those of torchvision))
 
-.PHONY: env install operators operators-0 operators-1 oldest doctor
-.PHONY: demo compare demo-cls test test-slow test-oldest gpu-check lint clean
+.PHONY: env install operators operators-0 operators-1 oldest docs-env doctor
+.PHONY: demo compare demo-cls test test-slow test-oldest gpu-check lint docs clean
 
 # The package itself is linked in every time: another checkout may share the environment.
 env:
@@ -112,5 +113,15 @@ lint: env
 	"$(BIN)/ruff" check .
 	"$(BIN)/ruff" format --check .
 
+# The site, into site/. Its environment is small: the code is read, not imported.
+docs:
+	@cmp -s docs/requirements.txt "$(DOCS)/requirements.txt" || $(MAKE) --no-print-directory docs-env
+	NO_MKDOCS_2_WARNING=1 "$(DOCS)/bin/mkdocs" build --strict
+
+docs-env:
+	$(PYTHON) -m venv "$(DOCS)"
+	"$(DOCS)/bin/pip" install --quiet -r docs/requirements.txt
+	cp docs/requirements.txt "$(DOCS)/requirements.txt"
+
 clean:
-	rm -rf build dist *.egg-info work_dirs data/scenes
+	rm -rf build site dist *.egg-info work_dirs data/scenes

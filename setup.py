@@ -39,6 +39,15 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     python_requires='>=3.9',
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Science/Research',
+        'Operating System :: POSIX :: Linux',
+        'Programming Language :: Python :: 3',
+        'Programming Language :: Python :: 3.11',  # the one that is tested
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    ],
+    keywords='batch normalization, PyTorch, MMDetection, MMPretrain, OpenMMLab',
     packages=find_packages(include=['mmubn', 'mmubn.*']),
     package_data={'mmubn.ops': ['cpp/*']},
     install_requires=['torch>=2.1'],

@@ -25,12 +25,12 @@ def record_condensation(model: nn.Module, layers: str = '') -> Iterator['Condens
             match somewhere. Default: every batch norm.
 
     Yields:
-        CondensationRecorder: What is seen, also after the context is left.
+        CondensationRecorder: Holds what is seen, also after the context has ended.
 
     Raises:
         ValueError: No layer to measure.
 
-    Example:
+    Examples:
         >>> with mmubn.record_condensation(model, 'layer4') as rec:
         ...     model(images)
         >>> rec.to_dict()['layer4.1.bn2']['input']
@@ -53,13 +53,14 @@ class CondensationRecorder:
     .. math::
         s = \operatorname{mean}_{i \ne j} \cos(\mathrm{vec} X_i, \mathrm{vec} X_j),
 
-    here of the input and of the output of every ``_BatchNorm`` (BN, SyncBN, UBN, ...)
-    that :meth:`attach` puts a forward hook on. A layer that is called several times
-    averages over its calls, a checkpointed segment counts once, and a call whose
+    It is measured of the input and of the output of every ``_BatchNorm`` (BN, SyncBN,
+    UBN, ...), by a forward hook that :meth:`attach` adds. If a layer is called several
+    times, the mean is over its calls. A checkpointed segment counts once. A call whose
     similarity is undefined (one sample, features that are not finite) does not count.
     Passes through a compiled model are not seen.
-    The hooks read the features outside the graph, write nothing to the model and
-    draw no random numbers; sums stay on the device until they are asked for.
+
+    The hooks read the features outside the graph, write nothing to the model and draw no
+    random numbers. Sums stay on the device until :meth:`state` is called.
 
     Args:
         model (nn.Module): The model that holds the layers.
@@ -87,7 +88,7 @@ class CondensationRecorder:
         self._handles: List[Any] = []
 
     def attach(self) -> None:
-        """Starts to watch; one that watches already goes on."""
+        """Starts to watch, or continues if it already does."""
         self.detach()
         for name, module in self.layers.items():
             self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))

@@ -26,27 +26,29 @@ def convert_norm(
 ) -> nn.Module:
     """Replaces a model's norm layers in place, such that its output in evaluation stays the same.
 
-    From BatchNorm2d and SyncBatchNorm to UBN, SyncUBN, RBN, BNET or IEBN: weights and
-    running statistics are kept as if a checkpoint of BatchNorm were loaded. The fused norm
-    and activation layers of timm (``BatchNormAct2d`` and its like) keep their drop and
-    activation. From those layers back to ``BN``: only where BatchNorm can give the same
-    output. From UBN to SyncUBN and back: with all that the layer holds.
+    - From BatchNorm2d and SyncBatchNorm to UBN, SyncUBN, RBN, BNET or IEBN: weights and
+      running statistics are kept as if a checkpoint of BatchNorm were loaded. The fused
+      norm and activation layers of timm (such as ``BatchNormAct2d``) keep their drop and
+      activation.
+    - From those types back to ``BN``: only if BatchNorm can give the same output.
+    - From UBN to SyncUBN and back: everything that the layer holds is kept.
 
-    Parameters and buffers that keep their value are the very same tensors, so they keep
-    dtype, device, ``requires_grad``, gradient and whoever shares them; a weight that takes
-    another value keeps all but the gradient. What BatchNorm has not takes dtype, device and
-    ``requires_grad`` from the weight. The training mode, hooks and settings that
-    ``norm_cfg`` does not name (eps, momentum, …) are those of the layer replaced. Build the
-    optimizer afterwards: there are new parameters. One log line says what was replaced, and
-    why each other norm layer was not.
+    Parameters and buffers that keep their value are the very same tensors. So they keep
+    dtype, device, ``requires_grad`` and gradient, and stay shared with other layers. A
+    weight that takes another value keeps all of these but the gradient. Parameters that
+    BatchNorm does not have take dtype, device and ``requires_grad`` from the weight. The
+    training mode, hooks and settings that ``norm_cfg`` does not name (eps, momentum, …) are
+    those of the old layer. Build the optimizer afterwards, because there are new
+    parameters. One log line says what was replaced, and why each other norm layer was not.
 
     Args:
         model (nn.Module): Any model, or a norm layer itself.
         norm_cfg (dict): ``dict(type='UBN', fct=0.15)``, as in an OpenMMLab config; type
-            is one of UBN, SyncUBN, RBN, BNET, IEBN and BN. ``requires_grad``, where it is
-            there, is set on all parameters of the new layers.
+            is one of UBN, SyncUBN, RBN, BNET, IEBN and BN. ``requires_grad``, if given, is
+            set on all parameters of the new layers.
         include (str | Sequence[str]): Shell patterns of module names, such as
-            ``'layer[34].*'``; what matches none is left alone. Default: ``'*'``.
+            ``'layer[34].*'``. A layer that matches no pattern is left alone.
+            Default: ``'*'``.
         exclude (str | Sequence[str]): Shell patterns of module names to leave alone.
             Default: none.
 
@@ -54,11 +56,11 @@ def convert_norm(
         nn.Module: ``model``, or the new layer where ``model`` is a norm layer itself.
 
     Raises:
-        TypeError: ``norm_cfg`` is no dict; a setting that the type does not know.
-        ValueError: A type or pattern that names nothing; no layer to replace, with the
-            reason for each; a layer whose output BatchNorm cannot give, named with the
-            reason; a setting with which the new layer cannot hold what the old one does; a
-            weight that would change and belongs to another layer, too. The model is then
+        TypeError: ``norm_cfg`` is not a dict; the type does not know a setting.
+        ValueError: A type or pattern names nothing; no layer can be replaced, with the
+            reason for each; BatchNorm cannot give the output of a layer, with its name and
+            the reason; with a setting the new layer cannot hold what the old one does; a
+            weight would change and belongs to another layer too. The model is then
             as it was.
     """
     if not isinstance(norm_cfg, dict):

@@ -18,14 +18,15 @@ THRESHOLDS = tuple(step / 20 for step in range(1, 11))  # 0.05, 0.1, ... 0.5
 
 @dataclass(frozen=True)
 class LayerSimilarity:
-    """What was seen of the input of one norm layer.
+    """The similarity of the input of one norm layer.
 
     Attributes:
         layer (str): Its name in the model.
         type (str): Its class.
-        similarity (float): Mean over the batches (a run's last epoch); NaN where none
-            is defined.
-        lowest, highest (float): Of the batches (of a run's epochs).
+        similarity (float): Mean over the batches; of a run, over the last epoch. NaN if
+            it is not defined for any.
+        lowest (float): Lowest of the batches; of a run, of the epochs.
+        highest (float): Highest of the same.
     """
 
     layer: str
@@ -35,19 +36,20 @@ class LayerSimilarity:
     highest: float
 
     def is_shut(self, threshold: float) -> bool:
-        """Whether UBN's gate would be shut: its running similarity tends to this mean."""
+        """Whether UBN's gate would be shut, as its running similarity tends to this mean."""
         return self.similarity <= threshold
 
 
 @dataclass(frozen=True)
 class SimilaritySurvey:
-    """The similarities of a model's norm layers, and what thresholds make of them.
+    """The similarities of a model's norm layers, and which gates a threshold would shut.
 
     Attributes:
         layers (list[LayerSimilarity]): In the model's order.
         source (str): What was measured.
-        thresholds (tuple[float, ...]): Those that the table asks about, ascending.
-        held (int): Layers in evaluation mode while the model trained, which use no gate.
+        thresholds (tuple[float, ...]): The thresholds of the table, ascending.
+        held (int): Number of layers in evaluation mode while the model trained. They use
+            no gate.
     """
 
     layers: List[LayerSimilarity]
@@ -71,7 +73,7 @@ class SimilaritySurvey:
         return next((t for t in self.thresholds if len(self.shut(t)) > half), None)
 
     def warnings(self) -> List[str]:
-        """What to mind before training, a line each."""
+        """What to consider before training, one line each."""
         found = []
         most = self.most_shut_from
         if most is not None:
@@ -91,7 +93,7 @@ class SimilaritySurvey:
         return found
 
     def __str__(self) -> str:
-        """The table: a line a layer, `x` where the gate would be shut; then the warnings."""
+        """The table, one line per layer, with `x` where the gate would be shut; the warnings."""
         width = max(len(layer.layer) for layer in self.layers)
         columns = ''.join(f'{t:>6g}' for t in self.thresholds)
         lines = [
@@ -119,7 +121,8 @@ class SimilaritySurvey:
         """Draws the similarity of each layer, with its range, against the thresholds.
 
         Args:
-            path (str | Path): Of the picture; its suffix is the format. Needs matplotlib.
+            path (str | Path): File of the picture; its suffix gives the format. Needs
+                matplotlib.
         """
         from matplotlib.figure import Figure
 
@@ -165,15 +168,15 @@ def survey_similarity(
     .. math::
         s = \operatorname{mean}_{i \ne j} \cos(\mathrm{vec} X_i, \mathrm{vec} X_j),
 
-    so its gate would be shut at every threshold from that on. Similarities move in
-    training: those of a trained network, with any batch norm, tell more than those of
-    initial weights. Take the batch size of the training: smaller batches scatter more.
+    so its gate would be shut at every threshold that is not below this mean. Similarities
+    move in training: those of a trained network, with any batch norm, tell more than those
+    of initial weights. Use the batch size of the training: smaller batches scatter more.
 
     Args:
         model (nn.Module): With BatchNorm, UBN or any other ``_BatchNorm``.
         batches (Iterable): A loader of the training data.
-        num_batches (int): How many of them to take at most. Default: 20.
-        thresholds (Sequence[float]): To report on. Default: 0.05, 0.1, ... 0.5.
+        num_batches (int): Largest number of batches to take. Default: 20.
+        thresholds (Sequence[float]): Thresholds to report on. Default: 0.05, 0.1, ... 0.5.
         forward (Callable, optional): ``forward(model, batch)`` runs the model. Default:
             ``model(batch)``, or ``model(batch[0])`` of a tuple or list, on the device of
             the parameters.
@@ -188,7 +191,7 @@ def survey_similarity(
 
     Source: UBN (arXiv 2311.15993), Definition 1 and Eq. 3; the survey is ours.
 
-    Example:
+    Examples:
         >>> print(mmubn.survey_similarity(model, train_loader))
     """
     seen: Dict[str, List[float]] = {}

@@ -27,58 +27,57 @@ class CondensationHook(Hook):
     Two measurements, of the input and of the output of each layer:
 
     - ``train``: training batches, every ``interval`` iterations from the first of an
-      epoch on, averaged over the epoch;
+      epoch, averaged over the epoch;
     - ``fixed``: one random batch that stays the same, in evaluation mode, before the
-      first and at the end of every epoch, as in the paper's Appendix A. Its samples
-      come from the validation set, where there is one, and from a copy of the training
-      set otherwise; their images are padded alike. Where every layer sits in the
-      backbone or the neck, only those run.
+      first epoch and at the end of each, as in the paper's Appendix A. Its samples come
+      from the validation set if there is one, and otherwise from a copy of the training
+      set. All its images are padded to one size. If every layer is in the backbone or
+      the neck, only these run.
 
-    An iteration-based loop has no epochs; what is said of their ends then holds for
-    every ``val_interval`` iterations and for the last.
+    An iteration-based loop has no epochs. There, every ``val_interval``-th iteration and
+    the last one count as the end of an epoch.
 
     Both go to the visualizer as means over groups of layers (``condensation/<first two
-    parts of the layer's parent>/<where>``, over iterations) and to ``condensation.csv``
-    in the work dir, layer by layer, with the columns
+    parts of the layer's parent>/<where>``, over iterations). They also go to
+    ``condensation.csv`` in the work directory, layer by layer, with the columns
 
-    - ``epoch``, ``iter``: finished ones, 0 before the first;
+    - ``epoch``, ``iter``: the number finished, 0 before the first;
     - ``layer``, ``type``: its name in the model and its class;
     - ``where``: ``train/input``, ``train/output``, ``fixed/input`` or ``fixed/output``;
-    - ``similarity``: empty where undefined (layer not called, single samples);
+    - ``similarity``: empty if undefined (layer not called, single samples);
     - ``running_similarity``: of a layer with a gate (UBN), empty for others;
     - ``batch_statistics_used``: the share of the measured training steps that
-      normalised with batch statistics (gate open); empty without a gate and for
-      ``fixed``, since evaluation always uses the running ones.
+      normalised with batch statistics (gate open). It is empty without a gate, and for
+      ``fixed``, because evaluation always uses the running statistics.
 
-    The log gets one line an epoch: how many layers are condensed and which gates
-    changed; a gate counts as open where batch statistics were used in at least half of
-    the measured steps.
+    The log gets one line per epoch: how many layers are condensed, and which gates
+    changed. A gate counts as open if batch statistics were used in at least half of the
+    measured steps.
 
-    With several processes everything is averaged over them. A resumed run goes on after
-    the rows up to its checkpoint. Rows that a run does not go on from, those of another
-    training in the same work directory too, are kept in a file
-    ``condensation_<time>.csv`` of their own, and the log says so. Weights, buffers and
-    the state of the random generators are those of a training without the hook; the
-    trained weights are measured, not their EMA. Under ``torch.compile`` the training
-    batches go unseen.
+    With several processes, everything is averaged over them. A resumed run keeps the rows
+    up to its checkpoint and continues after them. All other rows, also those of another
+    training in the same work directory, are kept in a file ``condensation_<time>.csv``,
+    and the log says so. Weights, buffers and the state of the random generators are those
+    of a training without the hook. The trained weights are measured, not their EMA. Under
+    ``torch.compile`` the training batches are not seen.
 
     Args:
         layers (str): Regular expression that the names of the layers to measure match
             somewhere. Default: every batch norm.
-        interval (int): Measured training batches lie this many iterations apart.
+        interval (int): Number of iterations from one measured training batch to the next.
             Default: 20.
         fixed_samples (int): Size of the fixed batch, which goes through the model at
-            once: fewer where memory is short; 0 for none. Default: 32.
+            once. Take fewer if memory is short, 0 for no fixed batch. Default: 32.
         threshold (float): Similarity of ``fixed/input`` (``train/input`` without fixed
             batch) above which the log calls a layer condensed. Default: 0.3.
-        seed (int): Of the choice of the fixed batch. Default: 0.
+        seed (int): Seed for the choice of the fixed batch. Default: 0.
 
     Raises:
         ValueError: A setting out of range, or no layer to measure.
 
     Source: UBN (arXiv 2311.15993), Definition 1, section 3.2 and Appendix A.
 
-    Example:
+    Examples:
         >>> custom_hooks = [dict(type='CondensationHook')]
     """
 
@@ -158,7 +157,7 @@ class CondensationHook(Hook):
         self._recorder.detach()
         if batch_idx % self.interval == 0:
             seen = _summed(self._recorder)
-            # What layers are at the moment of the record is no sum over iterations.
+            # This is a state at the time of the record, not a sum over iterations.
             seen[:, QUANTITIES.index('running_similarity')] = 0
             self._seen += seen
             self._recorder.reset()

@@ -10,19 +10,21 @@ from mmengine.runner import set_random_seed
 class EpochSeedHook(Hook):
     """Seeds anew before every epoch, so that a resumed run draws what the undisturbed one drew.
 
-    A checkpoint of mmengine holds weights, optimizer and schedule, and its samplers
-    are seeded by the number of the epoch; the state of the random generators, which
-    augmentation and the sampling of proposals draw from, is lost with the process.
-    Here those of Python, NumPy and PyTorch get a seed made of ``randomness.seed`` and
-    the iteration before every epoch, in this process and in the workers of the
-    training dataloader, which start anew for that (``persistent_workers`` would carry
-    their generators on). With it a run that resumes at the end of an epoch ends, on
-    one process and deterministic kernels, with the very weights of an undisturbed run.
+    A checkpoint of mmengine holds weights, optimizer and schedule, and its samplers are
+    seeded by the number of the epoch. But augmentation and the sampling of proposals draw
+    from random generators, whose state is lost with the process.
 
-    An iteration-based loop is one long epoch: its resumed run sees the same samples in
+    Before every epoch this hook seeds the generators of Python, NumPy and PyTorch from
+    ``randomness.seed`` and the iteration. It does so in this process and in the workers
+    of the training dataloader. The workers are started again for that, because
+    ``persistent_workers`` would keep their generators. So a run that resumes at the end of
+    an epoch ends with the same weights as a run without a break, on one process with
+    deterministic kernels.
+
+    An iteration-based loop is one long epoch. A resumed run then sees the same samples in
     the same order, and draws other augmentations.
 
-    Example:
+    Examples:
         >>> custom_hooks = [dict(type='EpochSeedHook')]
         >>> randomness = dict(seed=0)
     """

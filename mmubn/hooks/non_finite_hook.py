@@ -18,30 +18,30 @@ _SHOWN_IMAGES = 4
 class NonFiniteHook(Hook):
     """Keeps NaN and infinity out of the weights, and names the layer that first saw them.
 
-    Looks at the gradients between backward and the step of the optimizer. Where one is
-    not finite, the batch goes through the model once more, layer by layer, and the log
-    tells which losses are not finite, which layer's output was the first and whether
-    its input, its weights or itself is at fault, and the files of the images. Then the
-    training stops before the step, or skips it.
+    The hook looks at the gradients between the backward pass and the optimizer's step. If
+    one is not finite, the batch goes through the model once more. The log then names the
+    losses that are not finite, the first layer with such output, whether its input, its
+    weights or the layer itself is at fault, and the files of the images. Then the training
+    stops before the step, or skips it.
 
-    The gradients of several processes are the same, so all of them decide alike,
-    without a collective. Mixed precision skips steps of its own, when it tries a loss
-    scale: those count only where a loss is not finite either.
+    All processes have the same gradients, so all decide the same, without a collective.
+    Mixed precision skips steps itself, when it tries a loss scale. Such a step counts only
+    if a loss is not finite either.
 
     A skipped batch leaves weights, optimizer and the running statistics of
-    :class:`mmubn.UBN` as they were. A plain BatchNorm has taken NaN into its running
-    statistics by then.
+    :class:`mmubn.UBN` as they were. The running statistics of a plain BatchNorm already
+    have the NaN.
 
     Args:
         action (str): ``'stop'`` or ``'skip'``. Default: ``'stop'``.
-        max_skips (int): Steps skipped in a row after which the training stops all the
-            same: weights that give NaN for every batch do not recover. Default: 10.
+        max_skips (int): Number of steps skipped in a row after which the training stops
+            anyway: weights that give NaN for every batch do not recover. Default: 10.
 
     Raises:
-        FloatingPointError: In training, with what the log says.
+        FloatingPointError: In training; the message has what is described above.
         ValueError: A setting out of range.
 
-    Example:
+    Examples:
         >>> custom_hooks = [dict(type='NonFiniteHook', action='skip')]
     """
 

@@ -13,20 +13,25 @@ from .. import layers
 class UBNCheckHook(Hook):
     """Says before training how many of the project's norm layers are built and train.
 
-    A layer trains if it has parameters that require a gradient. In evaluation mode
-    (``norm_eval=True``) these train while the statistics stay frozen and the gate does
-    nothing, which is a setting of its own and easily copied unseen: a warning says what
-    it means where all that train do so. Batch norms of other types are counted beside
-    them: a config may have missed them. None that trains is a warning; a config that
-    asks for one of the types of :mod:`mmubn.layers` and a model without any is an error,
-    since something (``sync_bn``, ``convert_sync_batchnorm``) replaced them.
-    ``norm_eval=True`` without effect is a warning: some backbones hold
-    ``nn.BatchNorm2d`` alone in evaluation mode, not what derives from ``_BatchNorm``.
+    A layer trains if it has parameters that require a gradient. The line in the log also
+    counts batch norms of other types, which a config may have missed.
+
+    It is a warning if
+
+    - no layer trains;
+    - all layers that train are in evaluation mode (``norm_eval=True``): then their
+      statistics are frozen and the gate does nothing, and it is easy to copy this
+      setting without noticing it;
+    - ``norm_eval=True`` has no effect: some backbones look for ``nn.BatchNorm2d`` alone,
+      and not for what derives from ``_BatchNorm``.
+
+    It is an error if the config asks for a type of :mod:`mmubn.layers` and the model has
+    none: something (``sync_bn``, ``convert_sync_batchnorm``) has replaced them.
 
     Raises:
         RuntimeError: The layers that the config asks for are not in the model.
 
-    Example:
+    Examples:
         >>> custom_hooks = [dict(type='UBNCheckHook')]
     """
 

@@ -41,36 +41,36 @@ def prepare_for_inference(
 ) -> nn.Module:
     r"""A copy of a model for inference alone, with the same outputs and cheap norm layers.
 
-    Of every UBN, SyncUBN, RBN, BNET, IEBN and BatchNorm2d all that is constant is folded, exactly,
-    into the convolution before it: the running statistics, and the whole of a layer that has
-    neither a calibration nor a tap beside the middle that is not zero. What is left is a depthwise
-    convolution, an offset and a factor an image and channel, or less; see
-    :mod:`mmubn.inference.layer`. A layer without a convolution that is its own is not folded, but
-    reduced as far as it goes alone.
+    The constant part of every UBN, SyncUBN, RBN, BNET, IEBN and BatchNorm2d is folded, exactly,
+    into the convolution before it. That is the running statistics. It is the whole layer if all
+    calibrations are zero and the kernel is zero beside its middle. What is left is a depthwise
+    convolution, and an offset and a factor per image and channel, or less of these; see
+    :mod:`mmubn.inference.layer`. If a layer has no convolution of its own, it is not folded, but
+    reduced as far as that goes by itself.
 
-    Which convolution comes before a layer is read from the model's forward by torch.fx, or,
-    where that cannot be, from a run: on ``example_inputs``, or on noise, see
+    torch.fx reads from the model's forward which convolution comes before a layer. If it cannot,
+    a run is watched: on ``example_inputs``, or on noise, see
     :func:`mmubn.inference.graph.watch_run`.
 
-    One line in the log sums up; each layer is in the list ``inference_report`` of the model
-    returned, and in the log at level INFO.
+    One line in the log gives a summary. Each layer is in the list ``inference_report`` of the
+    model that is returned, and in the log at level INFO.
 
     Args:
         model (nn.Module): In evaluation mode. It is left as it is.
-        example_inputs (tuple, optional): Positional arguments of a call of the model, which is
-            run on them once and watched; for a detector such as ``(images, data_samples,
-            'predict')``. Needed where layers are reported as not called.
+        example_inputs (tuple, optional): Positional arguments of one call of the model, which
+            is run and watched; for a detector, for example, ``(images, data_samples,
+            'predict')``. Needed if layers are reported as not called.
 
     Returns:
-        nn.Module: The copy, without gradients for its parameters. Its state dict is another
-        one than the model's, so it is saved by ``torch.save``, or made again from the model.
+        nn.Module: The copy, without gradients for its parameters. Its state dict differs from
+        the model's. So save the copy by ``torch.save``, or prepare the model again.
 
     Raises:
         ValueError: The model is in training mode, compiled, wrapped for several processes,
             prepared already, on several devices, or has no such layer; the example inputs
             are on another device.
 
-    Example:
+    Examples:
         >>> prepared = mmubn.prepare_for_inference(model.eval())
         >>> print(*prepared.inference_report, sep='\n')
     """

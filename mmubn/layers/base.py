@@ -34,10 +34,11 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
         Y   &= \mathrm{dwconv}_k(X_r;\, \gamma \odot K) + \beta
 
     The base of :class:`UBN`, :class:`RBN`, :class:`BNET` and :class:`IEBN`, which
-    document their settings. It subclasses ``_BatchNorm``, which OpenMMLab tests for,
-    and not ``nn.BatchNorm2d``, for which fusing passes look. All parameters are
-    direct: a ``nn.Conv2d`` child would be taken by initialisers. Subclasses name
-    ``_BatchNorm`` as a base once more, as mmengine's initialisers look no deeper.
+    document their settings. It is a subclass of ``_BatchNorm``, for which OpenMMLab
+    tests, and not of ``nn.BatchNorm2d``, for which fusing passes look. All parameters
+    belong to the layer itself: initialisers would change those of an ``nn.Conv2d``
+    child. Subclasses name ``_BatchNorm`` as a base once more, because mmengine's
+    initialisers look at direct bases only.
     """
 
     # BatchNorm's is 2: a state dict that says 3 is ours, whatever it holds.

@@ -17,8 +17,8 @@ class BNET(RectifiedBatchNorm, _BatchNorm):
         Y = \mathrm{dwconv}_k\!\left(\frac{X - \mu}{\sqrt{\sigma^2 + \epsilon}};\,
             \gamma \odot K\right) + \beta
 
-    ``kernel`` (K) and ``bias`` (:math:`\beta`) start as published, as those of a
-    fresh ``nn.Conv2d(C, C, k, groups=C)``: uniform in [-1/k, 1/k]. ``weight``
+    ``kernel`` (K) and ``bias`` (:math:`\beta`) start as published, like those of a
+    new ``nn.Conv2d(C, C, k, groups=C)``: uniform in [-1/k, 1/k]. ``weight``
     (:math:`\gamma`), which the publication folds into the kernel, starts at 1.
 
     Args:
@@ -28,19 +28,20 @@ class BNET(RectifiedBatchNorm, _BatchNorm):
         affine (bool): Whether there is an affine at all. Default: True.
         track_running_stats (bool): As in ``nn.BatchNorm2d``. Default: True.
         kernel_size (int): Odd k. Default: 3.
-        kernel_init (str): ``'published'``, or ``'identity'``, which starts as
-            BatchNorm. Default: ``'published'``.
-        backend (str): What makes a step: ``'auto'``, Triton on a GPU and compiled C++ on
-            a CPU where they can; ``'torch'``; ``'cpp'``; ``'triton'``. Default: ``'auto'``.
-        device: As in ``nn.BatchNorm2d``.
-        dtype: As in ``nn.BatchNorm2d``.
+        kernel_init (str): ``'published'``, or ``'identity'``, with which the layer starts
+            as BatchNorm. Default: ``'published'``.
+        backend (str): What runs a step: ``'torch'``, ``'cpp'``, ``'triton'``, or ``'auto'``:
+            Triton on a GPU, compiled C++ on a CPU, and torch where these cannot serve.
+            Default: ``'auto'``.
+        device (torch.device, optional): As in ``nn.BatchNorm2d``.
+        dtype (torch.dtype, optional): As in ``nn.BatchNorm2d``.
 
     Shape:
         - Input: (N, C, H, W). Output: the same.
 
     Raises:
-        TypeError: An unknown keyword, with the nearest known one.
-        ValueError: As :class:`UBN` does; an unknown ``kernel_init``.
+        TypeError: As in :class:`UBN`.
+        ValueError: As in :class:`UBN`; an unknown ``kernel_init``.
 
     Source: Xu et al., "BNET: Batch Normalization with Enhanced Linear
     Transformation", TPAMI 2023, and the authors' repository yuhuixu1993/BNET.

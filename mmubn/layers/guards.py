@@ -1,10 +1,10 @@
 """Refuses what would take a rectified layer for a plain BatchNorm and lose its rectifications.
 
 Converters to SyncBatchNorm and the like, and fusers of convolution and norm, match
-subclasses of ``_BatchNorm``, copy what BatchNorm has and drop the rest without a word
-(pytorch#187298, timm#1254). A layer cannot see that it is being replaced. But converters
-put its tensors into another norm layer, and torch calls a hook for each tensor that a
-module takes. And fusers read the running variance and add ``eps`` to it.
+subclasses of ``_BatchNorm``. They copy what BatchNorm has and silently drop the rest
+(pytorch#187298, timm#1254). A layer cannot see that it is being replaced. But a converter
+puts its tensors into another norm layer, and torch calls a hook for each tensor that a
+module takes. And a fuser reads the running variance and adds ``eps`` to it.
 """
 
 import sys
@@ -22,7 +22,7 @@ _layers: 'weakref.WeakSet[BatchNormGuard]' = weakref.WeakSet()
 
 
 class BatchNormGuard:
-    """Mixin in front of ``_BatchNorm``: its tensors and ``eps`` are of no use to such a pass."""
+    """Mixin before ``_BatchNorm``: such a pass cannot use the tensors and ``eps`` of the layer."""
 
     def __new__(cls, *args, **kwargs):
         layer = super().__new__(cls)  # copies and pickles come here, too
@@ -31,7 +31,7 @@ class BatchNormGuard:
 
     @property
     def eps(self) -> float:
-        r""":math:`\epsilon`; code that reads the running variance, too, cannot add it to that."""
+        r""":math:`\epsilon`; code that also reads the running variance cannot add the two."""
         reader = sys._getframe(1).f_code
         return _Eps(self._eps) if 'running_var' in reader.co_names else self._eps
 

@@ -24,17 +24,18 @@ class IEBN(RectifiedBatchNorm, _BatchNorm):
         momentum (float, optional): As in ``nn.BatchNorm2d``. Default: 0.1.
         affine (bool): As in ``nn.BatchNorm2d``. Default: True.
         track_running_stats (bool): As in ``nn.BatchNorm2d``. Default: True.
-        backend (str): What makes a step: ``'auto'``, Triton on a GPU and compiled C++ on
-            a CPU where they can; ``'torch'``; ``'cpp'``; ``'triton'``. Default: ``'auto'``.
-        device: As in ``nn.BatchNorm2d``.
-        dtype: As in ``nn.BatchNorm2d``.
+        backend (str): What runs a step: ``'torch'``, ``'cpp'``, ``'triton'``, or ``'auto'``:
+            Triton on a GPU, compiled C++ on a CPU, and torch where these cannot serve.
+            Default: ``'auto'``.
+        device (torch.device, optional): As in ``nn.BatchNorm2d``.
+        dtype (torch.dtype, optional): As in ``nn.BatchNorm2d``.
 
     Shape:
         - Input: (N, C, H, W). Output: the same.
 
     Raises:
-        TypeError: An unknown keyword, with the nearest known one.
-        ValueError: As :class:`UBN` does.
+        TypeError: As in :class:`UBN`.
+        ValueError: As in :class:`UBN`.
 
     Source: Liang et al., "Instance Enhancement Batch Normalization: an Adaptive
     Regulator of Batch Noise", AAAI 2020, and the authors' repository gbup-group/IEBN.

@@ -21,31 +21,31 @@ class SyncUBN(UBN, _BatchNorm):
         \sigma^2 = \frac{\sum_r n_r (\sigma^2_r + (\mu_r - \mu)^2)}{\sum_r n_r}, \qquad
         s = \frac{\sum_r p_r s_r}{\sum_r p_r},
 
-    everything else is :class:`UBN`'s. Pairs of images on different ranks do not count:
-    they would put whole feature maps on the wire. Every rank computes the same
-    :math:`\mu, \sigma^2` and s from the same numbers, so :math:`\tau`, the gate and the
-    running statistics stay equal bit for bit where they were so at the start
-    (DistributedDataParallel sees to that).
+    everything else is as in :class:`UBN`. Pairs of images on different ranks do not
+    count: they would send whole feature maps. Every rank computes :math:`\mu, \sigma^2`
+    and s from the same numbers. So :math:`\tau`, the gate and the running statistics stay
+    equal bit for bit if they were equal at the start, which DistributedDataParallel
+    ensures.
 
-    Ranks may hold images of different sizes, different numbers of them, or none; a
-    single value a channel is enough on a rank. A step of training takes one
-    ``all_gather`` of 2 C + 3 numbers forward and one ``all_reduce`` of 2 C backward,
-    whatever the gate says, so that all ranks have to call the layer equally often.
-    Evaluation communicates nothing. In a group of one process, or without any, the
-    layer is UBN. Under activation checkpointing the ``all_gather`` runs again with the
-    segment: a layer that is called several times could not tell which of its earlier
-    results to take.
+    Ranks may hold images of different sizes, different numbers of images, or none. One
+    value per channel is enough on a rank. A training step takes one ``all_gather`` of
+    2 C + 3 numbers forward and one ``all_reduce`` of 2 C numbers backward, whatever the
+    gate says. So all ranks have to call the layer equally often. Evaluation communicates
+    nothing. In a group of one process, or without a group, the layer is UBN. Under
+    activation checkpointing the ``all_gather`` runs again with the segment: a layer that
+    is called several times could not tell which of its earlier results to take.
 
     Args:
-        process_group: As in ``nn.SyncBatchNorm``. Default: all processes.
+        process_group (torch.distributed.ProcessGroup, optional): As in
+            ``nn.SyncBatchNorm``. Default: all processes.
 
-    The other arguments, the shapes and what is raised are UBN's.
+    The other arguments, the shapes and the errors are those of :class:`UBN`.
 
-    Source: ours; the paper does not say what its statistics are on several GPUs. The
+    Source: ours; the paper does not say which statistics it uses on several GPUs. The
     combination of the variances is Chan et al., "Updating formulae and a pairwise
     algorithm for computing sample variances", 1979.
 
-    Example:
+    Examples:
         >>> norm_cfg = dict(type='SyncUBN', fct=0.15)
     """
 

@@ -27,8 +27,8 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
             \text{batch statistics} & \tau > \mathrm{FCT} \\
             \text{running statistics} & \text{otherwise} \end{cases}
 
-    The running statistics move with ``momentum`` in the first case and are left
-    alone in the second. In evaluation the running statistics normalise and nothing
+    In the first case the running statistics move with ``momentum``, in the second
+    they stay as they are. In evaluation the running statistics normalise and nothing
     moves.
 
     Stage 2, the rectifications (Eqs. 4 and 5), with GAP the mean over H and W:
@@ -44,20 +44,21 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
     (:math:`\gamma`) starts at 1, ``bias`` (:math:`\beta`) at 0, ``kernel`` (K) at the
     identity, ``center_weight`` (:math:`w_m`) and ``scale_weight`` (:math:`w_v`) at 0,
     ``scale_bias`` (:math:`w_b`) at 1. ``running_similarity`` (:math:`\tau`) starts at
-    1, condensed until seen otherwise; the paper does not say.
+    1, which means condensed; the paper gives no initial value.
 
-    A batch whose statistics are not finite leaves the running statistics alone, one
-    whose similarity is not defined leaves :math:`\tau` alone, and an empty batch
-    leaves everything alone. ``num_batches_tracked`` counts the batches that entered
-    the running statistics.
+    A batch whose statistics are not finite does not move the running statistics. A
+    batch whose similarity is not defined does not move :math:`\tau`. An empty batch
+    moves nothing. ``num_batches_tracked`` counts the batches in the running
+    statistics.
 
     Args:
         num_features (int): C.
         eps (float): :math:`\epsilon`. Default: 1e-5.
         momentum (float, optional): Weight of the newest batch in the running
-            statistics; None is the cumulative average. At 1 and None, which PreciseBN and
-            ``torch.optim.swa_utils.update_bn`` set to measure the statistics of all batches,
-            the gate stays open; at 1, :math:`\tau` stays as it is. Default: 0.1.
+            statistics; None is the cumulative average. PreciseBN sets 1 and
+            ``torch.optim.swa_utils.update_bn`` sets None, to measure the statistics of all
+            batches. At both the gate stays open; at 1, :math:`\tau` does not move.
+            Default: 0.1.
         affine (bool): Whether there is an affine: ``weight``, ``bias`` and, for
             ``kernel_size`` above 1, ``kernel``. Default: True.
         track_running_stats (bool): As in ``nn.BatchNorm2d``; False needs
@@ -66,27 +67,28 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
             Default: 0.15.
         fct_momentum (float): :math:`\alpha`, weight of the newest similarity.
             Default: 0.1.
-        fct_warmup (int, optional): Batches that must be in the running statistics
-            before they may normalise in training. This is ours, not the paper's:
+        fct_warmup (int, optional): Number of batches that the running statistics must
+            hold before they may normalise in training. This is ours, not the paper's:
             without it a layer of low similarity normalises with the initial (0, 1)
-            from its first step on. None is ``ceil(10 / momentum)``, which leaves the
-            initial values a weight of 5e-5; 0 gives the paper's equations.
+            from its first step on. None is ``ceil(10 / momentum)``, after which the
+            initial values have a weight below 5e-5; 0 gives the paper's equations.
             Default: None.
-        fct_interval (int): Measures the similarity in every so many training steps
-            only, with the weight :math:`1 - (1 - \alpha)^k`, which forgets as fast.
-            Counted from the layer's construction, so a resumed run counts anew.
+        fct_interval (int): k; measures the similarity in every k-th training step only.
+            Its weight is :math:`1 - (1 - \alpha)^k`, so that :math:`\tau` forgets at the
+            same speed. The count starts with the layer's construction, so a resumed run
+            starts it again. Default: 1.
+        fct_stride (int): s; measures the similarity on every s-th row and column only.
             Default: 1.
-        fct_stride (int): Measures the similarity on every so many rows and columns
-            only. Default: 1.
         kernel_size (int): Odd k of the affine; 1 is BatchNorm's. Default: 3.
         center (bool): Whether to calibrate the centering with ``center_weight``.
             Default: True.
         scale (bool): Whether to calibrate the scaling with ``scale_weight`` and
             ``scale_bias``. Default: True.
-        backend (str): What makes a step: ``'auto'``, Triton on a GPU and compiled C++ on
-            a CPU where they can; ``'torch'``; ``'cpp'``; ``'triton'``. Default: ``'auto'``.
-        device: As in ``nn.BatchNorm2d``.
-        dtype: As in ``nn.BatchNorm2d``.
+        backend (str): What runs a step: ``'torch'``, ``'cpp'``, ``'triton'``, or ``'auto'``:
+            Triton on a GPU, compiled C++ on a CPU, and torch where these cannot serve.
+            Default: ``'auto'``.
+        device (torch.device, optional): As in ``nn.BatchNorm2d``.
+        dtype (torch.dtype, optional): As in ``nn.BatchNorm2d``.
 
     Shape:
         - Input: (N, C, H, W), any float dtype and memory format; statistics are
@@ -94,7 +96,8 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         - Output: the same.
 
     Raises:
-        TypeError: An unknown keyword, with the nearest known one.
+        TypeError: An unknown keyword; the message has the nearest known one. An input that
+            is not a dense float tensor, or that mixes dtypes with the parameters.
         ValueError: A setting out of its range; an input that is not 4D or has
             another number of channels; one value per channel in training.
 
@@ -105,7 +108,7 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
     Source: arXiv 2311.15993, sections 3.3.1 to 3.3.3. The initial values of the
     rectifications are those of RBN (CVPR 2021), the identity kernel is ours.
 
-    Example:
+    Examples:
         >>> norm = UBN(64, fct=0.15)
         >>> y = norm(torch.randn(8, 64, 32, 32))
     """
