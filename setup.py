@@ -40,7 +40,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.9',
     packages=find_packages(include=['mmubn', 'mmubn.*']),
-    package_data={'mmubn.ops': ['cpp/*']},
+    package_data={'mmubn.ops': ['cpp/*'], 'mmubn.reproduce': ['*.csv']},
     install_requires=['torch>=2.1'],
     extras_require={
         # The line of OpenMMLab packages that this project is tested with. The upstream

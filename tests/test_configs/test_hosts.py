@@ -13,11 +13,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmubn import UBN
+from mmubn.reproduce.rows import HOST_TABLES
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')
 ROOT = Path(__file__).parents[2]
-with (ROOT / 'tools' / 'host_tables.csv').open(newline='') as file:
+with HOST_TABLES.open(newline='') as file:
     BASES = {Path(line['config']).stem: line for line in csv.DictReader(file)}
 # What each kind changes of its base.
 TRAINS = dict(norm_eval=False)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from tiny_project import ROOT
+from tool import ROOT, run_tool
 
 COCO = str(ROOT / 'configs' / 'mask_rcnn_r50_ubn_1x_coco.py')
 DATA = ('tiny.py', '--data-root', 'images')
@@ -371,11 +371,7 @@ def test_as_a_process(project):
 
 
 def test_other_errors_keep_their_traceback(project):
-    from tiny_project import load_tool
-
     # mmengine tells the runs of one second apart by the config's name.
     (project / 'tiny.py').rename(project / 'other.py')
     with pytest.raises(KeyError, match='NoBackbone'):
-        load_tool('train').main(
-            ['other.py', *DATA[1:], '--cfg-options', 'model.backbone.type=NoBackbone']
-        )
+        run_tool('train', 'other.py', *DATA[1:], '--cfg-options', 'model.backbone.type=NoBackbone')

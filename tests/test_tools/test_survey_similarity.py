@@ -4,11 +4,11 @@ import csv
 from pathlib import Path
 
 import pytest
-from tiny_project import ROOT, load_tool
+from tool import ROOT, run_tool
 
 
 def survey(*argv) -> dict:
-    load_tool('survey_similarity').main([*map(str, argv), '--out', 'out'])
+    run_tool('survey_similarity', *map(str, argv), '--out', 'out')
     assert Path('out/similarity_survey.png').stat().st_size > 5000
     with Path('out/similarity_survey.csv').open(newline='') as file:
         return {row['layer']: row for row in csv.DictReader(file)}

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_project import ROOT, load_tool
+from tool import ROOT, run_tool
 
 DATA = ('tiny.py', '--data-root', 'images', '--work-dir', 'run')
 
 
 def train(*argv, epochs=3):
-    load_tool('train').main([*DATA, *argv, '--cfg-options', f'train_cfg.max_epochs={epochs}'])
+    run_tool('train', *DATA, *argv, '--cfg-options', f'train_cfg.max_epochs={epochs}')
 
 
 def end(work_dir='run', name='epoch_3.pth') -> dict:
@@ -85,9 +85,7 @@ def test_a_work_dir_in_another_place(trained, capsys, how):
         (trained / 'run').rename('moved')
     if how == 'note cut short':
         (trained / 'moved' / 'last_checkpoint').write_text('/somewhere/ru')
-    load_tool('train').main(
-        [*DATA[:4], 'moved', '--resume', '--cfg-options', 'train_cfg.max_epochs=3']
-    )
+    run_tool('train', *DATA[:4], 'moved', '--resume', '--cfg-options', 'train_cfg.max_epochs=3')
     assert 'warning' not in capsys.readouterr().err
     assert same(end('moved'), expected)
 
@@ -163,17 +161,17 @@ def test_no_room_for_all_checkpoints(project, fails, monkeypatch):
         'least 0.7 MB each; keep fewer by --cfg-options '
         'default_hooks.checkpoint.max_keep_ckpts=2, or give another folder by --work-dir'
     )
-    load_tool('train').main([*DATA, '--cfg-options', 'default_hooks.checkpoint.max_keep_ckpts=2'])
+    run_tool('train', *DATA, '--cfg-options', 'default_hooks.checkpoint.max_keep_ckpts=2')
 
 
 def test_nan_stops_unless_the_config_skips(project, capsys):
     option = ('--cfg-options', 'optim_wrapper.optimizer.lr=1e30', 'train_cfg.max_epochs=3')
     with pytest.raises(FloatingPointError, match=r'the first layer with such output is backbone\.'):
-        load_tool('train').main([*DATA, *option])
+        run_tool('train', *DATA, *option)
     config = project / 'tiny.py'
     hook = "custom_hooks = [dict(type='NonFiniteHook', action='skip', max_skips=99)]\n"
     config.write_text(config.read_text() + hook)
-    load_tool('train').main([*DATA, *option])
+    run_tool('train', *DATA, *option)
     log = max(Path('run').glob('*/*.log')).read_text()
     assert log.count('Skipped this step.') == 5  # of 6: the first made the weights what they are
 

@@ -5,13 +5,15 @@ import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from reproduce_logs import Run
-from reproduce_rows import CONTRASTS, TITLES, Row
-from reproduce_run import Setting, as_arguments
-from reproduce_studies import is_tuned
 from scipy.stats import t as student
+
+from ..runs import TABLE, as_written, read_condensation
+from .experiments import EXPERIMENTS
+from .logs import Run
+from .rows import Row
+from .run import Setting, as_arguments
 
 CSV_COLUMNS = (
     *('experiment', 'paper_dataset', 'paper_model', 'norm', 'batch_size', 'metric'),
@@ -23,9 +25,6 @@ LAYER_COLUMNS = (
     *('setting', 'seed', 'epoch', 'layer', 'type'),
     *('similarity', 'running_similarity', 'batch_statistics_used'),
 )
-
-
-CONDENSED = ('figure2', 'figure7-10', 'strong-recipe')  # experiments that ask about it
 
 
 @dataclass
@@ -203,16 +202,16 @@ def markdown(by_experiment: Dict[str, List[Line]], one_network: bool) -> str:
         'confidence by Student’s t.',
     ]
     before: List[str] = []
-    for experiment, lines in by_experiment.items():
+    for name, lines in by_experiment.items():
+        experiment = EXPERIMENTS[name]
         paper = dict.fromkeys(f'{line.row.model} on {line.row.dataset}' for line in lines)
-        title = TITLES[experiment]
-        source = 'Network' if title.startswith('Not in the paper') else 'Paper'
-        text += ['', f'## {title}', '', f'{source}: {", ".join(paper)}.', '']
+        source = 'Network' if experiment.is_ours else 'Paper'
+        text += ['', f'## {experiment.title}', '', f'{source}: {", ".join(paper)}.', '']
         conditions = _conditions(lines)
         text += ['Ours: as above.'] if conditions == before else conditions
         text += ['']
         before = conditions
-        if experiment == 'table8':
+        if experiment.is_speed:
             text += speed(lines)
             continue
         text += [
@@ -231,7 +230,7 @@ def markdown(by_experiment: Dict[str, List[Line]], one_network: bool) -> str:
             values += (_difference(cell['minus_bn'], cell['ci95_low'], cell['ci95_high']),)
             text.append('| ' + ' | '.join(map(str, values)) + ' |')
         text += contrasts(lines)
-        if any(line.row.experiment in CONDENSED for line in lines):
+        if 'condensation' in experiment.plots:
             text += condensation(lines)
         text += zoo_notes(lines)
     return '\n'.join(text) + '\n'
@@ -264,8 +263,8 @@ def _similarities(line: Line) -> Dict[int, float]:
     """Seed -> mean over the layers in the last epoch, times 100."""
     found = {}
     for seed, run in line.done.items():
-        rows = _last_epoch(run.folder / 'condensation.csv', 'fixed/input')
-        values = [float(row['similarity']) for row in rows if row['similarity']]
+        rows = _last_epoch(run.folder, 'fixed/input')
+        values = [row['similarity'] for row in rows if row['similarity'] is not None]
         if values:
             found[seed] = 100 * statistics.fmean(values)
     return found
@@ -287,7 +286,7 @@ def contrasts(lines: Sequence[Line]) -> List[str]:
     text = []
     for line in lines:
         row = line.row
-        wanted = [b for a, b in CONTRASTS.get(row.experiment, ()) if a == row.norm]
+        wanted = [b for a, b in EXPERIMENTS[row.experiment].contrasts if a == row.norm]
         others = [other for other in lines if other.row.differs_in_norm(row)]
         for other in sorted(
             (other for other in others if other.row.norm in wanted),
@@ -318,7 +317,8 @@ def _conditions(lines: Sequence[Line]) -> List[str]:
         for seed, run in line.done.items():
             s = run.settings
             own = {*as_arguments(line.setting.options)}
-            common = [o for o in s['options'] if o not in own and not is_tuned(line.row, o)]
+            is_tuned = EXPERIMENTS[line.row.experiment].is_tuned
+            common = [o for o in s['options'] if o not in own and not is_tuned(o)]
             key = s['config'] if '-' in line.setting.name else '', s['epochs'], s['data']
             key += s['device'], s['torch'], s['commit'], ' '.join(common)
             groups.setdefault(key, set()).add(seed)
@@ -360,15 +360,15 @@ def write_tables(by_experiment: Dict[str, List[Line]], out: Path, one_network: b
         writer.writeheader()
         for name, line in settings.items():
             for seed, run in line.done.items():
-                for layer in _last_epoch(run.folder / 'condensation.csv'):
-                    writer.writerow({'setting': name, 'seed': seed, **layer})
+                for layer in _last_epoch(run.folder):
+                    writer.writerow({'setting': name, 'seed': seed, **as_written(layer)})
     return [out / name for name in ('report.md', 'report.csv', 'curves.csv', 'layers.csv')]
 
 
-def _last_epoch(path: Path, where: str = 'train/input') -> List[Dict[str, str]]:
-    if not path.is_file():
+def _last_epoch(work_dir: Path, where: str = 'train/input') -> List[Dict[str, Any]]:
+    """The rows of one place in the last epoch; none where nothing was recorded."""
+    if not (work_dir / TABLE).is_file():
         return []
-    with path.open(newline='') as file:
-        rows = [row for row in csv.DictReader(file) if row['where'] == where]
-    last = max((int(row['epoch']) for row in rows), default=0)
-    return [row for row in rows if int(row['epoch']) == last]
+    rows = [row for row in read_condensation(work_dir) if row['where'] == where]
+    last = max((row['epoch'] for row in rows), default=0)
+    return [row for row in rows if row['epoch'] == last]

@@ -11,18 +11,16 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import torch
-from benchmark_rows import describe_run
 from mmengine.config import Config
-from reproduce_logs import SETTINGS, read_run
-from reproduce_rows import Row
 from tqdm import tqdm
 
-import mmubn  # noqa: F401  configs may have mmubn:: in their _base_
-from mmubn.cli.errors import CommandError
-from mmubn.runs import checkpoints, replace_text
+from ..benchmark.rows import describe_run
+from ..cli.errors import CommandError
+from ..paths import ROOT
+from ..runs import checkpoints, replace_text
+from .logs import SETTINGS, read_run
+from .rows import BATCH_NORMS, Row
 
-ROOT = Path(__file__).resolve().parents[1]
-BATCH_NORMS = ('BN', 'SyncBN', 'RBN', 'BNET', 'IEBN', 'UBN', 'SyncUBN')
 SCALED = ('begin', 'end', 'milestones', 'step_size', 'T_max')
 
 
@@ -252,7 +250,7 @@ def run_jobs(jobs: Sequence[Job], parallel: int) -> List[str]:
     print(f'{len(jobs) - len(waiting)} of {len(jobs)} runs are finished', flush=True)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     torch.set_num_threads(threads_of_each(parallel))  # what the record of the machine says
-    machine = describe_run(device, ROOT)
+    machine = describe_run(device)
     running: Dict[int, tuple] = {}
     failed: List[str] = []
     done = {job.title: read_run(job.folder).epoch for job in jobs}
