@@ -28,7 +28,7 @@ def test_a_classifier(project, capsys, norm):
 
 
 def test_a_detector(tmp_path, monkeypatch, capsys):
-    from mmubn.datasets import make_scenes
+    from mmubn.datasets.scenes import make_scenes
 
     monkeypatch.chdir(tmp_path)
     make_scenes('scenes', num_train=4, num_val=1, size=64)

@@ -242,7 +242,7 @@ DEMO = ROOT / 'configs' / 'demo' / 'mask_rcnn_r18_ubn_scenes.py'
 def scenes(tmp_path, monkeypatch) -> Path:
     """A handful of the demo's images, beside the working directory."""
     pytest.importorskip('mmdet')
-    from mmubn.datasets import make_scenes
+    from mmubn.datasets.scenes import make_scenes
 
     monkeypatch.chdir(tmp_path)
     make_scenes('scenes', num_train=24, num_val=6, size=128, seed=0)
@@ -299,7 +299,7 @@ def test_four_processes_on_few_cores_finish_the_demo(scenes):
 def test_two_processes_train_the_demo_to_the_ap_of_one(tmp_path, monkeypatch):
     """At full length: a quarter of an hour on two cores, or more."""
     pytest.importorskip('mmdet')
-    from mmubn.datasets import make_scenes
+    from mmubn.datasets.scenes import make_scenes
 
     monkeypatch.chdir(tmp_path)
     make_scenes('scenes')
