@@ -19,6 +19,8 @@ class EpochSeedHook(Hook):
     their generators on). With it a run that resumes at the end of an epoch ends, on
     one process and deterministic kernels, with the very weights of an undisturbed run.
 
+    A run without ``randomness.seed`` is left as it is.
+
     An iteration-based loop is one long epoch: its resumed run sees the same samples in
     the same order, and draws other augmentations.
 
@@ -32,6 +34,9 @@ class EpochSeedHook(Hook):
 
     def before_train_epoch(self, runner) -> None:
         """Seeds this process and the workers to come."""
+        # That of the config; Runner.seed has one that was drawn as well.
+        if runner._randomness_cfg.get('seed') is None:
+            return
         sequence = np.random.SeedSequence([runner.seed, runner.iter])
         # Small enough for mmengine to add the number of a worker to it.
         seed = int(sequence.generate_state(1)[0] >> 1)

@@ -208,12 +208,13 @@ def load_config(path: Path) -> Config:
 
 
 def _condensation_options(cfg: Config, norm: str, wanted: bool) -> Dict[str, Any]:
-    present = [hook.get('type') for hook in cfg.get('custom_hooks') or []]
+    hooks = cfg.get('custom_hooks') or []
+    others = [dict(hook) for hook in hooks if hook.get('type') != 'CondensationHook']
     wanted = wanted and norm in BATCH_NORMS  # the hook refuses a network without any
-    if wanted and 'CondensationHook' not in present:
+    if wanted and len(others) == len(hooks):
         return {'default_hooks.condensation.type': 'CondensationHook'}
-    if not wanted and present == ['CondensationHook']:
-        return {'custom_hooks': '[]'}
+    if not wanted and len(others) < len(hooks):
+        return {'custom_hooks': others}
     return {}
 
 

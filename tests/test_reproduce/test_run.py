@@ -7,6 +7,7 @@ import pytest
 from hand_made import write_run
 from mmengine.config import Config
 
+from mmubn.cli.cfg_options import parse_value
 from mmubn.cli.errors import CommandError
 from mmubn.paths import ROOT
 from mmubn.reproduce import run
@@ -102,3 +103,18 @@ def test_trainings_side_by_side_share_the_threads(monkeypatch):
     assert [run.threads_of_each(jobs) for jobs in (1, 3, 16)] == [8, 2, 1]
     monkeypatch.setenv('OMP_NUM_THREADS', '8')
     assert run.threads_of_each(3) == 8
+
+
+def test_condensation_is_recorded_where_it_can_be_and_is_wanted():
+    cfg = Config.fromfile(ROOT / 'configs' / 'cifar10' / 'resnet18_small_cifar10.py')
+    assert run._condensation_options(cfg, 'UBN', True) == {}
+    others = [dict(hook) for hook in cfg.custom_hooks if hook.type != 'CondensationHook']
+    assert len(others) == 3
+    for norm, wanted in (('GN', True), ('UBN', False)):
+        (option,) = run.as_arguments(run._condensation_options(cfg, norm, wanted))
+        key, _, value = option.partition('=')
+        assert (key, parse_value(value)) == ('custom_hooks', others)
+    cfg.custom_hooks = others
+    added = {'default_hooks.condensation.type': 'CondensationHook'}
+    assert run._condensation_options(cfg, 'UBN', True) == added
+    assert run._condensation_options(cfg, 'GN', True) == {}

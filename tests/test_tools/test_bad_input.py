@@ -284,9 +284,9 @@ def test_advice_with_spaces(project, fails):
             "spaces, as in 'KEY=a b'",
         ),
         (
-            ['custom_hooks.0.type=X'],
-            '--cfg-options custom_hooks.0.type: the config has no list custom_hooks; a list is '
-            'written whole, in the config file',
+            ['param_scheduler.0.type=X'],
+            '--cfg-options param_scheduler.0.type: the config has no list param_scheduler; a list '
+            'is written whole, in the config file',
         ),
         (
             ['train_cfg.max_epoch=2'],
@@ -308,7 +308,7 @@ def test_options_that_name_nothing(project, fails, options, line):
     [
         (
             'randomness = dict(seed=0)',
-            "custom_hooks = dict(type='UBNCheckHook')",
+            "custom_hooks = dict(_delete_=True, type='UBNCheckHook')",
             'custom_hooks: must be a list, got a dict; put it in [ ]',
         ),
         (

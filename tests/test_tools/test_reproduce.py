@@ -68,8 +68,9 @@ def test_a_failing_run_is_told_and_the_others_go_on(project, monkeypatch, capfd)
     monkeypatch.setenv('PYTHONPATH', str(project))
     monkeypatch.syspath_prepend(project)
     config = project / 'tiny.py'
-    hook = "custom_hooks = [dict(type='Refuses')]\n"
-    config.write_text(config.read_text().replace("['mmubn']", "['mmubn', 'refuses']") + hook)
+    hook = "custom_hooks = [dict(type='Refuses'), *_base_.custom_hooks]\n"
+    imports = "custom_imports = dict(imports=['mmubn', 'refuses'])\n"
+    config.write_text(config.read_text() + imports + hook)
     rows = ('--rows', 'UBN, FCT 0.15', 'UBN, FCT 0.2')
     with pytest.raises(SystemExit) as caught:
         run_tool('reproduce', 'run', 'figure6', *TINY[1:5], *rows, '--data-root', 'images', *ONE)

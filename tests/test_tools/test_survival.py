@@ -212,8 +212,9 @@ def test_one_process_dying_ends_the_job(project, how):
     (project / 'dying.py').write_text(DYING)
     config = project / 'tiny.py'
     config.write_text(
-        config.read_text().replace("['mmubn']", "['mmubn', 'dying']")
-        + "custom_hooks = [dict(type='Dying')]\n"
+        config.read_text()
+        + "custom_imports = dict(imports=['mmubn', 'dying'])\n"
+        + "custom_hooks = [dict(type='Dying'), *_base_.custom_hooks]\n"
     )
     mark = f'MARK={uuid.uuid4()}'
     env = {**os.environ, 'PYTHON': sys.executable, 'PYTHONPATH': str(project), 'MARK': mark[5:]}

@@ -6,9 +6,9 @@ import cv2
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
-CONFIG = """
+CONFIG = f"""
+_base_ = {str(ROOT / 'configs' / '_base_' / 'hooks.py')!r}
 default_scope = 'mmpretrain'
-custom_imports = dict(imports=['mmubn'], allow_failed_imports=False)
 model = dict(
     type='ImageClassifier',
     data_preprocessor=dict(num_classes=2, mean=[127.5] * 3, std=[127.5] * 3),
