@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .. import markdown
 from ..convert import convert_norm
 from ..inference import prepare_for_inference
 from ..inference.runtimes import NEEDS, RUNTIMES, Run, export_onnx
@@ -200,12 +201,12 @@ def table(rows: Sequence[Row]) -> str:
         runtimes = list(dict.fromkeys(row['runtime'] for row in here))
         unit = 'milliseconds' if batch == '1' else 'images a second'
         lines += ['', f'Batch {batch}, {unit}, and the time × that of `bn_folded`:', '']
-        lines.append(f'| | {" | ".join(runtimes)} |')
-        lines.append('|---|' + '---|' * len(runtimes))
+        shown = []
         for norm in dict.fromkeys(row['norm'] for row in here):
             found = {row['runtime']: row for row in here if row['norm'] == norm}
-            cells = [_cell(found.get(runtime), batch) for runtime in runtimes]
-            lines.append(f'| `{norm}` | {" | ".join(cells)} |')
+            cells = (_cell(found.get(runtime), batch) for runtime in runtimes)
+            shown.append((f'`{norm}`', *cells))
+        lines += markdown.table(('', *runtimes), shown)
     nodes = {row['norm']: row['onnx_nodes'] for row in rows if row['onnx_nodes']}
     if nodes:
         shown = ', '.join(f'`{norm}` {count}' for norm, count in nodes.items())

@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from scipy.stats import t as student
 
+from ..markdown import table
 from ..runs import TABLE, as_written, read_condensation
 from .experiments import EXPERIMENTS
 from .logs import Run
@@ -141,11 +142,7 @@ def _shown(value: object, form: str) -> str:
 
 def speed(lines: Sequence[Line]) -> List[str]:
     """Table 8 as Markdown: time and epochs until BN's final accuracy, seed by seed."""
-    text = [
-        '| network of the paper | paper: BN | paper: UBN | ours: BN | BN itself first at '
-        '| UBN first at | UBN seconds by BN seconds |',
-        '|---|---|---|---|---|---|---|',
-    ]
+    rows = []
     for line in lines:
         bn = baseline(line, lines)
         if bn is None:
@@ -156,8 +153,10 @@ def speed(lines: Sequence[Line]) -> List[str]:
             values.append(f'{paper["epochs"]:g} epochs, {paper["train_seconds"]:g} s')
         seeds = sorted(line.done.keys() & bn.done.keys())
         values += _speed_cells(bn, line, seeds) if seeds else ['not run'] * 4
-        text.append('| ' + ' | '.join(values) + ' |')
-    return text
+        rows.append(values)
+    header = ['network of the paper', 'paper: BN', 'paper: UBN', 'ours: BN']
+    header += ['BN itself first at', 'UBN first at', 'UBN seconds by BN seconds']
+    return table(header, rows)
 
 
 def _speed_cells(bn: Line, line: Line, seeds: Sequence[int]) -> List[str]:
@@ -214,21 +213,7 @@ def markdown(by_experiment: Dict[str, List[Line]], one_network: bool) -> str:
         if experiment.is_speed:
             text += speed(lines)
             continue
-        text += [
-            "| row | metric | paper | minus BN | host's own BN | ours | runs | minus BN |",
-            '|---|---|---|---|---|---|---|---|',
-        ]
-        for line, cell in _with_lines(lines):
-            row = line.row
-            label = row.label if several(lines) and not one_network else row.name
-            ours = _shown(cell['mean'], '.2f')
-            if cell['sd'] != '':
-                ours += f' ± {cell["sd"]:.2f}'
-            values = label, cell['metric'], _shown(cell['paper'], '.4g')
-            values += _shown(cell['paper_minus_bn'], '+.2f'), _shown(cell['host_bn'], '.4g')
-            values += ours, cell['state']
-            values += (_difference(cell['minus_bn'], cell['ci95_low'], cell['ci95_high']),)
-            text.append('| ' + ' | '.join(map(str, values)) + ' |')
+        text += _values(lines, one_network)
         text += contrasts(lines)
         if 'condensation' in experiment.plots:
             text += condensation(lines)
@@ -236,9 +221,27 @@ def markdown(by_experiment: Dict[str, List[Line]], one_network: bool) -> str:
     return '\n'.join(text) + '\n'
 
 
+def _values(lines: Sequence[Line], one_network: bool) -> List[str]:
+    """A row for each line and metric, as Markdown."""
+    rows = []
+    for line, cell in _with_lines(lines):
+        row = line.row
+        label = row.label if several(lines) and not one_network else row.name
+        ours = _shown(cell['mean'], '.2f')
+        if cell['sd'] != '':
+            ours += f' ± {cell["sd"]:.2f}'
+        values = label, cell['metric'], _shown(cell['paper'], '.4g')
+        values += _shown(cell['paper_minus_bn'], '+.2f'), _shown(cell['host_bn'], '.4g')
+        values += ours, cell['state']
+        values += (_difference(cell['minus_bn'], cell['ci95_low'], cell['ci95_high']),)
+        rows.append(values)
+    header = 'row', 'metric', 'paper', 'minus BN', "host's own BN", 'ours', 'runs', 'minus BN'
+    return table(header, rows)
+
+
 def condensation(lines: Sequence[Line]) -> List[str]:
     """Mean similarity of the layers on the fixed batch after training, as Markdown."""
-    text = []
+    rows = []
     for line in lines:
         finals = _similarities(line)
         if not finals:
@@ -247,16 +250,14 @@ def condensation(lines: Sequence[Line]) -> List[str]:
         shown = _difference(*_interval(finals, _similarities(bn))[:3]) if bn is not None else ''
         mean, sd = mean_sd(list(finals.values()))
         spread = '' if math.isnan(sd) else f' ± {sd:.2f}'
-        text.append(f'| {line.row.name} | {mean:.2f}{spread} | {len(finals)} | {shown} |')
-    header = [
-        '',
+        rows.append((line.row.name, f'{mean:.2f}{spread}', len(finals), shown))
+    if not rows:
+        return []
+    title = (
         'Condensation: similarity of the fixed batch (`fixed/input`) after the last epoch, mean '
-        'over the layers.',
-        '',
-        '| row | similarity × 100 | runs | minus BN |',
-        '|---|---|---|---|',
-    ]
-    return [*header, *text] if text else []
+        'over the layers.'
+    )
+    return ['', title, '', *table(('row', 'similarity × 100', 'runs', 'minus BN'), rows)]
 
 
 def _similarities(line: Line) -> Dict[int, float]:
@@ -283,7 +284,7 @@ def zoo_notes(lines: Sequence[Line]) -> List[str]:
 
 def contrasts(lines: Sequence[Line]) -> List[str]:
     """Differences between rows neither of which need be BN, as Markdown; empty without such."""
-    text = []
+    rows = []
     for line in lines:
         row = line.row
         wanted = [b for a, b in EXPERIMENTS[row.experiment].contrasts if a == row.norm]
@@ -295,9 +296,8 @@ def contrasts(lines: Sequence[Line]) -> List[str]:
             metric = line.metrics[0]
             shown = _difference(*_interval(line.finals(metric), other.finals(metric))[:3])
             label = row.label if several(lines) else row.name
-            text.append(f'| {label} | {other.row.norm} | {metric} | {shown or "not run"} |')
-    header = ['', '| row | minus | metric | difference |', '|---|---|---|---|']
-    return [*header, *text] if text else []
+            rows.append((label, other.row.norm, metric, shown or 'not run'))
+    return ['', *table(('row', 'minus', 'metric', 'difference'), rows)] if rows else []
 
 
 def _difference(mean: object, low: object, high: object) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from ..cli.errors import CommandError
+from ..markdown import table
 from .logs import read_run
 from .rows import Row
 from .run import Job, Setting, as_arguments, make_jobs, make_setting, run_jobs
@@ -184,8 +185,7 @@ def write_tuning(study: Study, rows: Sequence[Row], root: Path, out: Path) -> Li
             text.append(f'- pretraining with {kind}: top1 {run.final("top1"):.2f}')
     text = ['', '## Pretraining', '', *text] if text else []
     tuned = [row for row in rows if row.norm == study.tuned_for or not study.tuned_for]
-    header = ['| row | chosen | ' + f'{study.metric} at each point of the grid |', '|---|---|---|']
-    text += ['', '## Tuning, on the validation split', '', *header]
+    shown_rows = []
     with (out / 'tuning.csv').open('w', newline='') as file:
         writer = csv.writer(file, lineterminator='\n')
         writer.writerow(COLUMNS)
@@ -201,8 +201,9 @@ def write_tuning(study: Study, rows: Sequence[Row], root: Path, out: Path) -> Li
                 cells.append(f'{_point(point)}: {shown or "no result"}')
             edge = ' (at the edge of the grid)' if chosen and study.at_edge(chosen) else ''
             won = f'{_point(chosen)}{edge}' if chosen else 'not run'
-            text.append(f'| {row.name} | {won} | {"; ".join(cells)} |')
-    return text
+            shown_rows.append((row.name, won, '; '.join(cells)))
+    header = 'row', 'chosen', f'{study.metric} at each point of the grid'
+    return [*text, '', '## Tuning, on the validation split', '', *table(header, shown_rows)]
 
 
 def _point(point: Dict[str, float]) -> str:
