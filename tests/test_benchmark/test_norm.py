@@ -7,16 +7,13 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from tool import ROOT, run_tool
-from torch import nn
 
 import mmubn
 from mmubn.benchmark import measure, norm
 from mmubn.benchmark.plot import draw_ratios, plot
 from mmubn.benchmark.report import RESNET50_LAYERS, goals, resnet50_totals, table
 from mmubn.benchmark.rows import COLUMNS, append_csv, make_rows, read_last_run
-from mmubn.benchmark.subjects import make_model, with_norm
 
 TINY = ('--device', 'cpu', '--shapes', '4,3,8,8', '--repeats', '3')
 
@@ -184,58 +181,6 @@ def test_total_of_resnet50_weighs_shapes_by_their_layers():
     assert resnet50_totals(rows[6:]) == []
 
 
-def test_the_norms_take_turns():
-    order = []
-
-    class Clock:
-        def laps(self, step):
-            order.append(step)
-            return {'forward': len(order)}
-
-    laps = measure.race(dict(a='a', b='b', c='c'), Clock(), 2, 1, lambda text: None)
-    assert ''.join(order) == 'cababcbca'
-    assert laps['a'] == [{'forward': 4}, {'forward': 9}]
-
-
-def test_saved_bytes_are_those_of_distinct_storages():
-    class KeepsAttribute(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.hidden = torch.zeros(100)
-            ctx.save_for_backward(x, x[:5], x.view(2, 5))
-            return x * 1
-
-        @staticmethod
-        def backward(ctx, dy):
-            return dy
-
-    x = torch.randn(10, requires_grad=True)
-    saved_bytes = measure.saved_bytes
-    assert saved_bytes(lambda: KeepsAttribute.apply(x), nn.Identity()) == 4 * (10 + 100)
-    linear = nn.Linear(10, 7)
-    # The weight is a parameter; the output of tanh is kept.
-    assert saved_bytes(lambda: linear(x).tanh(), linear) == 4 * (10 + 7)
-
-
-def test_literal_is_the_layer():
-    literal = with_norm(nn.BatchNorm2d(3), 'literal')
-    layer = with_norm(nn.BatchNorm2d(3), 'ubn')
-    for _ in range(2):
-        x = torch.randn(4, 3, 5, 5)
-        torch.testing.assert_close(literal(x), layer(x))
-    for (name, value), other in zip(layer.named_buffers(), literal.buffers()):
-        torch.testing.assert_close(other, value, msg=name)
-    assert literal(x.bfloat16()).dtype == torch.bfloat16
-
-
-def test_norms_of_a_model():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4)))
-    model = with_norm(model, 'literal')
-    assert [type(m).__name__ for m in model.modules()] == [
-        *('Sequential', 'Conv2d', 'Sequential', 'Literal', 'UBN')
-    ]
-
-
 @pytest.mark.newer_torch('autocast on a CPU takes bfloat16 alone, even where it is switched off')
 def test_model(bench):
     rows = bench(
@@ -248,18 +193,6 @@ def test_model(bench):
     parts = [float(row['median_ms']) for row in rows if row['norm'] == 'ubn'][:3]
     assert float(step['median_ms']) == pytest.approx(sum(parts), rel=1e-3)
     assert 1 < float(step['saved_ratio_bn']) < 2
-
-
-def test_steps_of_a_model_all_do_the_same_work():
-    """The learning rate is 0, and what Mask R-CNN samples is the same for every norm."""
-    sizes = (1, 3, 96, 96), torch.device('cpu'), torch.contiguous_format
-    losses = []
-    for kind in ('bn', 'ubn'):
-        model, loss = make_model('mask_rcnn_r50', *sizes)
-        model.rpn._post_nms_top_n = {'training': 16, 'testing': 16}
-        model = with_norm(model, kind)
-        losses += [loss(model).item() for _ in range(2)]
-    assert losses == pytest.approx([losses[0]] * 4, rel=1e-3)
 
 
 def test_similarity(bench, monkeypatch, capsys):
