@@ -150,7 +150,7 @@ def _finals(line: Line) -> Dict[int, float]:
 
 
 def _condensation(lines: Sequence[Line], one_network: bool) -> Dict[str, Figure]:
-    """The first seed of each row, as plot_condensation.py draws it."""
+    """The first seed of each row, as :mod:`mmubn.plot_condensation` draws it."""
     runs = []
     for line in lines:
         folder = next(iter(line.done.values())).folder
