@@ -15,7 +15,7 @@ from ..ops import mean_cosine_similarity, reference
 from . import measure
 from .report import RESNET50_LAYERS, table
 from .rows import COLUMNS, Row, append_csv, describe_run, make_rows
-from .subjects import layer_step, make_model, model_step, with_norm
+from .subjects import KINDS, layer_step, make_model, model_step, with_norm
 
 Shape = Tuple[int, ...]
 
@@ -24,8 +24,9 @@ BASE_SHAPES = [(32, 64, 56, 56), (32, 256, 14, 14), (128, 64, 32, 32), (2, 256, 
 BASE_SHAPES += [(64, 512, 4, 4), (4, 16, 4, 4)]
 RESNET50_SHAPES = [(256, channels, side, side) for channels, side in RESNET50_LAYERS]
 # Norms, dtypes and layouts by default. On CUDA ubn is ubn_triton, on the CPU ubn_cpp.
-NORMS_CPU = ['bn', 'ubn', 'ubn_torch', 'literal', 'rbn', 'bnet', 'iebn']
-NORMS_CUDA = ['bn', 'ubn', 'ubn_torch', 'ubn_compiled', 'literal', 'rbn', 'bnet', 'iebn']
+_OTHERS = [kind for kind in KINDS if kind != 'ubn']
+NORMS_CPU = ['bn', 'ubn', 'ubn_torch', 'literal', *_OTHERS]
+NORMS_CUDA = ['bn', 'ubn', 'ubn_torch', 'ubn_compiled', 'literal', *_OTHERS]
 NORMS_MODEL = ['bn', 'ubn', 'literal']
 MODEL_SHAPES = {
     ('resnet50', 'cuda'): (256, 3, 224, 224),
