@@ -1,6 +1,4 @@
-_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
-
-custom_imports = dict(imports=['mmubn'], allow_failed_imports=False)
+_base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '_base_/hooks.py']
 
 # The baseline of faster_rcnn_r50_ubn_1x_coco.py: its BN trains, as UBN does there.
 model = dict(backbone=dict(norm_cfg=dict(type='BN', requires_grad=True), norm_eval=False))

@@ -1,6 +1,4 @@
-_base_ = 'mmdet::mask_rcnn/mask-rcnn_r101_fpn_1x_coco.py'
-
-custom_imports = dict(imports=['mmubn'], allow_failed_imports=False)
+_base_ = ['mmdet::mask_rcnn/mask-rcnn_r101_fpn_1x_coco.py', '_base_/hooks.py']
 
 # The baseline of mask_rcnn_r101_ubn_1x_coco.py: its BN trains, as UBN does there.
 model = dict(backbone=dict(norm_cfg=dict(type='BN', requires_grad=True), norm_eval=False))

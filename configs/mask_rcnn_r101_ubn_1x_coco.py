@@ -1,6 +1,4 @@
-_base_ = 'mmdet::mask_rcnn/mask-rcnn_r101_fpn_1x_coco.py'
-
-custom_imports = dict(imports=['mmubn'], allow_failed_imports=False)
+_base_ = ['mmdet::mask_rcnn/mask-rcnn_r101_fpn_1x_coco.py', '_base_/hooks.py']
 
 # frozen_stages=1 stays mmdet's (stem and first stage keep the pretrained weights and
 # statistics): the paper does not say. norm_eval=True, also mmdet's, would freeze every norm.

@@ -7,10 +7,11 @@ need torch alone.
 
 import importlib.util
 
+from . import layers
 from .condensation import record_condensation
 from .convert import convert_norm
 from .inference import prepare_for_inference
-from .layers import BNET, IEBN, RBN, UBN, SyncUBN
+from .layers import *  # noqa: F403  what there is says its __all__
 from .similarity_survey import read_survey, survey_similarity
 from .version import __version__
 
@@ -18,11 +19,7 @@ if importlib.util.find_spec('mmengine') is not None:
     from . import registration  # noqa: F401
 
 __all__ = [
-    'BNET',
-    'IEBN',
-    'RBN',
-    'UBN',
-    'SyncUBN',
+    *layers.__all__,
     '__version__',
     'convert_norm',
     'prepare_for_inference',

@@ -109,7 +109,7 @@ def convert_norm(
 
 
 _TYPES = {
-    **{name: getattr(layers, name) for name in ('UBN', 'SyncUBN', 'RBN', 'BNET', 'IEBN')},
+    **{name: getattr(layers, name) for name in layers.__all__},
     'BN': nn.BatchNorm2d,
 }
 
@@ -148,7 +148,7 @@ def _why_not(module: _BatchNorm, target: type) -> str:
 
 
 _SOURCES = {
-    True: 'UBN, SyncUBN, RBN, BNET and IEBN',
+    True: f'{", ".join(layers.__all__[:-1])} and {layers.__all__[-1]}',
     False: 'BatchNorm2d, SyncBatchNorm and those of timm with an activation',
 }
 

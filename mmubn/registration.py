@@ -1,8 +1,8 @@
 """Puts the types into mmengine's root registry, where mmdet and mmpretrain look too.
 
 ``mmcv.cnn.build_norm_layer`` searches the scope of the running config first and
-the root next, so one entry serves every OpenMMLab repository. ``force=True``
-makes a reload harmless.
+the root next, so one entry serves every OpenMMLab repository. What there is say the
+packages themselves, in ``__all__``. ``force=True`` makes a reload harmless.
 """
 
 from functools import partial
@@ -11,7 +11,7 @@ from importlib import import_module
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import DATASETS, HOOKS, MODELS
 
-from . import layers
+from . import datasets, hooks, layers, models
 from .flops import register_mmengine
 
 for name in layers.__all__:
@@ -32,14 +32,10 @@ def build(module, name, **options):
     return find(module, name)(**options)
 
 
-for registry, module, names in (
-    (HOOKS, 'mmubn.hooks', ('CondensationHook', 'EpochSeedHook', 'NonFiniteHook', 'UBNCheckHook')),
-    (DATASETS, 'mmubn.datasets.cached_image_folder', ('CachedImageFolder',)),
-    (DATASETS, 'mmubn.datasets.shapes', ('Shapes',)),
-    (MODELS, 'mmubn.models', ('InceptionV4_CIFAR', 'ResNeXt_CIFAR')),
-):
-    for name in names:
-        registry.register_module(name=name, module=partial(build, module, name), force=True)
+for registry, package in ((HOOKS, hooks), (DATASETS, datasets), (MODELS, models)):
+    for name in package.__all__:
+        builder = partial(build, package.__name__, name)
+        registry.register_module(name=name, module=builder, force=True)
 
 # What `_base_ = 'mmubn::...'` may name.
 MODULE2PACKAGE['mmubn'] = 'mmubn'

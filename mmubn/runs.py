@@ -153,6 +153,11 @@ def read_condensation(path: PathLike) -> List[Dict[str, Any]]:
     return [row for row in rows if row is not None]
 
 
+def as_written(row: Dict[str, Any]) -> Dict[str, Any]:
+    """A row of :func:`read_condensation` as it stands in a table: floats with six digits."""
+    return {k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()}
+
+
 def _row(header: List[str], line: str) -> Optional[Dict[str, Any]]:
     """A typed row; None of a line that is not whole."""
     if '\0' in line:  # what a file system leaves of a page that it did not write

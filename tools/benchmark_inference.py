@@ -16,52 +16,26 @@ a layer is left and nothing else: it shows what those alone cost.
 """
 
 import argparse
-import copy
-import csv
-import importlib.util
-import logging
-import statistics
-import sys
-import tempfile
 import warnings
-from functools import partial
-from importlib import metadata
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence
+from typing import List, Optional, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-# A checkout that is not installed serves as well, and the one this file is in comes first.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmark_measure import CpuClock, Step, race
-from benchmark_rows import describe_run
-
-import mmubn
-from mmubn.inference.runtimes import NEEDS, RUNTIMES, Run, export_onnx
-
-ROOT = Path(__file__).resolve().parents[1]
-Row = Dict[str, str]
-
-KINDS = ('ubn', 'rbn', 'bnet', 'iebn')
-NORMS = ('bn', 'bn_folded', 'ubn', 'ubn_prepared', 'ubn_converted')
-NORMS += tuple(f'{kind}_prepared' for kind in KINDS[1:])
-COLUMNS = (
-    *('date', 'commit', 'device', 'torch', 'mmubn', 'onnxruntime', 'openvino'),
-    *('model', 'size', 'runtime', 'batch', 'norm', 'rounds'),
-    *('median_ms', 'p10_ms', 'p90_ms', 'images_per_s', 'ratio_bn_folded'),
-    *('difference', 'onnx_nodes'),
+from mmubn.benchmark.inference import (
+    COLUMNS,
+    NORMS,
+    Bench,
+    check_docs,
+    goals,
+    missing,
+    table,
+    write_docs,
 )
-# Norm, runtimes, and the most that its time may be of that of bn_folded; and ONNX nodes.
-GOALS = (
-    ('ubn_prepared', ('torch', 'torch, channels_last'), 1.20),
-    ('ubn_prepared', ('onnxruntime',), 1.25),
-    ('ubn_converted', tuple(RUNTIMES), 1.02),
-)
-MOST_NODES = 400
-MARKS = '<!-- benchmark: begin -->', '<!-- benchmark: end -->'
+from mmubn.benchmark.rows import Row, append_csv, check_csv
+from mmubn.inference.runtimes import RUNTIMES
+
+CSV = Path(__file__).resolve().parent / 'benchmarks' / 'benchmark_inference.csv'
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -75,283 +49,36 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         '--runtimes',
         nargs='+',
         choices=RUNTIMES,
-        default=[name for name in RUNTIMES if not _missing(name)],
+        default=[name for name in RUNTIMES if not missing(name)],
         help=f'{", ".join(RUNTIMES)}; by default those that are installed',
     )
     parser.add_argument('--batches', nargs='+', type=int, default=[1, 8], metavar='N')
     parser.add_argument('--size', type=int, default=224, help='side of the images (%(default)s)')
     parser.add_argument('--threads', type=int, help="CPU threads (torch's default)")
     parser.add_argument('--repeats', type=int, default=15, help='measured rounds (%(default)s)')
-    parser.add_argument(
-        '--csv', type=Path, default=ROOT / 'tools' / 'benchmarks' / 'benchmark_inference.csv'
-    )
+    parser.add_argument('--csv', type=Path, default=CSV)
     parser.add_argument('--docs', type=Path, help='page to write the tables into')
     args = parser.parse_args(argv)
     if args.repeats < 1 or min(args.batches) < 1 or args.size < 32:
         parser.error('--repeats and --batches begin at 1, --size at 32')
     for runtime in args.runtimes:
-        if _missing(runtime):
-            parser.error(f'{runtime} needs {", ".join(_missing(runtime))}: pip install them')
+        if missing(runtime):
+            parser.error(f'{runtime} needs {", ".join(missing(runtime))}: pip install them')
     return args
-
-
-def _missing(runtime: str) -> List[str]:
-    return [name for name in NEEDS.get(runtime, ()) if importlib.util.find_spec(name) is None]
-
-
-@torch.no_grad()
-def make_models(name: str, size: int) -> Dict[str, nn.Module]:
-    """A network with each of the norms, in evaluation; what is prepared is so beside the same."""
-    from torchvision import models
-
-    logger = logging.getLogger('mmubn')
-    logger.setLevel(logging.ERROR)  # a line a conversion would drown the tables
-    torch.manual_seed(0)
-    bn = models.get_model(name, weights=None)
-    _measure_statistics(bn, size)
-    made = {'bn': bn, 'bn_folded': mmubn.prepare_for_inference(bn)}
-    for kind in KINDS:
-        model = mmubn.convert_norm(copy.deepcopy(bn), dict(type=kind.upper()))
-        if kind == 'ubn':
-            made['ubn_converted'] = mmubn.prepare_for_inference(model)
-        for module in model.modules():
-            if isinstance(module, _BatchNorm):
-                for parameter in module.parameters():
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-        _measure_statistics(model, size)
-        made[kind] = model
-        made[f'{kind}_prepared'] = mmubn.prepare_for_inference(model)
-    logger.setLevel(logging.NOTSET)
-    return made
-
-
-def _measure_statistics(model: nn.Module, size: int) -> None:
-    """Running statistics of one batch of noise, with which no layer's output grows or dies."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1
-    model.train()(torch.randn(8, 3, size, size))
-    model.eval()
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
-
-
-class Bench:
-    """Measures runtime after runtime.
-
-    Args:
-        args (argparse.Namespace): Of :func:`parse_args`.
-    """
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.run = {key: value for key, value in _describe().items() if key in COLUMNS}
-        self.nodes: Dict[str, str] = {}
-        self._tell('making the models')
-        models = make_models(args.model, args.size)
-        self.models = {norm: models[norm] for norm in args.norms}
-        # What each has to give: the output of the model that it was made of.
-        origins = {'bn_folded': 'bn', 'ubn_converted': 'bn'}
-        self.origins = {
-            norm: models[origins.get(norm, norm.partition('_')[0])] for norm in args.norms
-        }
-        self.folder = tempfile.TemporaryDirectory()
-        if any(NEEDS.get(runtime) for runtime in args.runtimes):
-            self._export()
-
-    def _tell(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
-    def _file(self, norm: str) -> Path:
-        return Path(self.folder.name) / f'{norm}.onnx'
-
-    def _export(self) -> None:
-        import onnx
-
-        images = torch.rand(1, 3, self.args.size, self.args.size)
-        for norm, model in self.models.items():
-            self._tell(f'exporting {norm}')
-            export_onnx(model, images, self._file(norm))
-            self.nodes[norm] = str(len(onnx.load(self._file(norm)).graph.node))
-
-    def rows(self) -> Iterator[List[Row]]:
-        """The rows of each runtime and batch size, as they come."""
-        for runtime in self.args.runtimes:
-            for batch in self.args.batches:
-                yield self._race(runtime, batch)
-
-    def _race(self, runtime: str, batch: int) -> List[Row]:
-        size = self.args.size
-        images = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
-        steps, differences = {}, {}
-        for norm, model in self.models.items():
-            self._tell(f'{runtime}, batch {batch}: loading {norm}')
-            with torch.no_grad():
-                expected = self.origins[norm](images)
-            # A copy, as channels_last changes the weights in place.
-            run = RUNTIMES[runtime](copy.deepcopy(model), images, self._file(norm))
-            differences[norm] = _difference(run(images), expected)
-            if differences[norm] > 1e-3:
-                raise SystemExit(f'{runtime}, {norm}: outputs differ by {differences[norm]:.1e}')
-            steps[norm] = _step(run, images)
-        # A line a round: the programs that are timed wait for nothing else.
-        tell = partial(self._round, f'{runtime}, batch {batch}', next(iter(steps)))
-        laps = race(steps, CpuClock(), self.args.repeats, 2, tell)
-        times = {norm: [lap['run'] for lap in rounds] for norm, rounds in laps.items()}
-        rows = []
-        for norm, values in times.items():
-            median = statistics.median(values)
-            row = dict.fromkeys(COLUMNS, '')
-            row.update(self.run, model=self.args.model, size=str(size), runtime=runtime)
-            row.update(batch=str(batch), norm=norm, rounds=str(len(values)))
-            row.update(median_ms=f'{median:.5g}', images_per_s=f'{1e3 * batch / median:.5g}')
-            row.update(
-                p10_ms=f'{_quantile(values, 0.1):.5g}', p90_ms=f'{_quantile(values, 0.9):.5g}'
-            )
-            if 'bn_folded' in times:
-                ratios = [a / b for a, b in zip(values, times['bn_folded'])]
-                row['ratio_bn_folded'] = f'{statistics.median(ratios):.4f}'
-            row.update(difference=f'{differences[norm]:.1e}')
-            if NEEDS.get(runtime):
-                row['onnx_nodes'] = self.nodes[norm]
-            rows.append(row)
-        return rows
-
-    def _round(self, title: str, first: str, text: str) -> None:
-        if text.endswith(f', {first}'):
-            self._tell(f'{title}: {text.rpartition(",")[0]}')
-
-
-def _step(run: Run, images: Tensor) -> Step:
-    def step() -> Iterator[str]:
-        run(images)
-        yield 'run'
-
-    return step
-
-
-def _difference(actual: Tensor, expected: Tensor) -> float:
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
-
-
-def _quantile(values: Sequence[float], quantile: float) -> float:
-    return torch.tensor(values, dtype=torch.float64).quantile(quantile).item()
-
-
-def _describe() -> Row:
-    versions = {}
-    for name in ('onnxruntime', 'openvino'):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = ''
-    return {**describe_run(torch.device('cpu'), ROOT), **versions}
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Markdown: a table a batch size, a line a norm; a time and its ratio a runtime."""
-    lines = []
-    for batch in dict.fromkeys(row['batch'] for row in rows):
-        here = [row for row in rows if row['batch'] == batch]
-        runtimes = list(dict.fromkeys(row['runtime'] for row in here))
-        unit = 'milliseconds' if batch == '1' else 'images a second'
-        lines += ['', f'Batch {batch}, {unit}, and the time × that of `bn_folded`:', '']
-        lines.append(f'| | {" | ".join(runtimes)} |')
-        lines.append('|---|' + '---|' * len(runtimes))
-        for norm in dict.fromkeys(row['norm'] for row in here):
-            found = {row['runtime']: row for row in here if row['norm'] == norm}
-            cells = [_cell(found.get(runtime), batch) for runtime in runtimes]
-            lines.append(f'| `{norm}` | {" | ".join(cells)} |')
-    nodes = {row['norm']: row['onnx_nodes'] for row in rows if row['onnx_nodes']}
-    if nodes:
-        shown = ', '.join(f'`{norm}` {count}' for norm, count in nodes.items())
-        lines += ['', f'Nodes of the ONNX graph: {shown}.']
-    return '\n'.join(lines[1:])
-
-
-def _cell(row: Optional[Row], batch: str) -> str:
-    if row is None:
-        return ''
-    number = float(row['median_ms'] if batch == '1' else row['images_per_s'])
-    ratio = f', {float(row["ratio_bn_folded"]):.2f} ×' if row['ratio_bn_folded'] else ''
-    return f'{number:.4g}{ratio}'
-
-
-def goals(rows: Sequence[Row]) -> List[str]:
-    """A line for each goal that the rows can tell about."""
-    lines = []
-    for norm, runtimes, limit in GOALS:
-        for row in rows:
-            if row['norm'] == norm and row['runtime'] in runtimes and row['ratio_bn_folded']:
-                value = float(row['ratio_bn_folded'])
-                lines.append(
-                    f'{"reached" if value <= limit else "MISSED":8}{value:.3f} <= {limit}  {norm}, '
-                    f'{row["runtime"]}, batch {row["batch"]}, × bn_folded'
-                )
-    nodes = {row['onnx_nodes'] for row in rows if row['norm'] == 'ubn_prepared'} - {''}
-    for count in sorted(nodes):
-        verdict = 'reached' if int(count) < MOST_NODES else 'MISSED'
-        lines.append(f'{verdict:8}{count} < {MOST_NODES}  nodes of the ONNX graph, ubn_prepared')
-    return lines
-
-
-def write_docs(page: Path, rows: Sequence[Row]) -> None:
-    """Puts the tables between the marks of a page."""
-    before, _, rest = page.read_text(encoding='utf-8').partition(MARKS[0])
-    _, mark, after = rest.partition(MARKS[1])
-    first = rows[0]
-    versions = ', '.join(
-        f'{name} {first[name]}' for name in ('torch', 'onnxruntime', 'openvino') if first[name]
-    )
-    head = (
-        f'{first["model"]}, {first["size"]}×{first["size"]} images, {first["device"]}, {versions}; '
-        f'medians of {first["rounds"]} rounds, commit {first["commit"]}.'
-    )
-    parts = [before + MARKS[0], head, '', table(rows), mark + after]
-    page.write_text('\n'.join(parts), encoding='utf-8')
-
-
-def check_files(args: argparse.Namespace) -> None:
-    """Makes sure, before anything is measured, that the results can be written.
-
-    Raises:
-        SystemExit: The CSV has other columns; the page has no marks.
-    """
-    if args.csv.exists():
-        with args.csv.open(newline='') as file:
-            header = next(csv.reader(file), None)
-        if header is not None and tuple(header) != COLUMNS:
-            raise SystemExit(
-                f'{args.csv}: its columns are not those of this version; rename it, or name '
-                'another file by --csv'
-            )
-    if args.docs is not None:
-        text = args.docs.read_text(encoding='utf-8') if args.docs.is_file() else ''
-        if not all(mark in text for mark in MARKS):
-            raise SystemExit(f'{args.docs}: there is no {MARKS[0]} … {MARKS[1]} in it')
-
-
-def append_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Appends rows, below a header where the file is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open('a', newline='') as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Reads the command line, measures and reports."""
     args = parse_args(argv)
-    check_files(args)
+    check_csv(args.csv, COLUMNS)
+    if args.docs is not None:
+        check_docs(args.docs)
     warnings.filterwarnings('ignore')  # of exporters and compilers
     if args.threads:
         torch.set_num_threads(args.threads)
     rows: List[Row] = []
     for new in Bench(args).rows():
-        append_csv(args.csv, new)
+        append_csv(args.csv, new, COLUMNS)
         print(table(new), flush=True)
         rows += new
     print('\n' + '\n'.join(goals(rows)))

@@ -3,7 +3,8 @@
     python tools/gpu_check.py                 # rows go to tools/benchmarks/benchmark_norm.csv
     python tools/gpu_check.py --minutes 30    # where kernels compile slowly
 
-It needs torch, triton, torchvision and pytest, and no installation. The steps run in the order
+It needs torch, triton, torchvision and pytest, and no installation of mmubn: its steps get the
+checkout by PYTHONPATH. The steps run in the order
 of STEPS; what the time does not reach is named. Exits with 1 where there is no GPU, a test
 failed or a step was not done.
 """

@@ -2,7 +2,7 @@
 
 import argparse
 
-from mmubn.datasets import make_scenes
+from mmubn.datasets.scenes import make_scenes
 
 
 def parse_args() -> argparse.Namespace:

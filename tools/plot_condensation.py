@@ -12,224 +12,18 @@ writes, as PNG and SVG and legible in black and white,
 """
 
 import argparse
-import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Optional, Tuple
+from typing import List, Optional
 
 import matplotlib
 
 matplotlib.use('Agg')
 
 import matplotlib.pyplot as plt
-import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from mmubn.runs import PLACES, TABLE, read_condensation, read_scalars
-
-METRICS = ('accuracy/top1', 'coco/segm_mAP', 'coco/bbox_mAP')
-# Told apart without colour: by dashes, marker and shade, in this order.
-STYLES = [
-    dict(linestyle='-', marker='o', color='black'),
-    dict(linestyle='--', marker='s', color='0.45', markerfacecolor='white'),
-    dict(linestyle=':', marker='^', color='black', markerfacecolor='white'),
-    dict(linestyle='-.', marker='D', color='0.45'),
-]
-AXES = {'epoch': 'epoch', 'iter': 'iteration'}
-ROW_HEIGHT, MAX_HEIGHT = 0.14, 14  # inches
-
-
-@dataclass
-class Table:
-    """Values by layer and time; NaN where there is none."""
-
-    layers: List[str]
-    times: List[int]
-    values: np.ndarray
-
-
-class Run:
-    """One work dir: its condensation table and the metrics of its logs.
-
-    Args:
-        folder (Path): The work dir.
-
-    Raises:
-        SystemExit: There is no ``condensation.csv`` in it, or no row in that.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        path = folder / TABLE
-        if not path.is_file():
-            raise SystemExit(
-                f"{path}: no such file; train with custom_hooks=[dict(type='CondensationHook')]"
-            )
-        try:
-            self.rows = read_condensation(path)
-        except ValueError as error:
-            raise SystemExit(str(error)) from error
-        if not self.rows:
-            raise SystemExit(f'{path}: holds no record yet')
-        self.folder = folder
-        self.name = folder.resolve().name
-        # An iteration-based loop counts no epochs.
-        self.axis = 'epoch' if self.rows[-1]['epoch'] else 'iter'
-        self.metrics = read_scalars(folder).metrics
-
-    def table(self, where: str, column: str = 'similarity') -> Table:
-        """A column of the rows of one place."""
-        rows = [row for row in self.rows if row['where'] == where]
-        layers = list(dict.fromkeys(row['layer'] for row in rows))
-        times = list(dict.fromkeys(row[self.axis] for row in rows))
-        values = np.full((len(layers), len(times)), np.nan)
-        for row in rows:
-            if row[column] is not None:
-                values[layers.index(row['layer']), times.index(row[self.axis])] = row[column]
-        return Table(layers, times, values)
-
-    def gates(self) -> Table:
-        """The share of steps with batch statistics, for the layers that have a gate."""
-        table = self.table('train/input', 'batch_statistics_used')
-        gated = ~np.isnan(table.values).all(axis=1)
-        layers = [layer for layer, has in zip(table.layers, gated) if has]
-        return Table(layers, table.times, table.values[gated])
-
-
-def choose_metric(runs: List[Run], wanted: Optional[str] = None) -> Optional[str]:
-    """The metric to draw: the wanted one, else the first of the usual that a run has.
-
-    Raises:
-        SystemExit: No run has the wanted one.
-    """
-    found = {name for run in runs for name in run.metrics}
-    if wanted is not None and wanted not in found:
-        raise SystemExit(
-            f'--metric {wanted} is in no log; there is {", ".join(sorted(found)) or "none"}'
-        )
-    return wanted or next((name for name in METRICS if name in found), None)
-
-
-def draw_curves(runs: List[Run], where: str, threshold: float, metric: Optional[str]) -> Figure:
-    """Mean similarity of the layers over time, under the metric of the runs."""
-    panels = 1 if metric is None else 2
-    figure, axes = plt.subplots(
-        panels,
-        1,
-        sharex=True,
-        squeeze=False,
-        figsize=(6.4, 2.6 * panels + 0.6),
-        layout='constrained',
-    )
-    *above, below = axes[:, 0]
-    for number, run in enumerate(runs):
-        style = _style(number)
-        table = run.table(where)
-        below.plot(table.times, _mean(table.values), label=run.name, **style)
-        for panel in above:
-            curve = run.metrics.get(metric, {})
-            panel.plot(list(curve), list(curve.values()), label=run.name, **style)
-    below.axhline(threshold, color='0.6', linewidth=0.8)
-    below.annotate(
-        f'condensed\nabove {threshold:g}',
-        (1, threshold),
-        xycoords=('axes fraction', 'data'),
-        xytext=(4, 0),
-        textcoords='offset points',
-        va='center',
-        fontsize=7,
-    )
-    below.set_ylabel(f'mean cosine similarity\n({where})')
-    for panel in above:
-        panel.set_ylabel(metric)
-    _finish(axes[0, 0], below, runs)
-    return figure
-
-
-def draw_layers(runs: List[Run], where: str, threshold: float) -> Figure:
-    """Similarity of every layer over time; a dot marks a condensed one."""
-    tables = [run.table(where) for run in runs]
-    figure, panels = _heat_maps(runs, tables, f'cosine similarity ({where})')
-    for panel, table in zip(panels, tables):
-        rows, columns = np.nonzero(np.nan_to_num(table.values) > threshold)
-        shades = ['white' if table.values[at] > 0.6 else 'black' for at in zip(rows, columns)]
-        panel.scatter(columns, rows, s=3, c=shades, linewidths=0)
-    figure.suptitle(f'dot: condensed, similarity above {threshold:g}', fontsize=8)
-    return figure
-
-
-def draw_gates(runs: List[Run]) -> Figure:
-    """The share of gates that are open over time, above every layer's gate."""
-    tables = [run.gates() for run in runs]
-    label = 'share of steps with batch statistics\n(1: gate open)'
-    figure, _ = _heat_maps(runs, tables, label, above='open')
-    top = figure.axes[0]
-    for number, (run, table) in enumerate(zip(runs, tables)):
-        top.plot(table.times, _mean(table.values), label=run.name, **_style(number))
-    top.set_ylabel('open gates')
-    top.set_ylim(-0.05, 1.05)
-    top.yaxis.set_major_formatter(PercentFormatter(1))
-    _finish(top, top, runs)
-    return figure
-
-
-def _mean(values: np.ndarray) -> np.ndarray:
-    """Over layers, NaN where no layer has a value."""
-    counts = (~np.isnan(values)).sum(axis=0)
-    return np.where(counts > 0, np.nansum(values, axis=0) / np.maximum(counts, 1), np.nan)
-
-
-def _style(number: int) -> dict:
-    return dict(STYLES[number % len(STYLES)], markersize=4, linewidth=1.4)
-
-
-def _finish(top: Axes, bottom: Axes, runs: List[Run]) -> None:
-    bottom.set_xlabel(AXES[runs[0].axis])
-    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
-    top.legend(frameon=False, fontsize=8)
-    for axis in (top, bottom):
-        axis.spines[['top', 'right']].set_visible(False)
-
-
-def _heat_maps(
-    runs: List[Run], tables: List[Table], label: str, above: Optional[str] = None
-) -> Tuple[Figure, List[Axes]]:
-    """Panels side by side, layers named once where all runs have the same."""
-    rows = max(len(table.layers) for table in tables)
-    height = min(rows * ROW_HEIGHT + 1.2, MAX_HEIGHT)
-    names = [str(number) for number in range(len(runs))]
-    mosaic, heights = [names], [height]
-    if above is not None:
-        mosaic, heights = [[above] * len(names), names], [2.2, height]
-    figure, axes = plt.subplot_mosaic(
-        mosaic,
-        height_ratios=heights,
-        figsize=(2.4 + 2.8 * len(runs), sum(heights)),
-        layout='constrained',
-    )
-    panels = [axes[name] for name in names]
-    for panel, run, table in zip(panels, runs, tables):
-        image = panel.imshow(table.values, cmap='gray_r', vmin=0, vmax=1, aspect='auto')
-        panel.set_facecolor('lightsteelblue')  # where there is no value
-        panel.set_title(run.name, fontsize=9)
-        panel.set_xlabel(AXES[run.axis])
-        every = math.ceil(len(table.times) / 8)
-        panel.set_xticks(range(0, len(table.times), every), table.times[::every], fontsize=8)
-        every = math.ceil(rows * ROW_HEIGHT / MAX_HEIGHT)
-        panel.set_yticks(range(0, len(table.layers), every), table.layers[::every], fontsize=6)
-        if panel is not panels[0] and table.layers == tables[0].layers:
-            panel.tick_params(labelleft=False)
-    figure.colorbar(image, ax=panels, shrink=0.7, label=label)
-    return figure, panels
-
-
-def _save(figure: Figure, out: Path, stem: str) -> None:
-    for suffix in ('png', 'svg'):
-        path = out / f'{stem}.{suffix}'
-        figure.savefig(path, dpi=160)
-        print(path)
-    plt.close(figure)
+from mmubn.plot_condensation import Run, choose_metric, draw_curves, draw_gates, draw_layers
+from mmubn.runs import PLACES
 
 
 def main(arguments: Optional[List[str]] = None) -> None:
@@ -266,6 +60,14 @@ def main(arguments: Optional[List[str]] = None) -> None:
         _save(draw_gates(gated), out, 'condensation_gates')
     else:
         print('No gates to draw: no run has a layer like UBN.')
+
+
+def _save(figure: Figure, out: Path, stem: str) -> None:
+    for suffix in ('png', 'svg'):
+        path = out / f'{stem}.{suffix}'
+        figure.savefig(path, dpi=160)
+        print(path)
+    plt.close(figure)
 
 
 if __name__ == '__main__':

@@ -8,12 +8,10 @@ from mmengine.device import get_device
 
 import mmubn  # noqa: F401  registers UBN for configs without custom_imports
 from mmubn.cli.errors import CommandError, command
-from mmubn.cli.norm_check import add_ubn_check
 from mmubn.cli.options import build_runner, load_config, make_parser
 from mmubn.cli.preflight import preflight
 from mmubn.cli.processes import on_main_process, start_processes
 from mmubn.cli.resume import resume_settings
-from mmubn.cli.survival_hooks import add_survival_hooks
 from mmubn.cli.sync_bn import replace_sync_bn
 
 
@@ -51,7 +49,6 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
     replace_sync_bn(cfg)
-    add_ubn_check(cfg)
 
 
 @command
@@ -63,7 +60,6 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     start_processes(cfg)
     if cfg.get('resume'):
         cfg.merge_from_dict(on_main_process(lambda: resume_settings(cfg)))
-    add_survival_hooks(cfg)
     on_main_process(lambda: preflight(cfg, 'train'))
     build_runner(cfg).train()
 

@@ -1,7 +1,5 @@
 # What all classification recipes share.
-_base_ = 'mmpretrain::_base_/default_runtime.py'
-
-custom_imports = dict(imports=['mmubn'], allow_failed_imports=False)
+_base_ = ['mmpretrain::_base_/default_runtime.py', 'hooks.py']
 
 env_cfg = dict(cudnn_benchmark=True)
 default_hooks = dict(checkpoint=dict(interval=5, max_keep_ckpts=1))

@@ -18,4 +18,4 @@ param_scheduler = dict(
     end=8,
     convert_to_iter_based=True,
 )
-custom_hooks = [dict(type='CondensationHook')]
+custom_hooks = [dict(type='CondensationHook'), *_base_.custom_hooks]

@@ -16,4 +16,4 @@ param_scheduler = dict(
     end=10,
     convert_to_iter_based=True,
 )
-custom_hooks = [dict(type='CondensationHook')]
+custom_hooks = [dict(type='CondensationHook'), *_base_.custom_hooks]

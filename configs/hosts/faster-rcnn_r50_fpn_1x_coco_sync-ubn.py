@@ -1,7 +1,5 @@
 # Statistics of all processes, which train: norm_eval=True would freeze them.
-_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
-
-custom_imports = dict(imports=['mmubn'], allow_failed_imports=False)
+_base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '../_base_/hooks.py']
 
 model = dict(
     backbone=dict(norm_cfg=dict(type='SyncUBN', fct=0.15, requires_grad=True), norm_eval=False)

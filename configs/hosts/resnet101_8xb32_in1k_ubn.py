@@ -1,5 +1,3 @@
-_base_ = 'mmpretrain::resnet/resnet101_8xb32_in1k.py'
-
-custom_imports = dict(imports=['mmubn'], allow_failed_imports=False)
+_base_ = ['mmpretrain::resnet/resnet101_8xb32_in1k.py', '../_base_/hooks.py']
 
 model = dict(backbone=dict(norm_cfg=dict(type='UBN', fct=0.15)))

@@ -1,3 +1,1 @@
-_base_ = 'mmpretrain::resnet/resnet18_8xb16_cifar10.py'
-
-custom_imports = dict(imports=['mmubn'], allow_failed_imports=False)
+_base_ = ['mmpretrain::resnet/resnet18_8xb16_cifar10.py', '../_base_/hooks.py']

@@ -1,3 +1,1 @@
-_base_ = 'mmpretrain::resnet/resnet50_8xb16_cifar100.py'
-
-custom_imports = dict(imports=['mmubn'], allow_failed_imports=False)
+_base_ = ['mmpretrain::resnet/resnet50_8xb16_cifar100.py', '../_base_/hooks.py']

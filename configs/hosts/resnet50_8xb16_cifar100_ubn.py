@@ -1,5 +1,3 @@
-_base_ = 'mmpretrain::resnet/resnet50_8xb16_cifar100.py'
-
-custom_imports = dict(imports=['mmubn'], allow_failed_imports=False)
+_base_ = ['mmpretrain::resnet/resnet50_8xb16_cifar100.py', '../_base_/hooks.py']
 
 model = dict(backbone=dict(norm_cfg=dict(type='UBN', fct=0.15)))

@@ -1,3 +1,1 @@
-_base_ = 'mmpretrain::resnext/resnext50-32x4d_8xb32_in1k.py'
-
-custom_imports = dict(imports=['mmubn'], allow_failed_imports=False)
+_base_ = ['mmpretrain::resnext/resnext50-32x4d_8xb32_in1k.py', '../_base_/hooks.py']

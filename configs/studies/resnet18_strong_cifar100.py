@@ -28,4 +28,4 @@ param_scheduler = [
     ),
 ]
 default_hooks = dict(checkpoint=dict(interval=1))
-custom_hooks = [dict(type='CondensationHook')]
+custom_hooks = [dict(type='CondensationHook'), *_base_.custom_hooks]

@@ -10,7 +10,7 @@ from typing import Dict, Iterator, List, Optional
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
-from mmengine.runner import CheckpointLoader, load_state_dict
+from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -252,22 +252,22 @@ def _check_fit(
 
 
 def _differences(module: nn.Module, weights: Dict[str, Tensor]) -> Differences:
-    """Loads the weights, which lets the layers complete them; mmengine would print at length."""
-    message = ''
-    try:
-        with _silent_layers():
-            load_state_dict(module, weights, strict=True, logger='silent')
-    except RuntimeError as error:
-        message = str(error)
-        if 'do not match exactly' not in message:
-            raise
-    sizes = re.findall(r'size mismatch for (\S+):', message)
-    unexpected = re.findall(r'unexpected key in source state_dict: (.+)', message)
-    missing = re.findall(r'missing keys in source state_dict: (.+)', message)
+    """Loads the weights, which lets the layers complete them."""
+    sizes: List[str] = []
+    with _silent_layers():
+        try:
+            missing, unknown = module.load_state_dict(weights, strict=False)
+        except RuntimeError:  # another shape is refused even so
+            own = module.state_dict()
+            sizes = [k for k in own if k in weights and own[k].shape != weights[k].shape]
+            if not sizes:
+                raise
+            fitting = {key: value for key, value in weights.items() if key not in sizes}
+            missing, unknown = module.load_state_dict(fitting, strict=False)
     return {
         'of another shape': sizes,
-        'unknown to the model': [key for keys in unexpected for key in keys.split(', ')],
-        'missing': [key for keys in missing for key in keys.split(', ')],
+        'unknown to the model': unknown,
+        'missing': [key for key in missing if key not in sizes],
     }
 
 

@@ -5,10 +5,9 @@ from typing import Iterator, Tuple, Union
 
 from mmcv.cnn import build_norm_layer
 from mmengine.config import Config
-from mmengine.registry import HOOKS, MODELS
+from mmengine.registry import MODELS
 
 from .. import layers
-from ..layers.base import RectifiedBatchNorm
 from .errors import CommandError
 from .walk import walk
 
@@ -33,17 +32,6 @@ def check_norms(cfg: Config) -> None:
             build_norm_layer(norm, norm.get('num_groups', 1))
         except (TypeError, ValueError) as error:
             raise CommandError(f'{path}: {error}') from error
-
-
-def add_ubn_check(cfg: Config) -> None:
-    """Adds ``UBNCheckHook`` to a config that asks for a layer of ours, if it is not there."""
-    hooks = cfg.get('custom_hooks') or []
-    if any(hook.get('type') == 'UBNCheckHook' for hook in hooks):
-        return
-    classes = [layer_class(norm) for _, norm in norm_cfgs(cfg)]
-    asks = any(isinstance(c, type) and issubclass(c, RectifiedBatchNorm) for c in classes)
-    if asks and HOOKS.get('UBNCheckHook') is not None:
-        cfg.custom_hooks = [*hooks, dict(type='UBNCheckHook')]
 
 
 def norm_cfgs(cfg: Config) -> Iterator[Tuple[str, dict]]:

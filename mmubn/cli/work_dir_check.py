@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Optional
@@ -28,8 +27,7 @@ def check_work_dir(cfg: Config, model: Optional[nn.Module] = None) -> None:
         model (Module): Its model; built where it is not given.
 
     Raises:
-        CommandError: Nothing can be written there, no file of a checkpoint's size, or
-            fewer checkpoints than the training keeps.
+        CommandError: Nothing can be written there, or no file of a checkpoint's size.
     """
     hook = cfg.get('default_hooks', {}).get('checkpoint') or {}
     folders = {'work_dir': cfg.work_dir}
@@ -38,15 +36,6 @@ def check_work_dir(cfg: Config, model: Optional[nn.Module] = None) -> None:
     size = _checkpoint_bytes(cfg, build_model(cfg) if model is None else model)
     for key, folder in folders.items():
         _reserve(key, folder, size)
-    key, folder = list(folders.items())[-1]
-    wanted = _checkpoints_to_come(cfg, hook, Path(folder))
-    free = shutil.disk_usage(_existing(folder)).free
-    if free < wanted * size:
-        raise CommandError(
-            f'{key}: {folder} has {free / 1e6:.1f} MB free, room for {free // size} of the '
-            f'{wanted} checkpoints to come, of at least {size / 1e6:.1f} MB each; keep fewer by '
-            f'--cfg-options default_hooks.checkpoint.max_keep_ckpts=2, or {_OTHER}'
-        )
 
 
 def check_results(cfg: Config, model: Optional[nn.Module] = None) -> None:
@@ -124,13 +113,3 @@ def _checkpoint_bytes(cfg: Config, model: nn.Module) -> int:
     states = 2 if 'Adam' in str(optimizer.get('type')) else bool(optimizer.get('momentum'))
     weights = sum(value.nbytes for value in model.state_dict().values())
     return weights + states * sum(p.nbytes for p in model.parameters() if p.requires_grad)
-
-
-def _checkpoints_to_come(cfg: Config, hook: dict, folder: Path) -> int:
-    by_epoch = hook.get('by_epoch', True)
-    length = (cfg.get('train_cfg') or {}).get('max_epochs' if by_epoch else 'max_iters') or 1
-    interval = hook.get('interval', -1)  # as in mmengine, the last alone
-    saved = 1 if interval < 1 else max(1, length // interval)
-    kept = hook.get('max_keep_ckpts', -1)
-    present = len(list(folder.glob('*.pth')))
-    return max(1, (saved if kept < 1 else min(saved, kept)) - present)

@@ -1,14 +1,10 @@
-"""Data that the package makes or reads itself. Nothing here is imported by ``import mmubn``."""
+"""Data sets that mmpretrain lacks; :mod:`mmubn` registers each that is named here.
 
-from typing import Any
+What draws the demo's scenes and the studies' stands beside them.
+"""
 
-__all__ = ['CLASSES', 'make_scenes']
+from ..lazy import getter
 
-
-def __getattr__(name: str) -> Any:
-    # Class folders are read without what drawing scenes needs.
-    if name not in __all__:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from . import scenes
-
-    return getattr(scenes, name)
+_MODULES = {'CachedImageFolder': 'cached_image_folder', 'Shapes': 'shapes'}
+__all__ = [*_MODULES]
+__getattr__ = getter(__name__, _MODULES)

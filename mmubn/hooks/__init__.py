@@ -1,8 +1,13 @@
-"""Hooks for mmengine's Runner; :mod:`mmubn` registers them."""
+"""Hooks for mmengine's Runner; :mod:`mmubn` registers each that is named here."""
 
-from .condensation_hook import CondensationHook
-from .epoch_seed_hook import EpochSeedHook
-from .non_finite_hook import NonFiniteHook
-from .ubn_check_hook import UBNCheckHook
+from ..lazy import getter
 
-__all__ = ['CondensationHook', 'EpochSeedHook', 'NonFiniteHook', 'UBNCheckHook']
+# What mmengine.hooks imports takes a second.
+_MODULES = {
+    'CondensationHook': 'condensation_hook',
+    'EpochSeedHook': 'epoch_seed_hook',
+    'NonFiniteHook': 'non_finite_hook',
+    'UBNCheckHook': 'ubn_check_hook',
+}
+__all__ = [*_MODULES]
+__getattr__ = getter(__name__, _MODULES)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import IO, Any, Dict, List, Optional
 
-from ..runs import COLUMNS, TABLE, read_condensation
+from ..runs import COLUMNS, TABLE, as_written, read_condensation
 
 try:
     import fcntl
@@ -72,8 +72,7 @@ class CondensationTable:
         """Writes rows at once; each whole one can be read should the rest be lost."""
         text = io.StringIO(newline='')
         writer = csv.DictWriter(text, COLUMNS)
-        for row in rows:
-            writer.writerow({k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()})
+        writer.writerows(map(as_written, rows))
         self._file.write(text.getvalue())
         self._file.flush()
 

@@ -21,6 +21,8 @@ class EpochSeedHook(Hook):
     an epoch ends with the same weights as a run without a break, on one process with
     deterministic kernels.
 
+    A run without ``randomness.seed`` is left as it is.
+
     An iteration-based loop is one long epoch. A resumed run then sees the same samples in
     the same order, and draws other augmentations.
 
@@ -34,6 +36,9 @@ class EpochSeedHook(Hook):
 
     def before_train_epoch(self, runner) -> None:
         """Seeds this process and the workers to come."""
+        # That of the config; Runner.seed has one that was drawn as well.
+        if runner._randomness_cfg.get('seed') is None:
+            return
         sequence = np.random.SeedSequence([runner.seed, runner.iter])
         # Small enough for mmengine to add the number of a worker to it.
         seed = int(sequence.generate_state(1)[0] >> 1)

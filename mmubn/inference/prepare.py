@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from .. import layers
 from ..convert import _drop_and_activate
 from ..layers.base import RectifiedBatchNorm
 from .graph import Calls, read_forward, watch_run
@@ -125,7 +126,7 @@ def _check(model: nn.Module, example_inputs: Optional[Tuple[Any, ...]]) -> None:
             raise ValueError(f'{shown} in training mode: call model.eval() first')
     if not dict(_norms(model)):
         raise ValueError(
-            'the model has no norm layer to prepare: no UBN, SyncUBN, RBN, BNET, IEBN, BatchNorm2d'
+            f'the model has no norm layer to prepare: no {", ".join(layers.__all__)}, BatchNorm2d'
         )
     devices = {str(value.device) for value in (*model.parameters(), *model.buffers())}
     if len(devices) > 1 or 'meta' in devices:

@@ -6,4 +6,4 @@ from .rbn import RBN
 from .sync_ubn import SyncUBN
 from .ubn import UBN
 
-__all__ = ['BNET', 'IEBN', 'RBN', 'UBN', 'SyncUBN']
+__all__ = ['UBN', 'SyncUBN', 'RBN', 'BNET', 'IEBN']

@@ -1,6 +1,7 @@
-"""Backbones for 32x32 images that mmpretrain lacks; ``import mmubn`` imports none of them."""
+"""Backbones for 32x32 images that mmpretrain lacks; :mod:`mmubn` registers each named here."""
 
-from .inception_v4_cifar import InceptionV4_CIFAR
-from .resnext_cifar import ResNeXt_CIFAR
+from ..lazy import getter
 
-__all__ = ['InceptionV4_CIFAR', 'ResNeXt_CIFAR']
+_MODULES = {'InceptionV4_CIFAR': 'inception_v4_cifar', 'ResNeXt_CIFAR': 'resnext_cifar'}
+__all__ = [*_MODULES]
+__getattr__ = getter(__name__, _MODULES)

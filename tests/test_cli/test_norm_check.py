@@ -1,4 +1,4 @@
-"""The check of norm_cfg, wherever in the model it stands, and the hook it brings."""
+"""The check of norm_cfg, wherever in the model it stands."""
 
 import pytest
 from mmengine.config import Config
@@ -7,9 +7,7 @@ from mmengine.registry import init_default_scope
 pytest.importorskip('mmcv')
 
 from mmubn.cli.errors import CommandError
-from mmubn.cli.norm_check import add_ubn_check, check_norms
-
-HOOK = dict(type='UBNCheckHook')
+from mmubn.cli.norm_check import check_norms
 
 
 @pytest.fixture(autouse=True)
@@ -55,18 +53,3 @@ def test_error_names_the_place(norm, reason):
     place = r'^model\.head\.bbox_head\.0\.conv_norm_cfg: .*'
     with pytest.raises(CommandError, match=place + reason):
         check_norms(config(norm))
-
-
-@pytest.mark.parametrize(
-    ('norm', 'before', 'after'),
-    [
-        ('UBN', None, [HOOK]),
-        ('UBN', [dict(type='Other')], [dict(type='Other'), HOOK]),
-        ('RBN', [HOOK], [HOOK]),
-        ('BN', None, None),
-    ],
-)
-def test_hook_is_added_once_where_asked_for(norm, before, after):
-    cfg = config(dict(type=norm), custom_hooks=before)
-    add_ubn_check(cfg)
-    assert cfg.custom_hooks == after

@@ -44,6 +44,7 @@ def test_config_is_mmdets_but_for_the_norm(name):
     base = f'mmdet::{model}_rcnn/{model}-rcnn_{depth}_fpn_1x_coco.py'
     theirs = plain(Config.fromstring(f"_base_ = '{base}'", '.py'))
     ours.pop('custom_imports')
+    ours.pop('custom_hooks')
     assert theirs['model']['backbone'].pop('norm_eval') is True
     assert ours['model']['backbone'].pop('norm_eval') is False
     assert ours == theirs

@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmubn import UBN
-from mmubn.datasets import CLASSES, make_scenes
+from mmubn.datasets.scenes import CLASSES, make_scenes
 
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'demo'
 

@@ -8,7 +8,8 @@ import pytest
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
-from mmubn.datasets import CLASSES, make_scenes, scenes
+from mmubn.datasets import scenes
+from mmubn.datasets.scenes import CLASSES, make_scenes
 
 COUNTS = dict(num_train=12, num_val=6)
 

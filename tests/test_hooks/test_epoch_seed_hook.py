@@ -63,3 +63,25 @@ def test_epochs_draw_differently(tmp_path):
     data = loader(Watched(augment=True))
     make_runner(tmp_path, None, [HOOK], 2, val=False, train_dataloader=data).train()
     assert len(set(seen)) == 64
+
+
+def test_a_run_without_a_seed_is_left_as_it_is(tmp_path):
+    """With the hook, workers start anew in every epoch."""
+    data = loader(Draws(augment=True), shuffle=True)
+    data.update(num_workers=1, persistent_workers=True)
+    runners = []
+    for seed in (None, 0):
+        runner = make_runner(
+            tmp_path / str(seed),
+            None,
+            [HOOK],
+            2,
+            val=False,
+            train_dataloader=data,
+            seed=seed,
+        )
+        init = runner.train_dataloader.worker_init_fn
+        runner.train()
+        runners.append(runner.train_dataloader.worker_init_fn is init)
+        runner.train_dataloader._iterator = None
+    assert runners == [True, False]

@@ -82,7 +82,7 @@ def loader(dataset, shuffle=False, infinite=False, batch_size=8):
     )
 
 
-def make_runner(work_dir, model=None, hooks=(), epochs=2, iters=None, val=True, **options):
+def make_runner(work_dir, model=None, hooks=(), epochs=2, iters=None, val=True, seed=0, **options):
     """A Runner on 32 training images, four iterations an epoch."""
     torch.manual_seed(0)
     options.setdefault('optim_wrapper', dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9)))
@@ -100,7 +100,7 @@ def make_runner(work_dir, model=None, hooks=(), epochs=2, iters=None, val=True, 
         model=ToyNet() if model is None else model,
         work_dir=str(work_dir),
         custom_hooks=list(hooks),
-        randomness=dict(seed=0),
+        randomness=dict(seed=seed),
         # mmengine shares loggers and visualizers between experiments of one name.
         experiment_name=f'toy{next(_numbers)}',
         log_level='WARNING',

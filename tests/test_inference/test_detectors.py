@@ -18,7 +18,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmubn import prepare_for_inference
-from mmubn.datasets import make_scenes
+from mmubn.datasets.scenes import make_scenes
 from mmubn.inference.runtimes import export_onnx
 
 CONFIGS = Path(__file__).parents[2] / 'configs'

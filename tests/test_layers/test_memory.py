@@ -1,8 +1,5 @@
 """What the layers keep for the backward pass, and what the similarity reads and writes."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 import torchvision
@@ -11,13 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import mmubn
+from mmubn.benchmark import measure
 from mmubn.ops import mean_cosine_similarity, reference
-
-# The tool's module, so that what the benchmark reports is what is tested here.
-TOOL = Path(__file__).parents[2] / 'tools' / 'benchmark_measure.py'
-spec = importlib.util.spec_from_file_location('benchmark_measure', TOOL)
-measure = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(measure)
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 SHAPES = [(32, 64, 56, 56), (32, 256, 14, 14), (128, 64, 32, 32), (2, 256, 100, 152)]

@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from mmubn.datasets import make_scenes
+from mmubn.datasets.scenes import make_scenes
 
 CONFIG = Path(__file__).parents[2] / 'configs' / 'demo' / 'mask_rcnn_r18_ubn_scenes.py'
 ITERATIONS = 20

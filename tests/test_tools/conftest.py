@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from tool import run_tool
 
 pytest.importorskip('mmpretrain')
 
@@ -20,13 +21,11 @@ def project(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def fails(capsys, tmp_path, monkeypatch):
     """Runs a tool that must fail, in an empty folder; returns its last line on stderr."""
-    from tiny_project import load_tool
-
     monkeypatch.chdir(tmp_path)
 
     def run(tool: str, *argv: str) -> str:
         with pytest.raises(SystemExit) as caught:
-            load_tool(tool).main(argv)
+            run_tool(tool, *argv)
         assert caught.value.code == 1
         assert not Path('work_dirs').exists()
         return capsys.readouterr().err.splitlines()[-1]

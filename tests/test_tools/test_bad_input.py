@@ -7,7 +7,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from tiny_project import ROOT
+from tool import ROOT, run_tool
 
 COCO = str(ROOT / 'configs' / 'mask_rcnn_r50_ubn_1x_coco.py')
 DATA = ('tiny.py', '--data-root', 'images')
@@ -284,9 +284,9 @@ def test_advice_with_spaces(project, fails):
             "spaces, as in 'KEY=a b'",
         ),
         (
-            ['custom_hooks.0.type=X'],
-            '--cfg-options custom_hooks.0.type: the config has no list custom_hooks; a list is '
-            'written whole, in the config file',
+            ['param_scheduler.0.type=X'],
+            '--cfg-options param_scheduler.0.type: the config has no list param_scheduler; a list '
+            'is written whole, in the config file',
         ),
         (
             ['train_cfg.max_epoch=2'],
@@ -308,7 +308,7 @@ def test_options_that_name_nothing(project, fails, options, line):
     [
         (
             'randomness = dict(seed=0)',
-            "custom_hooks = dict(type='UBNCheckHook')",
+            "custom_hooks = dict(_delete_=True, type='UBNCheckHook')",
             'custom_hooks: must be a list, got a dict; put it in [ ]',
         ),
         (
@@ -371,11 +371,7 @@ def test_as_a_process(project):
 
 
 def test_other_errors_keep_their_traceback(project):
-    from tiny_project import load_tool
-
     # mmengine tells the runs of one second apart by the config's name.
     (project / 'tiny.py').rename(project / 'other.py')
     with pytest.raises(KeyError, match='NoBackbone'):
-        load_tool('train').main(
-            ['other.py', *DATA[1:], '--cfg-options', 'model.backbone.type=NoBackbone']
-        )
+        run_tool('train', 'other.py', *DATA[1:], '--cfg-options', 'model.backbone.type=NoBackbone')

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from tiny_project import load_tool
+import torch
+from tool import run_tool
 
 from mmubn.runs import COLUMNS
 
@@ -14,9 +15,10 @@ ROWS = """1,6,stem,UBN,train/input,0.5,0.25,1
 
 
 @pytest.fixture
-def work_dir(tmp_path, monkeypatch):
-    tool = load_tool('demo')
-    monkeypatch.setattr(tool, 'training_time', lambda folder: 'some minutes')
+def work_dir(tmp_path):
+    meta = dict(experiment_name='demo_20260101_000000', time='20260101_000130', iter=12, seed=0)
+    torch.save(dict(meta=meta), tmp_path / 'epoch_2.pth')
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_2.pth'))
     logs = tmp_path / 'test' / '20260101_000000'
     logs.mkdir(parents=True)
     names = [
@@ -24,20 +26,19 @@ def work_dir(tmp_path, monkeypatch):
     ]
     (logs / 'metrics.json').write_text(json.dumps(dict.fromkeys(names, 0.5)))
     (tmp_path / 'condensation.csv').write_text(','.join(COLUMNS) + '\n' + ROWS)
-    monkeypatch.setattr('sys.argv', ['demo.py', str(tmp_path)])
-    return tool, tmp_path
+    return tmp_path
 
 
 def test_rows_that_lack_are_left_out(work_dir, capsys):
-    tool, _ = work_dir
-    tool.main()
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith('stem')]
+    run_tool('demo', work_dir)
+    lines = capsys.readouterr().out.splitlines()
+    assert '12 iterations in 1.5 minutes, seed 0' in lines[1]
+    (line,) = [line for line in lines if line.startswith('stem')]
     assert line.split() == ['stem', 'UBN', '-', '-', '0.12', '0.00']
 
 
 @pytest.mark.parametrize('name', ['condensation.csv', 'test/20260101_000000/metrics.json'])
 def test_a_file_cut_to_nothing_is_one_line(work_dir, name):
-    tool, folder = work_dir
-    (folder / name).write_text('')
+    (work_dir / name).write_text('')
     with pytest.raises(SystemExit, match=r'^demo.py: .*: run `make demo` again$'):
-        tool.main()
+        run_tool('demo', work_dir)

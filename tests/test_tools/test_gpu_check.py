@@ -2,16 +2,16 @@
 
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_project import ROOT, load_tool
+from tool import ROOT, names_of
 
 
 @pytest.fixture
-def tool(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / 'tools')
-    return load_tool('gpu_check')
+def tool():
+    return SimpleNamespace(**names_of('gpu_check'))
 
 
 def test_no_gpu(fails, monkeypatch):
@@ -20,9 +20,9 @@ def test_no_gpu(fails, monkeypatch):
 
 
 def test_benchmarks_are_ones_that_there_are(tool):
-    benchmark = load_tool('benchmark_norm')
+    parse_args = names_of('benchmark_norm')['parse_args']
     for arguments in tool.STEPS:
-        args = benchmark.parse_args([*arguments, '--device', 'cpu'])
+        args = parse_args([*arguments, '--device', 'cpu'])
         assert {'bn', 'ubn'} <= set(args.norms)
         assert (len(args.dtypes), len(args.layouts)) == (2, 2)
 

@@ -5,7 +5,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from tiny_project import ROOT, load_tool
+from tool import ROOT, run_tool
 
 pytest.importorskip('mmdet')
 pytest.importorskip('pycocotools')
@@ -38,7 +38,7 @@ def test_main_config_trains_and_evaluates():
         'model.test_cfg.rpn.max_per_img=50',
     ]
     argv = [config, '--data-root', 'coco128', '--eval-on-train', '--cfg-options', *options]
-    load_tool('train').main(argv)
+    run_tool('train', *argv)
     run = Path('work_dirs/mask_rcnn_r50_ubn_1x_coco')
     assert (run / 'epoch_1.pth').is_file()
     log = next(run.glob('*/*.log')).read_text()
@@ -54,9 +54,8 @@ def test_both_norms_of_table_6_in_the_small_detector():
     options = ['train_dataloader.dataset.indices=8', 'val_dataloader.dataset.indices=4']
     options += ['model.test_cfg.rcnn.score_thr=0.0']
     arguments = ['--epochs', '1', '--seeds', '1', '--data-root', 'coco128', '--eval-on-train']
-    reproduce = load_tool('reproduce')
-    reproduce.main(['run', *rows, *arguments, '--cfg-options', *options])
-    reproduce.main(['report', *rows, '--out', 'out'])
+    run_tool('reproduce', 'run', *rows, *arguments, '--cfg-options', *options)
+    run_tool('reproduce', 'report', *rows, '--out', 'out')
     text = Path('out/report.md').read_text()
     assert re.search(r'\| UBN \| loss \|  \|  \| \d\.\d\d \| 1 done \|', text)
     assert Path('out/table6_loss.png').is_file()

@@ -4,10 +4,11 @@ import csv
 
 import pytest
 import torch
-from tiny_project import ROOT, load_tool
+from tool import ROOT, run_tool
 
 from mmubn.layers import UBN
 from mmubn.ops import mean_cosine_similarity
+from mmubn.similarity_options import follow
 
 
 @pytest.mark.parametrize('interval', [1, 3])
@@ -20,17 +21,16 @@ def test_follows_as_the_layer(interval, stride):
         layer(x)
         similarities.append(mean_cosine_similarity(x[:, :, ::stride, ::stride]))
         taus.append(layer.running_similarity.clone())
-    followed = load_tool('similarity_options').follow(torch.stack(similarities), 0.3, interval)
+    followed = follow(torch.stack(similarities), 0.3, interval)
     torch.testing.assert_close(followed, torch.stack(taus))
 
 
 def test_table_of_a_training(tmp_path, capsys):
-    load_tool('similarity_options').main(
-        [f'{ROOT}/configs/demo/resnet18_ubn_shapes.py', '--work-dir', str(tmp_path / 'run')]
-        + ['--iterations', '6', '--intervals', '1', '4', '--strides', '1', '4']
-        + ['--csv', str(tmp_path / 'table.csv'), '--cfg-options', 'train_dataloader.batch_size=8']
-        + ['train_dataloader.dataset.count=48', 'train_dataloader.num_workers=0']
-    )
+    arguments = ['--iterations', '6', '--intervals', '1', '4', '--strides', '1', '4']
+    arguments += ['--csv', tmp_path / 'table.csv', '--cfg-options', 'train_dataloader.batch_size=8']
+    arguments += ['train_dataloader.dataset.count=48', 'train_dataloader.num_workers=0']
+    config = ROOT / 'configs' / 'demo' / 'resnet18_ubn_shapes.py'
+    run_tool('similarity_options', config, '--work-dir', tmp_path / 'run', *arguments)
     rows = list(csv.DictReader((tmp_path / 'table.csv').open()))
     found = {(row['fct_interval'], row['fct_stride']): row for row in rows}
     assert set(found) == {('1', '1'), ('1', '4'), ('4', '1'), ('4', '4')}
@@ -43,5 +43,5 @@ def test_table_of_a_training(tmp_path, capsys):
 def test_a_config_without_ubn(tmp_path, capsys):
     arguments = [f'{ROOT}/configs/demo/resnet18_bn_shapes.py', '--work-dir', str(tmp_path)]
     with pytest.raises(SystemExit):
-        load_tool('similarity_options').main(arguments)
+        run_tool('similarity_options', *arguments)
     assert "no UBN layer to measure; set norm_cfg=dict(type='UBN')" in capsys.readouterr().err

@@ -4,11 +4,11 @@ import csv
 from pathlib import Path
 
 import pytest
-from tiny_project import ROOT, load_tool
+from tool import ROOT, run_tool
 
 
 def survey(*argv) -> dict:
-    load_tool('survey_similarity').main([*map(str, argv), '--out', 'out'])
+    run_tool('survey_similarity', *map(str, argv), '--out', 'out')
     assert Path('out/similarity_survey.png').stat().st_size > 5000
     with Path('out/similarity_survey.csv').open(newline='') as file:
         return {row['layer']: row for row in csv.DictReader(file)}
@@ -28,7 +28,7 @@ def test_a_classifier(project, capsys, norm):
 
 
 def test_a_detector(tmp_path, monkeypatch, capsys):
-    from mmubn.datasets import make_scenes
+    from mmubn.datasets.scenes import make_scenes
 
     monkeypatch.chdir(tmp_path)
     make_scenes('scenes', num_train=4, num_val=1, size=64)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_project import ROOT, load_tool
+from tool import ROOT, run_tool
 
 DATA = ('tiny.py', '--data-root', 'images')
 
@@ -19,25 +19,24 @@ def weights(path: Path) -> dict:
 
 
 def test_trains_tests_and_resumes(project, capsys):
-    train, test = load_tool('train').main, load_tool('test').main
-    train([*DATA])
+    run_tool('train', *DATA)
     first = weights(project / 'work_dirs' / 'tiny' / 'epoch_1.pth')
     assert first['backbone.layer4.1.bn2.num_batches_tracked'] == 2
     log = next(Path('work_dirs/tiny').glob('*/*.log')).read_text()
     assert 'UBN: 20 layers built, 20 train' in log
 
-    train([*DATA, '--resume', '--cfg-options', 'train_cfg.max_epochs=2'])
+    run_tool('train', *DATA, '--resume', '--cfg-options', 'train_cfg.max_epochs=2')
     second = weights(project / 'work_dirs' / 'tiny' / 'epoch_2.pth')
     assert second['backbone.layer4.1.bn2.num_batches_tracked'] == 4
     assert not torch.equal(first['head.fc.weight'], second['head.fc.weight'])
 
     checkpoint = 'work_dirs/tiny/epoch_2.pth'
     argv = ['tiny.py', checkpoint, '--data-root', 'images', '--work-dir', 'tested']
-    test([*argv, '--out', 'predictions.pkl', '--show-dir', 'drawn'])
+    run_tool('test', *argv, '--out', 'predictions.pkl', '--show-dir', 'drawn')
     predictions = pickle.loads((project / 'predictions.pkl').read_bytes())
     assert [sample['gt_label'].item() for sample in predictions] == [0] * 4 + [1] * 4
     assert len(list((project / 'drawn').glob('*.png'))) == 8
-    test([*argv, '--out', 'metrics.json', '--out-item', 'metrics'])
+    run_tool('test', *argv, '--out', 'metrics.json', '--out-item', 'metrics')
     right = sum(bool(s['pred_label'] == s['gt_label']) for s in predictions)
     metrics = json.loads((project / 'metrics.json').read_text())
     assert metrics['accuracy/top1'] == pytest.approx(100 * right / 8)
@@ -45,7 +44,7 @@ def test_trains_tests_and_resumes(project, capsys):
 
 def test_evaluates_on_train(project, capsys):
     (project / 'images' / 'val').rename(project / 'images' / 'other')
-    load_tool('train').main([*DATA, '--eval-on-train', '--work-dir', 'run'])
+    run_tool('train', *DATA, '--eval-on-train', '--work-dir', 'run')
     line = 'warning: evaluating on the training images (--eval-on-train)'
     assert line in capsys.readouterr().err.splitlines()
     assert 'accuracy/top1' in next(Path('run').glob('*/vis_data/scalars.json')).read_text()

@@ -1,16 +1,14 @@
 """A classifier of mmpretrain and a handful of images, for the tests of the command line."""
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import cv2
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
-CONFIG = """
+CONFIG = f"""
+_base_ = {str(ROOT / 'configs' / '_base_' / 'hooks.py')!r}
 default_scope = 'mmpretrain'
-custom_imports = dict(imports=['mmubn'], allow_failed_imports=False)
 model = dict(
     type='ImageClassifier',
     data_preprocessor=dict(num_classes=2, mean=[127.5] * 3, std=[127.5] * 3),
@@ -56,11 +54,3 @@ def make_project(folder: Path) -> None:
             for number in range(4):
                 image = generator.normal(level, 20, (16, 16, 3)).clip(0, 255).astype(np.uint8)
                 cv2.imwrite(str(images / f'{name}{number}.png'), image)
-
-
-def load_tool(name: str) -> ModuleType:
-    """The module tools/``name``.py."""
-    spec = importlib.util.spec_from_file_location(f'tools_{name}', ROOT / 'tools' / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -1,7 +1,6 @@
 # Mask R-CNN for the scenes of tools/make_scenes.py, to be trained on two CPU cores in minutes:
 # ResNet-18 from random weights, 128x128 images, a narrow neck, narrow heads, few proposals.
-_base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
-custom_imports = dict(imports=['mmubn'])
+_base_ = ['mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', '../../_base_/hooks.py']
 
 classes = ('ellipse', 'rectangle', 'triangle')
 data_root = 'data/scenes/'
@@ -116,5 +115,5 @@ default_hooks = dict(
     logger=dict(interval=25),
     checkpoint=dict(max_keep_ckpts=2),  # one stays whole while the other is written
 )
-custom_hooks = [dict(type='CondensationHook')]
+custom_hooks = [dict(type='CondensationHook'), *_base_.custom_hooks]
 randomness = dict(seed=0)

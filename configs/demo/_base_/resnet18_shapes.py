@@ -48,5 +48,5 @@ param_scheduler = dict(
     convert_to_iter_based=True,
 )
 default_hooks = dict(logger=dict(interval=25))
-custom_hooks = [dict(type='CondensationHook')]
+custom_hooks = [dict(type='CondensationHook'), *_base_.custom_hooks]
 randomness = dict(seed=0)

@@ -3,7 +3,7 @@
 import math
 from typing import Dict, Iterator, List, Tuple
 
-from benchmark_rows import SETTING, TOTALS, Row
+from .rows import SETTING, TOTALS, Row
 
 # The norm layers of ResNet-50 at 224 x 224: how many of which channels and side.
 RESNET50_LAYERS = {

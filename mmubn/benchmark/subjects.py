@@ -7,23 +7,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import mmubn
-from mmubn.ops import reference
+from .. import layers
+from ..convert import convert_norm
+from ..layers import UBN
+from ..ops import BACKENDS, reference
 
+# Every layer of ours that one process can train, by its type in lower case.
+KINDS = {name.lower(): name for name in layers.__all__ if not name.startswith('Sync')}
 # The gate works in every step and stays open, so that each norm does all of its work in all
 # of them.
 _UBN = dict(type='UBN', fct=0.15, fct_warmup=10**9)
 NORMS: Dict[str, Optional[dict]] = {
     'bn': None,
     'ubn': _UBN,
-    'ubn_torch': dict(_UBN, backend='torch'),
-    'ubn_cpp': dict(_UBN, backend='cpp'),
-    'ubn_triton': dict(_UBN, backend='triton'),
+    **{f'ubn_{name}': dict(_UBN, backend=name) for name in BACKENDS if name != 'auto'},
     'ubn_compiled': _UBN,
     'literal': _UBN,
-    'rbn': dict(type='RBN'),
-    'bnet': dict(type='BNET'),
-    'iebn': dict(type='IEBN'),
+    **{kind: dict(type=name) for kind, name in KINDS.items() if kind != 'ubn'},
 }
 MODELS = ('resnet50', 'resnet18_small', 'mask_rcnn_r50')
 
@@ -32,10 +32,10 @@ class Literal(nn.Module):
     """The equations as they stand, in the input's dtype throughout: autograd keeps it all.
 
     Args:
-        layer (mmubn.UBN): Owns the settings, parameters and buffers.
+        layer (UBN): Owns the settings, parameters and buffers.
     """
 
-    def __init__(self, layer: mmubn.UBN) -> None:
+    def __init__(self, layer: UBN) -> None:
         super().__init__()
         self.layer = layer
 
@@ -65,17 +65,17 @@ def with_norm(model: nn.Module, name: str) -> nn.Module:
         return model
     logger = logging.getLogger('mmubn')
     logger.setLevel(logging.ERROR)  # a line a conversion would drown the table
-    model = mmubn.convert_norm(model, NORMS[name])
+    model = convert_norm(model, NORMS[name])
     logger.setLevel(logging.NOTSET)
     if name == 'ubn_compiled':
         torch._dynamo.reset()  # each shape anew, not as one more variant of a dynamic one
         return torch.compile(model, dynamic=False)
     if name == 'literal':
-        if isinstance(model, mmubn.UBN):
+        if isinstance(model, UBN):
             return Literal(model)
         for parent in list(model.modules()):
             for child_name, child in list(parent.named_children()):
-                if isinstance(child, mmubn.UBN):
+                if isinstance(child, UBN):
                     setattr(parent, child_name, Literal(child))
     return model
 

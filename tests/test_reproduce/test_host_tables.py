@@ -1,4 +1,4 @@
-"""tools/host_tables.csv: its values are those of the installed metafiles."""
+"""host_tables.csv: its values are those of the installed metafiles."""
 
 import csv
 from importlib.metadata import PackageNotFoundError, version
@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 from mmengine.utils import get_installed_path
-from tiny_project import ROOT
+
+from mmubn.paths import ROOT
+from mmubn.reproduce.rows import HOST_TABLES, PAPER
 
 METRICS = {
     'top1': 'Top 1 Accuracy',
@@ -15,8 +17,7 @@ METRICS = {
     'bbox_AP': 'box AP',
     'segm_AP': 'mask AP',
 }
-PAPER_FILE = ROOT / 'tools' / 'paper_tables.csv'
-with (ROOT / 'tools' / 'host_tables.csv').open(newline='') as file:
+with HOST_TABLES.open(newline='') as file:
     LINES = list(csv.DictReader(file))
 
 
@@ -53,7 +54,7 @@ def test_no_value_of_an_entry_is_missing():
 
 def test_the_documented_table_has_the_same_values():
     paper = {}
-    with PAPER_FILE.open(newline='') as file:
+    with PAPER.open(newline='') as file:
         for line in csv.DictReader(file):
             key = line['dataset'], line['model'], line['norm'], line['metric']
             paper.setdefault(key, float(line['value']))

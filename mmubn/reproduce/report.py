@@ -5,13 +5,16 @@ import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from reproduce_logs import Run
-from reproduce_rows import CONTRASTS, TITLES, Row
-from reproduce_run import Setting, as_arguments
-from reproduce_studies import is_tuned
 from scipy.stats import t as student
+
+from ..markdown import table
+from ..runs import TABLE, as_written, read_condensation
+from .experiments import EXPERIMENTS
+from .logs import Run
+from .rows import Row
+from .run import Setting, as_arguments
 
 CSV_COLUMNS = (
     *('experiment', 'paper_dataset', 'paper_model', 'norm', 'batch_size', 'metric'),
@@ -23,9 +26,6 @@ LAYER_COLUMNS = (
     *('setting', 'seed', 'epoch', 'layer', 'type'),
     *('similarity', 'running_similarity', 'batch_statistics_used'),
 )
-
-
-CONDENSED = ('figure2', 'figure7-10', 'strong-recipe')  # experiments that ask about it
 
 
 @dataclass
@@ -142,11 +142,7 @@ def _shown(value: object, form: str) -> str:
 
 def speed(lines: Sequence[Line]) -> List[str]:
     """Table 8 as Markdown: time and epochs until BN's final accuracy, seed by seed."""
-    text = [
-        '| network of the paper | paper: BN | paper: UBN | ours: BN | BN itself first at '
-        '| UBN first at | UBN seconds by BN seconds |',
-        '|---|---|---|---|---|---|---|',
-    ]
+    rows = []
     for line in lines:
         bn = baseline(line, lines)
         if bn is None:
@@ -157,8 +153,10 @@ def speed(lines: Sequence[Line]) -> List[str]:
             values.append(f'{paper["epochs"]:g} epochs, {paper["train_seconds"]:g} s')
         seeds = sorted(line.done.keys() & bn.done.keys())
         values += _speed_cells(bn, line, seeds) if seeds else ['not run'] * 4
-        text.append('| ' + ' | '.join(values) + ' |')
-    return text
+        rows.append(values)
+    header = ['network of the paper', 'paper: BN', 'paper: UBN', 'ours: BN']
+    header += ['BN itself first at', 'UBN first at', 'UBN seconds by BN seconds']
+    return table(header, rows)
 
 
 def _speed_cells(bn: Line, line: Line, seeds: Sequence[int]) -> List[str]:
@@ -203,43 +201,47 @@ def markdown(by_experiment: Dict[str, List[Line]], one_network: bool) -> str:
         'confidence by Student’s t.',
     ]
     before: List[str] = []
-    for experiment, lines in by_experiment.items():
+    for name, lines in by_experiment.items():
+        experiment = EXPERIMENTS[name]
         paper = dict.fromkeys(f'{line.row.model} on {line.row.dataset}' for line in lines)
-        title = TITLES[experiment]
-        source = 'Network' if title.startswith('Not in the paper') else 'Paper'
-        text += ['', f'## {title}', '', f'{source}: {", ".join(paper)}.', '']
+        source = 'Network' if experiment.is_ours else 'Paper'
+        text += ['', f'## {experiment.title}', '', f'{source}: {", ".join(paper)}.', '']
         conditions = _conditions(lines)
         text += ['Ours: as above.'] if conditions == before else conditions
         text += ['']
         before = conditions
-        if experiment == 'table8':
+        if experiment.is_speed:
             text += speed(lines)
             continue
-        text += [
-            "| row | metric | paper | minus BN | host's own BN | ours | runs | minus BN |",
-            '|---|---|---|---|---|---|---|---|',
-        ]
-        for line, cell in _with_lines(lines):
-            row = line.row
-            label = row.label if several(lines) and not one_network else row.name
-            ours = _shown(cell['mean'], '.2f')
-            if cell['sd'] != '':
-                ours += f' ± {cell["sd"]:.2f}'
-            values = label, cell['metric'], _shown(cell['paper'], '.4g')
-            values += _shown(cell['paper_minus_bn'], '+.2f'), _shown(cell['host_bn'], '.4g')
-            values += ours, cell['state']
-            values += (_difference(cell['minus_bn'], cell['ci95_low'], cell['ci95_high']),)
-            text.append('| ' + ' | '.join(map(str, values)) + ' |')
+        text += _values(lines, one_network)
         text += contrasts(lines)
-        if any(line.row.experiment in CONDENSED for line in lines):
+        if 'condensation' in experiment.plots:
             text += condensation(lines)
         text += zoo_notes(lines)
     return '\n'.join(text) + '\n'
 
 
+def _values(lines: Sequence[Line], one_network: bool) -> List[str]:
+    """A row for each line and metric, as Markdown."""
+    rows = []
+    for line, cell in _with_lines(lines):
+        row = line.row
+        label = row.label if several(lines) and not one_network else row.name
+        ours = _shown(cell['mean'], '.2f')
+        if cell['sd'] != '':
+            ours += f' ± {cell["sd"]:.2f}'
+        values = label, cell['metric'], _shown(cell['paper'], '.4g')
+        values += _shown(cell['paper_minus_bn'], '+.2f'), _shown(cell['host_bn'], '.4g')
+        values += ours, cell['state']
+        values += (_difference(cell['minus_bn'], cell['ci95_low'], cell['ci95_high']),)
+        rows.append(values)
+    header = 'row', 'metric', 'paper', 'minus BN', "host's own BN", 'ours', 'runs', 'minus BN'
+    return table(header, rows)
+
+
 def condensation(lines: Sequence[Line]) -> List[str]:
     """Mean similarity of the layers on the fixed batch after training, as Markdown."""
-    text = []
+    rows = []
     for line in lines:
         finals = _similarities(line)
         if not finals:
@@ -248,24 +250,22 @@ def condensation(lines: Sequence[Line]) -> List[str]:
         shown = _difference(*_interval(finals, _similarities(bn))[:3]) if bn is not None else ''
         mean, sd = mean_sd(list(finals.values()))
         spread = '' if math.isnan(sd) else f' ± {sd:.2f}'
-        text.append(f'| {line.row.name} | {mean:.2f}{spread} | {len(finals)} | {shown} |')
-    header = [
-        '',
+        rows.append((line.row.name, f'{mean:.2f}{spread}', len(finals), shown))
+    if not rows:
+        return []
+    title = (
         'Condensation: similarity of the fixed batch (`fixed/input`) after the last epoch, mean '
-        'over the layers.',
-        '',
-        '| row | similarity × 100 | runs | minus BN |',
-        '|---|---|---|---|',
-    ]
-    return [*header, *text] if text else []
+        'over the layers.'
+    )
+    return ['', title, '', *table(('row', 'similarity × 100', 'runs', 'minus BN'), rows)]
 
 
 def _similarities(line: Line) -> Dict[int, float]:
     """Seed -> mean over the layers in the last epoch, times 100."""
     found = {}
     for seed, run in line.done.items():
-        rows = _last_epoch(run.folder / 'condensation.csv', 'fixed/input')
-        values = [float(row['similarity']) for row in rows if row['similarity']]
+        rows = _last_epoch(run.folder, 'fixed/input')
+        values = [row['similarity'] for row in rows if row['similarity'] is not None]
         if values:
             found[seed] = 100 * statistics.fmean(values)
     return found
@@ -284,10 +284,10 @@ def zoo_notes(lines: Sequence[Line]) -> List[str]:
 
 def contrasts(lines: Sequence[Line]) -> List[str]:
     """Differences between rows neither of which need be BN, as Markdown; empty without such."""
-    text = []
+    rows = []
     for line in lines:
         row = line.row
-        wanted = [b for a, b in CONTRASTS.get(row.experiment, ()) if a == row.norm]
+        wanted = [b for a, b in EXPERIMENTS[row.experiment].contrasts if a == row.norm]
         others = [other for other in lines if other.row.differs_in_norm(row)]
         for other in sorted(
             (other for other in others if other.row.norm in wanted),
@@ -296,9 +296,8 @@ def contrasts(lines: Sequence[Line]) -> List[str]:
             metric = line.metrics[0]
             shown = _difference(*_interval(line.finals(metric), other.finals(metric))[:3])
             label = row.label if several(lines) else row.name
-            text.append(f'| {label} | {other.row.norm} | {metric} | {shown or "not run"} |')
-    header = ['', '| row | minus | metric | difference |', '|---|---|---|---|']
-    return [*header, *text] if text else []
+            rows.append((label, other.row.norm, metric, shown or 'not run'))
+    return ['', *table(('row', 'minus', 'metric', 'difference'), rows)] if rows else []
 
 
 def _difference(mean: object, low: object, high: object) -> str:
@@ -318,7 +317,8 @@ def _conditions(lines: Sequence[Line]) -> List[str]:
         for seed, run in line.done.items():
             s = run.settings
             own = {*as_arguments(line.setting.options)}
-            common = [o for o in s['options'] if o not in own and not is_tuned(line.row, o)]
+            is_tuned = EXPERIMENTS[line.row.experiment].is_tuned
+            common = [o for o in s['options'] if o not in own and not is_tuned(o)]
             key = s['config'] if '-' in line.setting.name else '', s['epochs'], s['data']
             key += s['device'], s['torch'], s['commit'], ' '.join(common)
             groups.setdefault(key, set()).add(seed)
@@ -360,15 +360,15 @@ def write_tables(by_experiment: Dict[str, List[Line]], out: Path, one_network: b
         writer.writeheader()
         for name, line in settings.items():
             for seed, run in line.done.items():
-                for layer in _last_epoch(run.folder / 'condensation.csv'):
-                    writer.writerow({'setting': name, 'seed': seed, **layer})
+                for layer in _last_epoch(run.folder):
+                    writer.writerow({'setting': name, 'seed': seed, **as_written(layer)})
     return [out / name for name in ('report.md', 'report.csv', 'curves.csv', 'layers.csv')]
 
 
-def _last_epoch(path: Path, where: str = 'train/input') -> List[Dict[str, str]]:
-    if not path.is_file():
+def _last_epoch(work_dir: Path, where: str = 'train/input') -> List[Dict[str, Any]]:
+    """The rows of one place in the last epoch; none where nothing was recorded."""
+    if not (work_dir / TABLE).is_file():
         return []
-    with path.open(newline='') as file:
-        rows = [row for row in csv.DictReader(file) if row['where'] == where]
-    last = max((int(row['epoch']) for row in rows), default=0)
-    return [row for row in rows if int(row['epoch']) == last]
+    rows = [row for row in read_condensation(work_dir) if row['where'] == where]
+    last = max((row['epoch'] for row in rows), default=0)
+    return [row for row in rows if row['epoch'] == last]

@@ -1,8 +1,6 @@
 """The configs of the studies, and the options that their rows and stages add."""
 
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,31 +10,29 @@ from mmpretrain.datasets.categories import CIFAR10_CATEGORIES
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-sys.path.insert(0, str(Path(__file__).parents[2] / 'tools'))  # as Python does for a script there
-
-import reproduce_rows
-import reproduce_run
-import reproduce_studies
+from mmubn.reproduce.experiments import EXPERIMENTS
+from mmubn.reproduce.run import as_arguments, make_setting
+from mmubn.reproduce.studies import _at, pretraining_setting
 
 pytestmark = pytest.mark.skipif(find_spec('mmdet') is None, reason='no mmdet')
-STUDIES = reproduce_studies.STUDIES
+STUDIES = {name: e.study for name, e in EXPERIMENTS.items() if e.study is not None}
 
 
 def rows(experiment: str) -> list:
-    return [row for row in reproduce_rows.ROWS if row.experiment == experiment]
+    return list(EXPERIMENTS[experiment].rows)
 
 
 def config(setting, **more) -> Config:
     """As train.py has it, through the command line's own form of the options."""
     from mmubn.cli.options import load_config, make_parser
 
-    options = reproduce_run.as_arguments({**setting.options, **more})
+    options = as_arguments({**setting.options, **more})
     arguments = [str(setting.config), '--cfg-options', *options] if options else [setting.config]
     return load_config(make_parser('').parse_args(arguments))
 
 
 def test_classes_are_cifars():
-    cfg = config(reproduce_run.make_setting(rows('batches-of-two')[0]))
+    cfg = config(make_setting(rows('batches-of-two')[0]))
     assert cfg.classes == CIFAR10_CATEGORIES
     assert cfg.model.roi_head.bbox_head.num_classes == 10
 
@@ -47,7 +43,7 @@ def checkpoints(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp('pretrained')
     found = {}
     for kind in ('BN', 'GN'):
-        setting = reproduce_studies.pretraining_setting(STUDIES['batches-of-two'], kind)
+        setting = pretraining_setting(STUDIES['batches-of-two'], kind)
         with DefaultScope.overwrite_default_scope('mmpretrain'):
             model = MODELS.build(config(setting).model)
         for layer in model.modules():
@@ -69,7 +65,7 @@ def test_a_detector_starts_from_the_pretrained_backbone(row, checkpoints):
             type='Pretrained', checkpoint=checkpoints[row.pretrained], prefix='backbone.'
         )
         more = {f'model.backbone.init_cfg.{key}': value for key, value in init_cfg.items()}
-    cfg = config(reproduce_run.make_setting(row), **more)
+    cfg = config(make_setting(row), **more)
     assert cfg.train_dataloader.batch_size == (row.batch_size or 2)
     with DefaultScope.overwrite_default_scope('mmdet'):
         backbone = MODELS.build(cfg.model.backbone)
@@ -77,9 +73,7 @@ def test_a_detector_starts_from_the_pretrained_backbone(row, checkpoints):
     x = torch.randn(2, 3, 32, 32)
     if row.pretrained:
         original = torch.load(checkpoints[row.pretrained])['state_dict']
-        theirs = config(
-            reproduce_studies.pretraining_setting(STUDIES['batches-of-two'], row.pretrained)
-        )
+        theirs = config(pretraining_setting(STUDIES['batches-of-two'], row.pretrained))
         with DefaultScope.overwrite_default_scope('mmpretrain'):
             other = MODELS.build(theirs.model)
         other.load_state_dict(original)
@@ -103,9 +97,9 @@ def test_a_detector_starts_from_the_pretrained_backbone(row, checkpoints):
 def test_tuning_changes_the_split_and_what_is_tuned_alone(name):
     study = STUDIES[name]
     row = rows(name)[0]
-    setting = reproduce_run.make_setting(row)
+    setting = make_setting(row)
     point = study.points[0]
-    tuned = config(reproduce_studies._at(setting, point, study.validation))
+    tuned = config(_at(setting, point, study.validation))
     plain = config(setting)
     for key, value in point.items():
         assert tuned.optim_wrapper.optimizer.pop(key.split('.')[-1]) == value
@@ -126,7 +120,7 @@ def test_the_tuning_of_the_strong_recipe_keeps_its_images_apart():
 
 def test_small_batches_scale_the_learning_rate():
     for row in rows('small-batches'):
-        cfg = config(reproduce_run.make_setting(row))
+        cfg = config(make_setting(row))
         lr, batch = cfg.optim_wrapper.optimizer.lr, cfg.train_dataloader.batch_size
         assert lr / batch == pytest.approx(0.1 / 64)
         assert cfg.model.backbone.norm_cfg == row.norm_cfg

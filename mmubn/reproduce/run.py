@@ -11,18 +11,16 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import torch
-from benchmark_rows import describe_run
 from mmengine.config import Config
-from reproduce_logs import SETTINGS, read_run
-from reproduce_rows import Row
 from tqdm import tqdm
 
-import mmubn  # noqa: F401  configs may have mmubn:: in their _base_
-from mmubn.cli.errors import CommandError
-from mmubn.runs import checkpoints, replace_text
+from ..benchmark.rows import describe_run
+from ..cli.errors import CommandError
+from ..paths import ROOT
+from ..runs import checkpoints, replace_text
+from .logs import SETTINGS, read_run
+from .rows import BATCH_NORMS, Row
 
-ROOT = Path(__file__).resolve().parents[1]
-BATCH_NORMS = ('BN', 'SyncBN', 'RBN', 'BNET', 'IEBN', 'UBN', 'SyncUBN')
 SCALED = ('begin', 'end', 'milestones', 'step_size', 'T_max')
 
 
@@ -210,12 +208,13 @@ def load_config(path: Path) -> Config:
 
 
 def _condensation_options(cfg: Config, norm: str, wanted: bool) -> Dict[str, Any]:
-    present = [hook.get('type') for hook in cfg.get('custom_hooks') or []]
+    hooks = cfg.get('custom_hooks') or []
+    others = [dict(hook) for hook in hooks if hook.get('type') != 'CondensationHook']
     wanted = wanted and norm in BATCH_NORMS  # the hook refuses a network without any
-    if wanted and 'CondensationHook' not in present:
+    if wanted and len(others) == len(hooks):
         return {'default_hooks.condensation.type': 'CondensationHook'}
-    if not wanted and present == ['CondensationHook']:
-        return {'custom_hooks': '[]'}
+    if not wanted and len(others) < len(hooks):
+        return {'custom_hooks': others}
     return {}
 
 
@@ -252,7 +251,7 @@ def run_jobs(jobs: Sequence[Job], parallel: int) -> List[str]:
     print(f'{len(jobs) - len(waiting)} of {len(jobs)} runs are finished', flush=True)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     torch.set_num_threads(threads_of_each(parallel))  # what the record of the machine says
-    machine = describe_run(device, ROOT)
+    machine = describe_run(device)
     running: Dict[int, tuple] = {}
     failed: List[str] = []
     done = {job.title: read_run(job.folder).epoch for job in jobs}

@@ -2,27 +2,24 @@
 
 import csv
 import json
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from mmpretrain.datasets.categories import CIFAR10_CATEGORIES
-from tiny_project import ROOT
+from tool import run_tool
 
 from mmubn.datasets import pasted_scenes
+from mmubn.reproduce import studies
+from mmubn.reproduce.cifar_scenes import make_cifar_scenes
+from mmubn.reproduce.experiments import EXPERIMENTS, ROWS
+from mmubn.reproduce.logs import SETTINGS, read_run
+from mmubn.reproduce.study import LEARNING_RATE, WEIGHT_DECAY
 
-sys.path.insert(0, str(ROOT / 'tools'))  # as Python does for a script there
-
-import reproduce
-import reproduce_logs
-import reproduce_rows
-import reproduce_studies
-
-pytestmark = pytest.mark.usefixtures('metafiles_read_once')
-STUDIES = reproduce_studies.STUDIES
-RATES = STUDIES['batches-of-two'].grid[reproduce_studies.LEARNING_RATE]
+TWO_IMAGES = EXPERIMENTS['batches-of-two']
+RATES = TWO_IMAGES.study.grid[LEARNING_RATE]
 
 
 def finish(job, value: float) -> None:
@@ -30,7 +27,7 @@ def finish(job, value: float) -> None:
     logs = job.folder / '20260101_000000' / 'vis_data'
     logs.mkdir(parents=True, exist_ok=True)
     record = dict(job.settings, device='cpu: none', torch='2', commit='abc')
-    (job.folder / reproduce_logs.SETTINGS).write_text(json.dumps(record))
+    (job.folder / SETTINGS).write_text(json.dumps(record))
     epochs = job.settings['epochs']
     lines = [
         dict(lr=0.1, time=0.1, loss=1.0, epoch=e, iter=e, step=e) for e in range(1, epochs + 1)
@@ -64,14 +61,9 @@ def stages(tmp_path, monkeypatch):
 
     run.value_of = value_of
     run.calls = calls
-    monkeypatch.setattr(reproduce_studies, 'run_jobs', run)
-    monkeypatch.setattr(reproduce_studies, 'make_cifar_scenes', None)
-    for name, study in STUDIES.items():
-        if study.prepare:
-            changed = reproduce_studies.Study(
-                **{**vars(study), 'prepare': lambda given, out: Path('made') / given}
-            )
-            monkeypatch.setitem(STUDIES, name, changed)
+    monkeypatch.setattr(studies, 'run_jobs', run)
+    changed = replace(TWO_IMAGES.study, prepare=lambda given, out: Path('made') / given)
+    monkeypatch.setitem(EXPERIMENTS, TWO_IMAGES.name, replace(TWO_IMAGES, study=changed))
     Path('data').mkdir()
     return run
 
@@ -84,14 +76,14 @@ def options(job) -> dict:
 
 
 def rate(job) -> float:
-    return float(options(job).get(reproduce_studies.LEARNING_RATE, 'nan'))
+    return float(options(job).get(LEARNING_RATE, 'nan'))
 
 
 TWO = ('batches-of-two', '--rows', 'BN', 'UBN', '--work-dir', 'runs')
 
 
 def run_two(*more):
-    reproduce.main(['run', *TWO, '--seeds', '2', '--data-root', 'data', *more])
+    run_tool('reproduce', 'run', *TWO, '--seeds', '2', '--data-root', 'data', *more)
 
 
 def test_each_row_is_tuned_then_trained_with_what_won(stages):
@@ -149,7 +141,7 @@ def test_a_failed_point_loses_and_is_told(stages, capsys):
 
 
 def test_without_a_single_result_it_stops(stages, capsys):
-    stages.value_of = lambda job: None if reproduce_studies.TUNING in job.folder.parts else 50.0
+    stages.value_of = lambda job: None if studies.TUNING in job.folder.parts else 50.0
     with pytest.raises(SystemExit):
         run_two()
     assert 'BN: no run of its grid ended; see runs/tuning' in capsys.readouterr().err
@@ -158,12 +150,12 @@ def test_without_a_single_result_it_stops(stages, capsys):
 
 def test_the_strong_recipe_is_tuned_for_bn(stages):
     def value_of(job):
-        decay = float(options(job)[reproduce_studies.WEIGHT_DECAY])
+        decay = float(options(job)[WEIGHT_DECAY])
         return 60.0 if (rate(job), decay) == (0.1, 0.001) else 40.0
 
     stages.value_of = value_of
     argv = ['run', 'strong-recipe', '--rows', 'UBN', '--data-root', 'data', '--work-dir', 'runs']
-    reproduce.main(argv)
+    run_tool('reproduce', *argv)
     tuning, training = stages.calls
     assert {job.setting.norm for job in tuning} == {'BN'}
     assert len(tuning) == 9
@@ -176,7 +168,7 @@ def test_the_strong_recipe_is_tuned_for_bn(stages):
 def test_report_and_table_of_the_tuning(stages):
     stages.value_of = lambda job: 60.0 if rate(job) == 0.01 else 40.0
     run_two()
-    reproduce.main(['report', *TWO, '--out', 'out'])
+    run_tool('reproduce', 'report', *TWO, '--out', 'out')
     text = Path('out/report.md').read_text()
     assert '- pretraining with BN: top1 40.00' in text
     grid = 'lr 0.001: 40.00; lr 0.003: 40.00; lr 0.01: 60.00; lr 0.03: 40.00'
@@ -193,7 +185,7 @@ def test_report_and_table_of_the_tuning(stages):
 def test_a_part_of_the_rows_finds_the_same_contrasts(stages):
     stages.value_of = lambda job: 70.0 if 'norm_eval=True' in str(job.folder) else 50.0
     argv = ['run', 'batches-of-two', '--rows', 'UBN*', 'BN, frozen*', '--work-dir', 'runs']
-    reproduce.main([*argv, '--seeds', '2', '--data-root', 'data'])
+    run_tool('reproduce', *argv, '--seeds', '2', '--data-root', 'data')
     text = Path('runs/report/report.md').read_text()
     zero = '+0.00 [+0.00, +0.00]'
     assert f'| UBN, frozen statistics | BN, frozen statistics | bbox_AP | {zero} |' in text
@@ -213,7 +205,7 @@ def test_a_part_of_the_rows_finds_the_same_contrasts(stages):
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, argv, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        reproduce.main(['run', *argv])
+        run_tool('reproduce', 'run', *argv)
     assert capsys.readouterr().err.startswith(f'error: {message}')
     assert list(tmp_path.iterdir()) == []
 
@@ -240,7 +232,7 @@ def test_scenes_of_each_split_are_of_other_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(
         pasted_scenes, 'make_pasted_scenes', lambda out, splits, classes: seen.update(splits)
     )
-    reproduce_studies.make_cifar_scenes(tmp_path, tmp_path / 'scenes')
+    make_cifar_scenes(tmp_path, tmp_path / 'scenes')
     assert {name: len(p.objects) for name, p in seen.items()} == dict(train=36, val=4, test=10)
     assert {name: len(p.others) for name, p in seen.items()} == dict(train=360, val=40, test=100)
     assert [p.count for p in seen.values()] == [1200, 500, 1000]
@@ -263,13 +255,17 @@ def test_a_whole_study_on_a_tiny_budget(tmp_path, monkeypatch, capfd):
     make_cifars(tmp_path / 'data')
     argv = ['run', 'batches-of-two', '--rows', 'UBN, no gate', '--budget', '0.01', '--seeds', '1']
     small = ['train_dataloader.dataset.indices=8', 'val_dataloader.dataset.indices=4']
-    reproduce.main([*argv, '--data-root', 'data', '--work-dir', 'runs', '--cfg-options', *small])
+    run_tool(
+        'reproduce', *argv, '--data-root', 'data', '--work-dir', 'runs', '--cfg-options', *small
+    )
     assert '1 of 1 runs' not in capfd.readouterr().out
-    row = next(r for r in reproduce_rows.ROWS if r.norm == 'UBN, no gate' and r.network)
+    row = next(r for r in ROWS if r.norm == 'UBN, no gate' and r.network)
     (folder,) = Path('runs').glob('faster_rcnn*/seed0')
-    assert reproduce_logs.read_run(folder).state == 'done'
+    assert read_run(folder).state == 'done'
     assert 'BatchNorm checkpoint loaded into UBN layers' in (folder / 'output.log').read_text()
-    values = reproduce_studies.grid_values(STUDIES['batches-of-two'], row, Path('runs'))
+    values = studies.grid_values(TWO_IMAGES.study, row, Path('runs'))
     assert all(value >= 0 for _, value in values)
-    reproduce.main([*argv, '--data-root', 'data', '--work-dir', 'runs', '--cfg-options', *small])
+    run_tool(
+        'reproduce', *argv, '--data-root', 'data', '--work-dir', 'runs', '--cfg-options', *small
+    )
     assert capfd.readouterr().out.count('1 of 1 runs are finished') == 2

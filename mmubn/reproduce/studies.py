@@ -9,61 +9,18 @@ What is tuned, and how the results are read, is written in docs/evidence.md.
 import csv
 import math
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from mmengine.config import Config
-from mmengine.registry import DefaultScope
-from reproduce_logs import read_run
-from reproduce_rows import Row
-from reproduce_run import Job, Setting, as_arguments, make_jobs, make_setting, run_jobs
+from ..cli.errors import CommandError
+from ..markdown import table
+from .logs import read_run
+from .rows import Row
+from .run import Job, Setting, as_arguments, make_jobs, make_setting, run_jobs
+from .study import Study
 
-from mmubn.cli.data_root import set_data_root
-from mmubn.cli.errors import CommandError
-
-LEARNING_RATE = 'optim_wrapper.optimizer.lr'
-WEIGHT_DECAY = 'optim_wrapper.optimizer.weight_decay'
 TUNING, PRETRAINING, SCENES = 'tuning', 'pretraining', 'scenes'
 COLUMNS = ('row', 'setting', 'metric', 'value', 'chosen', 'at_edge')
-
-
-@dataclass(frozen=True)
-class Study:
-    """How the rows of an experiment are trained.
-
-    Attributes:
-        seeds (int): Seeds of each row, unless ``--seeds`` says otherwise.
-        grid (dict): Setting -> the values that are tried, in all combinations.
-        metric (str): By which the best is chosen, after the last epoch.
-        validation (dict): Options by which a tuning run validates on a part of the
-            training set, or of its pictures, that it does not train on.
-        tuning_budget (float): Length of a tuning run by that of the row.
-        tuned_for (str): Norm of the one row that is tuned for all; empty: each row is.
-        pretraining (str): Config in ``configs/`` of the backbone that rows start from.
-        prepare (Callable, optional): Makes the data of the rows of the folders of
-            ``--data-root``, in a folder of the work dir, which it returns.
-        folder (str): Of ``--data-root``, that with the pretraining's data.
-    """
-
-    seeds: int
-    grid: Dict[str, Sequence[float]]
-    metric: str
-    validation: Dict[str, Any]
-    tuning_budget: float = 1
-    tuned_for: str = ''
-    pretraining: str = ''
-    prepare: Optional[Callable[[Path, Path], Path]] = None
-    folder: str = ''
-
-    @property
-    def points(self) -> List[Dict[str, float]]:
-        """The points of the grid."""
-        return [dict(zip(self.grid, values)) for values in product(*self.grid.values())]
-
-    def at_edge(self, point: Dict[str, float]) -> bool:
-        """Whether a wider grid might have a better one."""
-        return any(v in (min(self.grid[k]), max(self.grid[k])) for k, v in point.items())
 
 
 @dataclass(frozen=True)
@@ -79,88 +36,6 @@ class Options:
     condensation: bool
     parallel: int
     gpus: int
-
-
-def make_cifar_scenes(data_root: Path, out: Path) -> Path:
-    """Scenes of ``cifar10/`` and ``cifar100/``, as archives or class folders.
-
-    1,200 scenes to train on, 500 to tune on and 1,000 to test on. The objects of the
-    first two are of different training images of CIFAR-10, those of the last are of its
-    test images; backgrounds and distractors are of CIFAR-100's likewise.
-    """
-    if out.exists():  # whole or not at all
-        return out
-    # Here, so that `list` starts quickly and detection alone needs no mmpretrain.
-    from mmpretrain.datasets.categories import CIFAR10_CATEGORIES
-
-    from mmubn.datasets.pasted_scenes import Pictures, make_pasted_scenes
-
-    read = {
-        (name, split): _cifar(data_root / name, kind, split)
-        for name, kind in (('cifar10', 'CIFAR10'), ('cifar100', 'CIFAR100'))
-        for split in ('train', 'test')
-    }
-    splits = {}
-    for name, count, split, first, last in (
-        ('train', 1200, 'train', 0, 0.9),
-        ('val', 500, 'train', 0.9, 1),
-        ('test', 1000, 'test', 0, 1),
-    ):
-        parts = (_part(items, first, last) for items in read['cifar10', split])
-        others = _part(read['cifar100', split][0], first, last)
-        splits[name] = Pictures(*parts, others, count)
-    make_pasted_scenes(out, splits, CIFAR10_CATEGORIES)
-    return out
-
-
-def _part(items: Sequence, first: float, last: float) -> Sequence:
-    return items[round(len(items) * first) : round(len(items) * last)]
-
-
-def _cifar(folder: Path, kind: str, split: str) -> Tuple[list, list]:
-    """Images in BGR, and labels."""
-    from mmpretrain.registry import DATASETS
-
-    dataset = dict(type=kind, data_root='cifar', split=split, pipeline=[], download=False)
-    cfg = Config(dict(train_dataloader=dict(dataset=dataset)))
-    if not folder.is_dir():
-        raise CommandError(f'--data-root: no folder {folder}; it needs cifar10/ and cifar100/')
-    set_data_root(cfg, str(folder))
-    with DefaultScope.overwrite_default_scope('mmpretrain'):
-        built = DATASETS.build(cfg.train_dataloader.dataset)
-    infos = [built.get_data_info(index) for index in range(len(built))]
-    images = [info['img'][..., ::-1] for info in infos]
-    return images, [int(info['gt_label']) for info in infos]
-
-
-STUDIES: Dict[str, Study] = {
-    'batches-of-two': Study(
-        seeds=5,
-        grid={LEARNING_RATE: (0.001, 0.003, 0.01, 0.03)},
-        metric='bbox_AP',
-        validation={
-            'val_dataloader.dataset.ann_file': 'annotations/instances_val.json',
-            'val_dataloader.dataset.data_prefix.img': 'val/',
-            'val_evaluator.ann_file': 'data/cifar_scenes/annotations/instances_val.json',
-        },
-        tuning_budget=0.5,
-        pretraining='studies/resnet18_pretraining_cifar100.py',
-        prepare=make_cifar_scenes,
-        folder='cifar100',
-    ),
-    'strong-recipe': Study(
-        seeds=3,
-        grid={LEARNING_RATE: (0.05, 0.1, 0.2), WEIGHT_DECAY: (2e-4, 5e-4, 1e-3)},
-        metric='top1',
-        validation={
-            'train_dataloader.dataset.indices': 45000,
-            'val_dataloader.dataset.split': 'train',
-            'val_dataloader.dataset.indices': -5000,
-        },
-        tuning_budget=0.25,
-        tuned_for='BN',
-    ),
-}
 
 
 def run_study(
@@ -271,7 +146,7 @@ def _last_checkpoint(job: Job) -> Path:
 
 def pretraining_setting(study: Study, kind: str) -> Setting:
     """The setting of a pretraining with a norm."""
-    return make_setting(Row('', 'CIFAR-100', '', kind, kind, network=study.pretraining))
+    return make_setting(Row('CIFAR-100', '', kind, kind, network=study.pretraining))
 
 
 def _at(setting: Setting, point: Dict[str, float], options: Dict[str, Any]) -> Setting:
@@ -310,8 +185,7 @@ def write_tuning(study: Study, rows: Sequence[Row], root: Path, out: Path) -> Li
             text.append(f'- pretraining with {kind}: top1 {run.final("top1"):.2f}')
     text = ['', '## Pretraining', '', *text] if text else []
     tuned = [row for row in rows if row.norm == study.tuned_for or not study.tuned_for]
-    header = ['| row | chosen | ' + f'{study.metric} at each point of the grid |', '|---|---|---|']
-    text += ['', '## Tuning, on the validation split', '', *header]
+    shown_rows = []
     with (out / 'tuning.csv').open('w', newline='') as file:
         writer = csv.writer(file, lineterminator='\n')
         writer.writerow(COLUMNS)
@@ -327,14 +201,9 @@ def write_tuning(study: Study, rows: Sequence[Row], root: Path, out: Path) -> Li
                 cells.append(f'{_point(point)}: {shown or "no result"}')
             edge = ' (at the edge of the grid)' if chosen and study.at_edge(chosen) else ''
             won = f'{_point(chosen)}{edge}' if chosen else 'not run'
-            text.append(f'| {row.name} | {won} | {"; ".join(cells)} |')
-    return text
-
-
-def is_tuned(row: Row, option: str) -> bool:
-    """Whether an option, ``KEY=VALUE``, is one that the row's study chooses."""
-    study = STUDIES.get(row.experiment)
-    return study is not None and option.split('=')[0] in study.grid
+            shown_rows.append((row.name, won, '; '.join(cells)))
+    header = 'row', 'chosen', f'{study.metric} at each point of the grid'
+    return [*text, '', '## Tuning, on the validation split', '', *table(header, shown_rows)]
 
 
 def _point(point: Dict[str, float]) -> str:

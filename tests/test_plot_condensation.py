@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
-from tiny_project import load_tool
+from tool import run_tool
 
+from mmubn import plot_condensation
 from mmubn.runs import COLUMNS
 
 SIMILARITY = {'stem': [0.1, 0.2, 0.4], 'layer1': [0.5, 0.6, '']}
@@ -54,14 +55,9 @@ def runs(tmp_path):
     return [bn, ubn]
 
 
-@pytest.fixture(scope='module')
-def tool():
-    return load_tool('plot_condensation')
-
-
-def test_pictures_of_two_runs(tool, runs, tmp_path):
+def test_pictures_of_two_runs(runs, tmp_path):
     out = tmp_path / 'pictures'
-    tool.main([*map(str, runs), '--out', str(out)])
+    run_tool('plot_condensation', *map(str, runs), '--out', str(out))
     stems = ['condensation_curves', 'condensation_gates', 'condensation_layers']
     assert sorted(p.name for p in out.iterdir()) == [
         f'{stem}.{suffix}' for stem in stems for suffix in ('png', 'svg')
@@ -72,9 +68,11 @@ def test_pictures_of_two_runs(tool, runs, tmp_path):
         assert ElementTree.parse(out / f'{stem}.svg').getroot().tag.endswith('svg')
 
 
-def test_curves_are_means_over_layers_under_the_accuracy(tool, runs):
-    bn, ubn = map(tool.Run, runs)
-    figure = tool.draw_curves([bn, ubn], 'fixed/input', 0.3, tool.choose_metric([bn, ubn]))
+def test_curves_are_means_over_layers_under_the_accuracy(runs):
+    bn, ubn = map(plot_condensation.Run, runs)
+    figure = plot_condensation.draw_curves(
+        [bn, ubn], 'fixed/input', 0.3, plot_condensation.choose_metric([bn, ubn])
+    )
     above, below = figure.axes
     assert [line.get_xydata().tolist() for line in above.lines] == [
         [[1, 10], [2, 20]],
@@ -87,16 +85,20 @@ def test_curves_are_means_over_layers_under_the_accuracy(tool, runs):
     assert [text.get_text() for text in above.get_legend().get_texts()] == ['bn', 'ubn']
 
 
-def test_runs_differ_without_colour(tool, runs):
-    figure = tool.draw_curves([tool.Run(folder) for folder in runs * 2], 'fixed/input', 0.3, None)
+def test_runs_differ_without_colour(runs):
+    figure = plot_condensation.draw_curves(
+        [plot_condensation.Run(folder) for folder in runs * 2], 'fixed/input', 0.3, None
+    )
     lines = figure.axes[0].lines[:4]
     assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == 4
     for line in lines:
         assert len(set(to_rgb(line.get_color()))) == 1
 
 
-def test_heat_map_holds_the_table_and_marks_the_condensed(tool, runs):
-    figure = tool.draw_layers([tool.Run(folder) for folder in runs], 'fixed/input', 0.3)
+def test_heat_map_holds_the_table_and_marks_the_condensed(runs):
+    figure = plot_condensation.draw_layers(
+        [plot_condensation.Run(folder) for folder in runs], 'fixed/input', 0.3
+    )
     panel = figure.axes[0]
     image = panel.images[0]
     assert image.get_array().filled(-1).tolist() == [[0.1, 0.2, 0.4], [0.5, 0.6, -1]]
@@ -106,58 +108,58 @@ def test_heat_map_holds_the_table_and_marks_the_condensed(tool, runs):
     assert dots == {(2, 0), (0, 1), (1, 1)}
 
 
-def test_gates(tool, runs):
-    figure = tool.draw_gates([tool.Run(runs[1])])
+def test_gates(runs):
+    figure = plot_condensation.draw_gates([plot_condensation.Run(runs[1])])
     above, panel = figure.axes[:2]
     assert above.lines[0].get_xydata().tolist() == [[1, 0.75], [2, 0.5]]
     assert panel.images[0].get_array().tolist() == [[0.5, 0.0], [1.0, 1.0]]
 
 
-def test_runs_of_one_name_are_told_apart_by_their_path(tool, tmp_path):
+def test_runs_of_one_name_are_told_apart_by_their_path(tmp_path):
     folders = []
     for parent in ('first', 'second'):
         (tmp_path / parent).mkdir()
         folders.append(write_run(tmp_path / parent / 'run', 'UBN'))
-    tool.main([*map(str, folders), '--out', str(tmp_path)])
+    run_tool('plot_condensation', *map(str, folders), '--out', str(tmp_path))
     text = (tmp_path / 'condensation_gates.svg').read_text()
     assert all(str(folder) in text for folder in folders)
 
 
-def test_no_gates_no_picture_and_default_folder(tool, runs, capsys):
-    tool.main([str(runs[0])])
+def test_no_gates_no_picture_and_default_folder(runs, capsys):
+    run_tool('plot_condensation', str(runs[0]))
     assert 'No gates to draw' in capsys.readouterr().out
     assert (runs[0] / 'condensation_layers.svg').is_file()
     assert not (runs[0] / 'condensation_gates.svg').exists()
 
 
-def test_iteration_based_run_is_drawn_over_iterations(tool, tmp_path):
-    run = tool.Run(write_run(tmp_path / 'run', 'BatchNorm2d', by_epoch=False))
-    figure = tool.draw_curves([run], 'fixed/input', 0.3, None)
+def test_iteration_based_run_is_drawn_over_iterations(tmp_path):
+    run = plot_condensation.Run(write_run(tmp_path / 'run', 'BatchNorm2d', by_epoch=False))
+    figure = plot_condensation.draw_curves([run], 'fixed/input', 0.3, None)
     assert figure.axes[0].get_xlabel() == 'iteration'
     assert figure.axes[0].lines[0].get_xdata().tolist() == [0, 10, 20]
 
 
-def test_a_killed_run_is_drawn(tool, runs):
+def test_a_killed_run_is_drawn(runs):
     """Cut in the middle of a number, of a name and of a line of the log."""
     bn, ubn = runs
     table = (ubn / 'condensation.csv').read_text()
     (ubn / 'condensation.csv').write_text(table + '3,30,stem,UBN,fixed/input,0.')
     for log in bn.glob('*/vis_data/scalars.json'):
         log.write_text(log.read_text() + '{"accuracy/top1": 3')
-    tool.main([str(bn), str(ubn)])
-    assert tool.Run(ubn).table('fixed/input').times == [0, 1, 2]
+    run_tool('plot_condensation', str(bn), str(ubn))
+    assert plot_condensation.Run(ubn).table('fixed/input').times == [0, 1, 2]
 
 
-def test_errors_name_the_file_and_the_option(tool, runs, tmp_path):
+def test_errors_name_the_file_and_the_option(runs, tmp_path):
     with pytest.raises(SystemExit, match=r'nowhere/condensation.csv: no such file'):
-        tool.main([str(tmp_path / 'nowhere')])
+        run_tool('plot_condensation', str(tmp_path / 'nowhere'))
     with pytest.raises(SystemExit, match=r'--metric mAP is in no log; there is accuracy/top1$'):
-        tool.main([str(runs[0]), '--metric', 'mAP'])
+        run_tool('plot_condensation', str(runs[0]), '--metric', 'mAP')
     with pytest.raises(SystemExit, match=r'condensation.csv: no rows of --where train/output'):
-        tool.main([str(runs[0]), '--where', 'train/output'])
+        run_tool('plot_condensation', str(runs[0]), '--where', 'train/output')
     (runs[0] / 'condensation.csv').write_text(','.join(COLUMNS) + '\n')
     with pytest.raises(SystemExit, match=r'condensation.csv: holds no record yet'):
-        tool.main([str(runs[0])])
+        run_tool('plot_condensation', str(runs[0]))
     (runs[0] / 'condensation.csv').write_text('a,b\n1,2\n')
     with pytest.raises(SystemExit, match=r'condensation.csv is no condensation table'):
-        tool.main([str(runs[0])])
+        run_tool('plot_condensation', str(runs[0]))

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, List
 
-from benchmark_rows import SETTING, TOTALS, Row
+from .rows import SETTING, TOTALS, Row
 
 # Told apart without colour.
 _MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')

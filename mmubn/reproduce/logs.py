@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
-from mmubn.cli.errors import CommandError
-from mmubn.runs import read_scalars
+from ..cli.errors import CommandError
+from ..runs import read_scalars
 
 SETTINGS = 'run.json'
 # The paper's names of metrics, mmengine's, and what the latter are multiplied by.

@@ -3,34 +3,29 @@
 import csv
 
 import pytest
-from tiny_project import ROOT, load_tool
+from tool import run_tool
+
+from mmubn.benchmark.inference import COLUMNS, goals, write_docs
 
 MARKS = '<!-- benchmark: begin -->\n<!-- benchmark: end -->'
 
 
-@pytest.fixture
-def tool(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / 'tools')
-    return load_tool('benchmark_inference')
-
-
-def row(tool, **values):
+def row(**values):
     first = dict(date='d', commit='c', device='cpu: X, 2 threads', torch='2', model='resnet18')
-    return {**dict.fromkeys(tool.COLUMNS, ''), **first, 'size': '64', 'rounds': '3', **values}
+    return {**dict.fromkeys(COLUMNS, ''), **first, 'size': '64', 'rounds': '3', **values}
 
 
 @pytest.mark.slow
-def test_a_run(tool, tmp_path, capsys):
+def test_a_run(tmp_path, capsys):
     pytest.importorskip('onnxruntime')
     page = tmp_path / 'page.md'
     page.write_text(f'# Before\n\n{MARKS}\n\nAfter.\n')
-    tool.main(
-        [
-            *('--model', 'resnet18', '--size', '32', '--batches', '1', '--repeats', '2'),
-            *('--norms', 'bn', 'bn_folded', 'ubn_prepared', 'ubn_converted', 'bnet_prepared'),
-            *('--runtimes', 'torch', 'onnxruntime', '--threads', '1'),
-            *('--csv', str(tmp_path / 'rows.csv'), '--docs', str(page)),
-        ]
+    run_tool(
+        'benchmark_inference',
+        *('--model', 'resnet18', '--size', '32', '--batches', '1', '--repeats', '2'),
+        *('--norms', 'bn', 'bn_folded', 'ubn_prepared', 'ubn_converted', 'bnet_prepared'),
+        *('--runtimes', 'torch', 'onnxruntime', '--threads', '1'),
+        *('--csv', tmp_path / 'rows.csv', '--docs', page),
     )
     with (tmp_path / 'rows.csv').open(newline='') as file:
         rows = list(csv.DictReader(file))
@@ -48,20 +43,20 @@ def test_a_run(tool, tmp_path, capsys):
     assert text.startswith('# Before\n\n<!-- benchmark: begin -->\nresnet18, 32×32 images, cpu: ')
     assert text.endswith('<!-- benchmark: end -->\n\nAfter.\n')
     assert '| `ubn_prepared` |' in text
-    tool.write_docs(page, [row(tool, batch='1', norm='bn', runtime='torch', median_ms='7')])
+    write_docs(page, [row(batch='1', norm='bn', runtime='torch', median_ms='7')])
     assert '| `bn` | 7 |' in page.read_text()
     assert 'ubn_prepared' not in page.read_text()
     assert 'nodes of the ONNX graph, ubn_prepared' in capsys.readouterr().out
 
 
-def test_goals(tool):
+def test_goals():
     rows = [
-        row(tool, norm='ubn_prepared', runtime='torch', batch='8', ratio_bn_folded='1.21'),
-        row(tool, norm='ubn_prepared', runtime='onnxruntime', ratio_bn_folded='1.25'),
-        row(tool, norm='ubn_prepared', runtime='openvino', ratio_bn_folded='9', onnx_nodes='400'),
-        row(tool, norm='ubn_converted', runtime='openvino', ratio_bn_folded='1.01'),
+        row(norm='ubn_prepared', runtime='torch', batch='8', ratio_bn_folded='1.21'),
+        row(norm='ubn_prepared', runtime='onnxruntime', ratio_bn_folded='1.25'),
+        row(norm='ubn_prepared', runtime='openvino', ratio_bn_folded='9', onnx_nodes='400'),
+        row(norm='ubn_converted', runtime='openvino', ratio_bn_folded='1.01'),
     ]
-    assert [line.split()[0] for line in tool.goals(rows)] == [
+    assert [line.split()[0] for line in goals(rows)] == [
         *('MISSED', 'reached', 'reached', 'MISSED')
     ]
 
@@ -75,9 +70,9 @@ def test_goals(tool):
         (['--csv', 'other.csv'], r'other.csv: its columns are not those of this version'),
     ],
 )
-def test_bad_options(tool, argv, message, tmp_path, monkeypatch, capsys):
+def test_bad_options(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'other.csv').write_text('norm,ms\n')
     with pytest.raises(SystemExit) as caught:
-        tool.main(argv)
+        run_tool('benchmark_inference', *argv)
     assert message in f'{caught.value} {capsys.readouterr().err}'

@@ -9,7 +9,8 @@ from typing import Dict, List, Optional, Sequence
 
 import torch
 
-import mmubn
+from ..paths import ROOT
+from ..version import __version__
 
 Row = Dict[str, str]
 
@@ -23,7 +24,7 @@ SETTING = ('model', 'shape', 'dtype', 'layout')
 TOTALS = ('both', 'step')
 
 
-def describe_run(device: torch.device, root: Path) -> Row:
+def describe_run(device: torch.device) -> Row:
     """The columns that all rows of a run share. No host name is among them."""
     if device.type == 'cuda':
         name = f'cuda: {torch.cuda.get_device_name(device)}'
@@ -35,11 +36,11 @@ def describe_run(device: torch.device, root: Path) -> Row:
         triton = ''
     return dict(
         date=datetime.now().isoformat(timespec='seconds'),
-        commit=_commit(root),
+        commit=_commit(),
         device=name,
         torch=torch.__version__,
         triton=triton,
-        mmubn=mmubn.__version__,
+        mmubn=__version__,
     )
 
 
@@ -50,11 +51,11 @@ def _cpu_name() -> str:
     return names[0] if names else 'unknown'
 
 
-def _commit(root: Path) -> str:
+def _commit() -> str:
     """The short hash, ``-dirty`` where a tracked file differs; measurements do not count."""
 
     def git(*arguments: str) -> str:
-        command = ['git', '-C', str(root), *arguments]
+        command = ['git', '-C', str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
@@ -84,7 +85,7 @@ def make_rows(
         laps (dict): Norm -> the milliseconds of each phase, for each round.
         saved (dict, optional): Norm -> bytes kept for the backward pass.
         peak (dict, optional): Norm -> peak bytes, None where unknown.
-        launches (dict, optional): Norm -> of :func:`benchmark_measure.launches`.
+        launches (dict, optional): Norm -> of :func:`.measure.launches`.
 
     Returns:
         list[dict]: The rows.
@@ -96,11 +97,11 @@ def make_rows(
             row = dict.fromkeys(COLUMNS, '')
             row.update(run, **setting, norm=norm, what=what, rounds=str(len(values)))
             for column, quantile in (('median_ms', 0.5), ('p10_ms', 0.1), ('p90_ms', 0.9)):
-                row[column] = f'{_quantile(values, quantile):.5g}'
+                row[column] = f'{quantile_of(values, quantile):.5g}'
             for column, other in (('ratio_bn', 'bn'), ('ratio_literal', 'literal')):
                 if other in times:
                     ratios = [a / b for a, b in zip(values, times[other][what])]
-                    row[column] = f'{_quantile(ratios, 0.5):.4f}'
+                    row[column] = f'{quantile_of(ratios, 0.5):.4f}'
             if what in TOTALS:
                 row.update(_memory(norm, saved or {}, peak or {}))
                 row['launches'] = str((launches or {}).get(norm, ''))
@@ -127,11 +128,12 @@ def _memory(norm: str, saved: Dict[str, int], peak: Dict[str, Optional[int]]) ->
     return memory
 
 
-def _quantile(values: Sequence[float], quantile: float) -> float:
+def quantile_of(values: Sequence[float], quantile: float) -> float:
+    """A quantile of a sample, between its values by a straight line."""
     return torch.tensor(values, dtype=torch.float64).quantile(quantile).item()
 
 
-def check_csv(path: Path) -> None:
+def check_csv(path: Path, columns: Sequence[str]) -> None:
     """Makes sure that rows can be appended.
 
     Raises:
@@ -140,18 +142,18 @@ def check_csv(path: Path) -> None:
     if path.exists():
         with path.open(newline='') as file:
             header = next(csv.reader(file), None)
-        if header is not None and tuple(header) != COLUMNS:
+        if header is not None and tuple(header) != tuple(columns):
             raise SystemExit(
-                f'{path}: its columns are not those of this version ({",".join(COLUMNS)}); '
+                f'{path}: its columns are not those of this version ({",".join(columns)}); '
                 'rename it, or name another file by --csv'
             )
 
 
-def append_csv(path: Path, rows: List[Row]) -> None:
+def append_csv(path: Path, rows: Sequence[Row], columns: Sequence[str]) -> None:
     """Appends rows, below a header where the file is new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open('a', newline='') as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
+        writer = csv.DictWriter(file, columns, lineterminator='\n')
         if file.tell() == 0:
             writer.writeheader()
         writer.writerows(rows)
@@ -165,7 +167,7 @@ def read_last_run(path: Path) -> List[Row]:
     """
     if not path.is_file():
         raise SystemExit(f'{path}: no such file')
-    check_csv(path)
+    check_csv(path, COLUMNS)
     with path.open(newline='') as file:
         rows = list(csv.DictReader(file))
     if not rows:

@@ -3,25 +3,14 @@
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence
 
-import matplotlib
-
-matplotlib.use('Agg')
-
 import matplotlib.pyplot as plt
 import numpy as np
-import plot_condensation
 from matplotlib.figure import Figure
-from reproduce_logs import Run
-from reproduce_report import CONDENSED, Line, baseline, mean_sd, paired, several
-from reproduce_rows import TITLES
 
-TABLES = ('table2', 'table3', 'table4', 'table5', 'table6')
-OWN = ('ours', 'hosts-detection', 'hosts-classification', 'strong-recipe')
-CURVES = (*TABLES, 'table8', 'figure4', 'figure5', *OWN)
-DIFFERENCES = (*TABLES, 'figure5', 'figure37-40', *OWN, 'batches-of-two', 'small-batches')
-LOSSES = ('table5', 'table6', 'hosts-detection', 'batches-of-two')
-THRESHOLDS = ('figure6', 'figure11-16')
-BATCH_SIZES = ('table7', 'figure17-36', 'small-batches')
+from .. import plot_condensation
+from .experiments import EXPERIMENTS
+from .logs import Run
+from .report import Line, baseline, mean_sd, paired, several
 
 DASHES = ['-', '--', ':', '-.', (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3))]
 
@@ -42,23 +31,8 @@ def draw(by_experiment: Dict[str, List[Line]], out: Path, one_network: bool) -> 
     for experiment, lines in by_experiment.items():
         have = [line for line in lines if line.done]
         figures: Dict[str, Optional[Figure]] = {}
-        if experiment in CURVES:
-            for by, unit in (('epochs', 'epoch'), ('time', 'seconds of training')):
-                figures[by] = _curves(have, by, unit)
-        if experiment in LOSSES:
-            figures['loss'] = _curves(have, 'epochs', 'epoch', 'loss')
-        if experiment in DIFFERENCES:
-            figures['differences'] = _differences(have)
-        if experiment in THRESHOLDS:
-            figures['thresholds'] = _against(
-                have, 'threshold FCT', _threshold, one_network, log=False
-            )
-        if experiment in BATCH_SIZES:
-            figures['batch_sizes'] = _against(
-                have, 'batch size', lambda line: line.row.batch_size, one_network, log=True
-            )
-        if experiment in CONDENSED:
-            figures.update(_condensation(have))
+        for plot in EXPERIMENTS[experiment].plots:
+            figures.update(PLOTS[plot](have, one_network))
         for name, figure in figures.items():
             if figure is not None:
                 if not figure.get_suptitle():
@@ -72,9 +46,9 @@ def draw(by_experiment: Dict[str, List[Line]], out: Path, one_network: bool) -> 
 
 def _title(experiment: str, lines: Sequence[Line], one_network: bool) -> str:
     if not one_network:
-        return TITLES[experiment]
+        return EXPERIMENTS[experiment].title
     ours = next(iter(lines[0].done.values())).settings
-    what = TITLES[experiment].split(':')[0]
+    what = EXPERIMENTS[experiment].title.split(':')[0]
     return f'{what}, with {ours["config"]}, data {ours["data"]}, {ours["epochs"]} epochs'
 
 
@@ -175,8 +149,8 @@ def _finals(line: Line) -> Dict[int, float]:
     return line.finals(line.metrics[0])
 
 
-def _condensation(lines: Sequence[Line]) -> Dict[str, Figure]:
-    """The first seed of each row, as plot_condensation.py draws it."""
+def _condensation(lines: Sequence[Line], one_network: bool) -> Dict[str, Figure]:
+    """The first seed of each row, as :mod:`mmubn.plot_condensation` draws it."""
     runs = []
     for line in lines:
         folder = next(iter(line.done.values())).folder
@@ -192,3 +166,23 @@ def _condensation(lines: Sequence[Line]) -> Dict[str, Figure]:
         'condensation': plot_condensation.draw_curves(runs, *shown, metric),
         'layers': plot_condensation.draw_layers(runs, *shown),
     }
+
+
+# What a name among the plots of an experiment draws: name of the picture -> picture.
+PLOTS: Dict[str, Callable[[Sequence[Line], bool], Dict[str, Optional[Figure]]]] = {
+    'curves': lambda lines, one_network: {
+        'epochs': _curves(lines, 'epochs', 'epoch'),
+        'time': _curves(lines, 'time', 'seconds of training'),
+    },
+    'loss': lambda lines, one_network: {'loss': _curves(lines, 'epochs', 'epoch', 'loss')},
+    'differences': lambda lines, one_network: {'differences': _differences(lines)},
+    'thresholds': lambda lines, one_network: {
+        'thresholds': _against(lines, 'threshold FCT', _threshold, one_network, log=False)
+    },
+    'batch_sizes': lambda lines, one_network: {
+        'batch_sizes': _against(
+            lines, 'batch size', lambda line: line.row.batch_size, one_network, log=True
+        )
+    },
+    'condensation': _condensation,
+}

@@ -1,33 +1,29 @@
 """The benchmark measures what it says, writes it down, and runs with torch alone."""
 
 import csv
+import os
 import shutil
 import subprocess
 import sys
 
 import pytest
-import torch
-from tiny_project import ROOT, load_tool
-from torch import nn
+from tool import ROOT, run_tool
 
 import mmubn
+from mmubn.benchmark import measure, norm
+from mmubn.benchmark.plot import draw_ratios, plot
+from mmubn.benchmark.report import RESNET50_LAYERS, goals, resnet50_totals, table
+from mmubn.benchmark.rows import COLUMNS, append_csv, make_rows, read_last_run
 
 TINY = ('--device', 'cpu', '--shapes', '4,3,8,8', '--repeats', '3')
 
 
 @pytest.fixture
-def tool(monkeypatch):
-    """tools/benchmark_norm.py; its helper modules lie beside it."""
-    monkeypatch.syspath_prepend(ROOT / 'tools')
-    return load_tool('benchmark_norm')
-
-
-@pytest.fixture
-def bench(tool, tmp_path):
+def bench(tmp_path):
     """Runs the tool into ``rows.csv``; returns the rows of the file."""
 
     def run(*argv):
-        tool.main([*argv, '--csv', str(tmp_path / 'rows.csv')])
+        run_tool('benchmark_norm', *argv, '--csv', tmp_path / 'rows.csv')
         return read(tmp_path / 'rows.csv')
 
     return run
@@ -38,7 +34,7 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def make_rows(tool, times, device='cpu: X, 2 threads', **setting):
+def rows_of(times, device='cpu: X, 2 threads', **setting):
     """Rows from the milliseconds of a norm's rounds, half of each forward, half backward."""
     laps = {
         norm: [dict(forward=t / 2, backward=t / 2) for t in rounds]
@@ -49,7 +45,7 @@ def make_rows(tool, times, device='cpu: X, 2 threads', **setting):
         **setting,
     }
     run = dict(date='2026-01-01T00:00:00', commit='abc', device=device, torch='2', mmubn='0')
-    return tool.make_rows({**run, 'triton': ''}, setting, laps)
+    return make_rows({**run, 'triton': ''}, setting, laps)
 
 
 def find(rows, **wanted):
@@ -103,8 +99,8 @@ def test_other_columns_are_refused_before_measuring(bench, tmp_path):
     assert (tmp_path / 'rows.csv').read_text() == 'norm,ms\nbn,1\n'
 
 
-def test_ctrl_c_keeps_the_settings_that_ended(bench, tool, tmp_path, monkeypatch, capsys):
-    race = tool.measure.race
+def test_ctrl_c_keeps_the_settings_that_ended(bench, tmp_path, monkeypatch, capsys):
+    race = measure.race
     calls = []
 
     def interrupted(*args):
@@ -113,7 +109,7 @@ def test_ctrl_c_keeps_the_settings_that_ended(bench, tool, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return race(*args)
 
-    monkeypatch.setattr(tool.measure, 'race', interrupted)
+    monkeypatch.setattr(measure, 'race', interrupted)
     with pytest.raises(SystemExit) as caught:
         bench(*TINY, '--norms', 'bn', 'ubn', '--dtypes', 'float32', 'bfloat16')
     assert caught.value.code == 130
@@ -133,19 +129,19 @@ def test_ctrl_c_keeps_the_settings_that_ended(bench, tool, tmp_path, monkeypatch
         (['--dtypes', 'float64'], "invalid choice: 'float64'"),
     ],
 )
-def test_bad_options(tool, argv, message, capsys):
+def test_bad_options(argv, message, capsys):
     with pytest.raises(SystemExit) as caught:
-        tool.parse_args(argv)
+        run_tool('benchmark_norm', *argv)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_ratio_is_the_median_over_rounds(tool):
+def test_ratio_is_the_median_over_rounds():
     """Rounds slowed as a whole tell of the machine; a ratio of medians would say 2."""
-    rows = make_rows(tool, {'bn': [1, 10, 10], 'ubn': [20, 20, 5]})
+    rows = rows_of({'bn': [1, 10, 10], 'ubn': [20, 20, 5]})
     row = find(rows, norm='ubn', what='both')
     assert float(row['ratio_bn']) == 2
-    rows = make_rows(tool, {'bn': [1, 10, 100], 'ubn': [1.2, 12, 90]})
+    rows = rows_of({'bn': [1, 10, 100], 'ubn': [1.2, 12, 90]})
     row = find(rows, norm='ubn', what='both')
     assert float(row['ratio_bn']) == pytest.approx(1.2)
     assert float(row['median_ms']) == pytest.approx(12)
@@ -153,88 +149,36 @@ def test_ratio_is_the_median_over_rounds(tool):
     assert row['ratio_literal'] == ''
 
 
-def test_goals(tool):
+def test_goals():
     cpu = [
-        *make_rows(tool, {'ubn': [1.0], 'literal': [2.0]}),
-        *make_rows(tool, {'ubn': [0.9], 'literal': [1.0]}, shape='8,3,8,8'),
+        *rows_of({'ubn': [1.0], 'literal': [2.0]}),
+        *rows_of({'ubn': [0.9], 'literal': [1.0]}, shape='8,3,8,8'),
     ]
-    assert tool.goals(cpu) == [
+    assert goals(cpu) == [
         'MISSED    0.9000 <= 0.85  time of a layer, x literal, worst of 2 (1 reach it)',
         'MISSED    0.6708 <= 0.6  time of a layer, x literal, mean of 2',
     ]
-    assert 'MISSED: time of a layer, x literal' in tool.table(cpu[6:])
-    assert 'MISSED' not in tool.table(cpu[:6])
-    cuda = make_rows(tool, {'bn': [1.0], 'ubn': [1.2], 'literal': [4.0]}, device='cuda: Y')
-    assert tool.goals(cuda) == [
+    assert 'MISSED: time of a layer, x literal' in table(cpu[6:])
+    assert 'MISSED' not in table(cpu[:6])
+    cuda = rows_of({'bn': [1.0], 'ubn': [1.2], 'literal': [4.0]}, device='cuda: Y')
+    assert goals(cuda) == [
         'reached   1.2000 <= 1.3  time of a layer, x bn, worst of 1 (1 reach it)',
         'reached   0.3000 <= 0.3333  time of a layer, x literal, worst of 1 (1 reach it)',
     ]
 
 
-def test_total_of_resnet50_weighs_shapes_by_their_layers(tool):
-    assert sum(tool.RESNET50_LAYERS.values()) == 53
+def test_total_of_resnet50_weighs_shapes_by_their_layers():
+    assert sum(RESNET50_LAYERS.values()) == 53
     rows = []
-    for channels, side in tool.RESNET50_LAYERS:
+    for channels, side in RESNET50_LAYERS:
         times = {'bn': [1.0], 'ubn': [3.0 if side == 14 else 1.0]}
-        rows += make_rows(tool, times, shape=f'256,{channels},{side},{side}')
+        rows += rows_of(times, shape=f'256,{channels},{side},{side}')
     total = 53 + 2 * 19  # 11 + 7 + 1 layers at 14 x 14
-    assert tool.resnet50_totals(rows) == [
+    assert resnet50_totals(rows) == [
         '53 norm layers of ResNet-50, float32 contiguous bn: 53 ms, 1.000 x bn',
         f'53 norm layers of ResNet-50, float32 contiguous ubn: {total} ms, {total / 53:.3f} x bn',
     ]
-    assert tool.resnet50_totals(rows[6:]) == []
-
-
-def test_the_norms_take_turns(tool):
-    order = []
-
-    class Clock:
-        def laps(self, step):
-            order.append(step)
-            return {'forward': len(order)}
-
-    laps = tool.measure.race(dict(a='a', b='b', c='c'), Clock(), 2, 1, lambda text: None)
-    assert ''.join(order) == 'cababcbca'
-    assert laps['a'] == [{'forward': 4}, {'forward': 9}]
-
-
-def test_saved_bytes_are_those_of_distinct_storages(tool):
-    class KeepsAttribute(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.hidden = torch.zeros(100)
-            ctx.save_for_backward(x, x[:5], x.view(2, 5))
-            return x * 1
-
-        @staticmethod
-        def backward(ctx, dy):
-            return dy
-
-    x = torch.randn(10, requires_grad=True)
-    saved_bytes = tool.measure.saved_bytes
-    assert saved_bytes(lambda: KeepsAttribute.apply(x), nn.Identity()) == 4 * (10 + 100)
-    linear = nn.Linear(10, 7)
-    # The weight is a parameter; the output of tanh is kept.
-    assert saved_bytes(lambda: linear(x).tanh(), linear) == 4 * (10 + 7)
-
-
-def test_literal_is_the_layer(tool):
-    literal = tool.with_norm(nn.BatchNorm2d(3), 'literal')
-    layer = tool.with_norm(nn.BatchNorm2d(3), 'ubn')
-    for _ in range(2):
-        x = torch.randn(4, 3, 5, 5)
-        torch.testing.assert_close(literal(x), layer(x))
-    for (name, value), other in zip(layer.named_buffers(), literal.buffers()):
-        torch.testing.assert_close(other, value, msg=name)
-    assert literal(x.bfloat16()).dtype == torch.bfloat16
-
-
-def test_norms_of_a_model(tool):
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4)))
-    model = tool.with_norm(model, 'literal')
-    assert [type(m).__name__ for m in model.modules()] == [
-        *('Sequential', 'Conv2d', 'Sequential', 'Literal', 'UBN')
-    ]
+    assert resnet50_totals(rows[6:]) == []
 
 
 @pytest.mark.newer_torch('autocast on a CPU takes bfloat16 alone, even where it is switched off')
@@ -251,20 +195,8 @@ def test_model(bench):
     assert 1 < float(step['saved_ratio_bn']) < 2
 
 
-def test_steps_of_a_model_all_do_the_same_work(tool):
-    """The learning rate is 0, and what Mask R-CNN samples is the same for every norm."""
-    sizes = (1, 3, 96, 96), torch.device('cpu'), torch.contiguous_format
-    losses = []
-    for norm in ('bn', 'ubn'):
-        model, loss = tool.make_model('mask_rcnn_r50', *sizes)
-        model.rpn._post_nms_top_n = {'training': 16, 'testing': 16}
-        model = tool.with_norm(model, norm)
-        losses += [loss(model).item() for _ in range(2)]
-    assert losses == pytest.approx([losses[0]] * 4, rel=1e-3)
-
-
-def test_similarity(bench, tool, monkeypatch, capsys):
-    monkeypatch.setattr(tool, 'SIMILARITY_NUMBERS', 4096)
+def test_similarity(bench, monkeypatch, capsys):
+    monkeypatch.setattr(norm, 'SIMILARITY_NUMBERS', 4096)
     rows = bench('--similarity', '--device', 'cpu', '--repeats', '2')
     assert [row['shape'] for row in rows if row['norm'] == 'ubn'] == [
         f'{n},{4096 // n}' for n in (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -273,29 +205,28 @@ def test_similarity(bench, tool, monkeypatch, capsys):
     assert 'slowest N by fastest' in capsys.readouterr().out
 
 
-def test_plot_holds_the_ratios(tool, tmp_path):
-    from benchmark_plot import draw_ratios
-
+def test_plot_holds_the_ratios(tmp_path):
     rows = [
-        *make_rows(tool, {'bn': [1.0], 'ubn': [1.5], 'rbn': [1.25]}),
-        *make_rows(tool, {'bn': [1.0], 'ubn': [1.75]}, shape='8,3,8,8'),
+        *rows_of({'bn': [1.0], 'ubn': [1.5], 'rbn': [1.25]}),
+        *rows_of({'bn': [1.0], 'ubn': [1.75]}, shape='8,3,8,8'),
     ]
     path = tmp_path / 'rows.csv'
     other_run = [{**row, 'date': '2025-01-01T00:00:00'} for row in rows]
-    tool.append_csv(path, other_run)
-    tool.append_csv(path, rows)
-    tool.main(['--plot-only', '--csv', str(path), '--plot', str(tmp_path / 'ratios.png')])
-    assert (tmp_path / 'ratios.png').stat().st_size > 5000
-    axes = draw_ratios(tool.read_last_run(path)).axes[0]
+    append_csv(path, other_run, COLUMNS)
+    append_csv(path, rows, COLUMNS)
+    picture = tmp_path / 'ratios.png'
+    run_tool('benchmark_norm', '--plot-only', '--csv', path, '--plot', picture)
+    assert picture.stat().st_size > 5000
+    axes = draw_ratios(read_last_run(path)).axes[0]
     points = {c.get_label(): c.get_offsets().tolist() for c in axes.collections}
     assert points == {'ubn': [[1.5, 0], [1.75, 1]], 'rbn': [[1.25, 0]]}
 
 
-def test_without_matplotlib(tool, monkeypatch):
+def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    rows = make_rows(tool, {'bn': [1.0], 'ubn': [1.5]})
+    rows = rows_of({'bn': [1.0], 'ubn': [1.5]})
     with pytest.raises(SystemExit, match='a plot needs matplotlib: pip install matplotlib'):
-        tool.plot(rows, 'ratios.png')
+        plot(rows, 'ratios.png')
 
 
 def test_a_checkout_that_is_not_installed_with_torch_alone(tmp_path):
@@ -306,13 +237,11 @@ def test_a_checkout_that_is_not_installed_with_torch_alone(tmp_path):
     tool = tmp_path / 'tools' / 'benchmark_norm.py'
     absent = ('matplotlib', 'torchvision', 'mmengine', 'mmcv', 'mmdet', 'mmpretrain')
     blocked = f'import runpy, sys; sys.modules.update(dict.fromkeys({absent}))'
-    # As the interpreter does for a script.
-    start = (
-        f"sys.path[0] = {str(tool.parent)!r}; runpy.run_path({str(tool)!r}, run_name='__main__')"
-    )
+    start = f"runpy.run_path({str(tool)!r}, run_name='__main__')"
     argv = [*TINY, '--norms', 'bn', 'ubn', '--csv', str(tmp_path / 'rows.csv')]
     command = [sys.executable, '-c', f'{blocked}; {start}', *argv]
-    subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
+    env = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+    subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, env=env)
     rows = read(tmp_path / 'rows.csv')
     assert {row['mmubn'] for row in rows} == {'not installed'}
     assert {row['commit'] for row in rows} == {'unknown'}

@@ -1,0 +1,1 @@
+"""What the benchmarks measure, and what they write. Needs torch alone; tools/ has the commands."""

@@ -1,0 +1,87 @@
+"""The survey of similarities, of a config's model and of a run."""
+
+from pathlib import Path
+from typing import Any, Optional, Sequence
+
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS
+from mmengine.runner import Runner, load_checkpoint, set_random_seed
+from torch import nn
+from tqdm import tqdm
+
+from ..similarity_survey import SimilaritySurvey, read_survey, survey_similarity
+from .checkpoint_check import check_pretrained
+from .data_check import check_data
+from .errors import CommandError
+from .norm_check import check_norms
+
+
+def survey_run(path: Path, thresholds: Sequence[float]) -> SimilaritySurvey:
+    """Of a work dir, or of the table itself."""
+    try:
+        return read_survey(path, thresholds)
+    except FileNotFoundError as error:
+        raise CommandError(
+            f'{error.filename}: no such file; train with '
+            "custom_hooks=[dict(type='CondensationHook')]"
+        ) from error
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def survey_config(
+    cfg: Config,
+    checkpoint: Optional[str],
+    num_batches: int,
+    thresholds: Sequence[float],
+    layers: str,
+) -> SimilaritySurvey:
+    """Of the config's model on its training batches.
+
+    Args:
+        cfg (Config): The resolved config.
+        checkpoint (str, optional): Weights to measure with. Default: those that the config
+            starts from.
+        num_batches (int): How many batches to take at most.
+        thresholds (Sequence[float]): To report on.
+        layers (str): As in :func:`mmubn.record_condensation`.
+
+    Raises:
+        CommandError: Norms, data or weights that cannot be used; no similarity.
+    """
+    check_norms(cfg)
+    check_data(cfg, ('train',))
+    # Without a line for each weight that is initialised.
+    MMLogger.get_instance('mmubn', log_level='WARNING')
+    seed = cfg.get('randomness', {}).get('seed') or 0
+    set_random_seed(seed)
+    if checkpoint is None:
+        check_pretrained(cfg)
+    model = MODELS.build(cfg.model)
+    checkpoint = checkpoint or cfg.get('load_from')
+    if checkpoint is None:
+        model.init_weights()
+    elif not Path(checkpoint).is_file() and '://' not in checkpoint:
+        raise CommandError(f'--checkpoint: no file {checkpoint}')
+    else:
+        load_checkpoint(model, checkpoint, map_location='cpu')
+    loader = Runner.build_dataloader(cfg.train_dataloader, seed=seed)
+    total = min(num_batches, len(loader))
+    try:
+        with tqdm(loader, total=total, unit='batch', mininterval=1) as batches:
+            return survey_similarity(
+                model.to(get_device()), batches, num_batches, thresholds, _step, layers
+            )
+    except ValueError as error:
+        raise CommandError(f'{cfg.filename}: {error}') from error
+
+
+def _step(model: nn.Module, batch: Any) -> None:
+    """What a training step of an OpenMMLab model runs, as far as the losses."""
+    batch = model.data_preprocessor(batch, True)
+    if isinstance(batch, dict):
+        model(**batch, mode='loss')
+    else:
+        model(*batch, mode='loss')

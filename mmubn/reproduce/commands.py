@@ -1,0 +1,172 @@
+"""What ``tools/reproduce.py`` does: lists, trains, reports."""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from typing import Dict, List, Optional
+
+from ..cli.errors import CommandError
+from ..paths import ROOT
+from .experiments import EXPERIMENTS, select
+from .logs import read_run
+from .plot import draw
+from .report import Line, write_tables
+from .rows import Row
+from .run import (
+    Setting,
+    as_arguments,
+    load_config,
+    make_jobs,
+    make_setting,
+    run_jobs,
+    work_dirs,
+)
+from .studies import Options, run_study, write_tuning
+from .study import Study
+
+
+def work_root(args: argparse.Namespace, experiment: str) -> Path:
+    """The folder of an experiment's work dirs."""
+    if args.work_dir is not None:
+        return args.work_dir
+    name = args.config.stem if args.config else experiment if _is_study(experiment) else 'paper'
+    return Path('work_dirs') / 'reproduce' / name
+
+
+def study_of(args: argparse.Namespace) -> Optional[Study]:
+    """The study that is asked for, if it is one."""
+    named = [name for name in args.experiments if _is_study(name)]
+    if named and len(args.experiments) > 1:
+        raise CommandError(f'{named[0]} is a study: give it a command of its own')
+    if named and args.config:
+        raise CommandError(f'{named[0]} is a study: it has its own network, without --config')
+    return EXPERIMENTS[named[0]].study if named else None
+
+
+def _is_study(name: str) -> bool:
+    return name in EXPERIMENTS and EXPERIMENTS[name].study is not None
+
+
+def find_lines(args: argparse.Namespace) -> Dict[str, List[Line]]:
+    """The chosen rows with what the work dirs have of them, by experiment."""
+    found: Dict[str, List[Line]] = {}
+    for row in _rows(args):
+        setting = make_setting(row, args.config)
+        root = work_root(args, row.experiment)
+        runs = {int(d.name[4:]): read_run(d) for d in work_dirs(root, setting)}
+        found.setdefault(row.experiment, []).append(Line(row, setting, runs))
+    return found
+
+
+def _rows(args: argparse.Namespace) -> List[Row]:
+    return select(args.experiments, args.rows, one_network=args.config is not None)
+
+
+def list_rows(args: argparse.Namespace) -> None:
+    """Prints the rows."""
+    for experiment, lines in find_lines(args).items():
+        print(f'\n{experiment}  {EXPERIMENTS[experiment].title}')
+        for line in lines:
+            options = ' '.join(as_arguments(line.setting.options))
+            print(f'  {line.row.label}  [{line.state}]  {_values(line.row)}'.rstrip())
+            print(f'    {_shown(line.setting.config)} {options}'.rstrip())
+
+
+def _values(row: Row) -> str:
+    """What the paper and the host's model zoo have of a row."""
+    shown = {'paper': row.paper, "host's own BN": row.zoo.values if row.zoo else {}}
+    texts = {
+        source: ', '.join(f'{key} {value:g}' for key, value in values.items())
+        for source, values in shown.items()
+    }
+    if EXPERIMENTS[row.experiment].is_figure:
+        texts['paper'] = 'a curve'
+    return '  '.join(f'{source}: {text}' for source, text in texts.items() if text)
+
+
+def _shown(config: Path) -> str:
+    return str(config.relative_to(ROOT)) if config.is_relative_to(ROOT) else str(config)
+
+
+def run_rows(args: argparse.Namespace) -> None:
+    """Trains the rows, and reports what is finished."""
+    if not args.experiments:
+        raise CommandError('run: name the experiments, such as table3')
+    rows = _rows(args)
+    if args.config is not None:
+        detects = load_config(args.config).get('default_scope') == 'mmdet'
+        for row in rows:
+            if detects != row.detects:
+                kinds = ('detection', 'classification')
+                one, other = kinds if detects else reversed(kinds)
+                raise CommandError(f'{args.config} is for {one}, {row.experiment} is {other}')
+    flags = [
+        f'--{flag.replace("_", "-")}'
+        for flag in ('amp', 'auto_scale_lr', 'eval_on_train')
+        if getattr(args, flag)
+    ]
+    # Ended by a signal, it ends its trainings too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    study = study_of(args)
+    if study is not None:
+        if args.epochs:
+            raise CommandError('--epochs: a study has several trainings, scale them by --budget')
+        options = Options(
+            root=work_root(args, rows[0].experiment),
+            data_root=args.data_root,
+            seeds=args.seeds or study.seeds,
+            budget=args.budget or 1,
+            options=args.cfg_options or [],
+            flags=flags,
+            condensation=not args.no_condensation,
+            parallel=args.jobs,
+            gpus=args.gpus,
+        )
+        jobs, failed = run_study(study, rows, EXPERIMENTS[rows[0].experiment].rows, options)
+    else:
+        jobs, failed = _run_plain(rows, args, flags)
+    if len(failed) < len(jobs):
+        report(args)
+    if failed:
+        print(f'{len(failed)} of {len(jobs)} runs failed:', *failed, sep='\n  ', file=sys.stderr)
+        sys.exit(1)
+
+
+def _run_plain(rows: List[Row], args: argparse.Namespace, flags: List[str]) -> tuple:
+    """Trains rows as their configs say; the jobs, and what failed."""
+    settings: Dict[str, Setting] = {}
+    for row in rows:
+        setting = make_setting(row, args.config)
+        settings[setting.name] = setting
+    jobs = make_jobs(
+        list(settings.values()),
+        work_root(args, rows[0].experiment),
+        args.seeds or 3,
+        args.budget,
+        args.epochs,
+        args.cfg_options or [],
+        flags,
+        args.data_root,
+        args.gpus,
+        condensation=not args.no_condensation,
+    )
+    return jobs, run_jobs(jobs, args.jobs)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Writes tables and pictures of the finished runs."""
+    study = study_of(args)
+    lines = find_lines(args)
+    root = work_root(args, next(iter(lines)))
+    if not any(line.done for found in lines.values() for line in found):
+        raise CommandError(f'{root}: no finished run of these rows; `run` trains them')
+    out = args.out or root / 'report'
+    written = write_tables(lines, out, args.config is not None)
+    if study is not None:
+        rows = [line.row for found in lines.values() for line in found]
+        with (out / 'report.md').open('a') as file:
+            file.write('\n'.join(write_tuning(study, rows, root, out)) + '\n')
+        written.append(out / 'tuning.csv')
+    for path in [*written, *draw(lines, out, args.config is not None)]:
+        print(path)

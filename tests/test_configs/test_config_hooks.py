@@ -1,0 +1,36 @@
+"""What trains is what the config says: the hooks of every config, by itself and as a base."""
+
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+from mmengine.registry import HOOKS, DefaultScope
+
+import mmubn
+from mmubn.cli.config_check import find_class
+from mmubn.hooks import __all__ as OURS
+
+pytest.importorskip('mmdet')
+CONFIGS = Path(mmubn.__file__).parents[1] / 'configs'
+FILES = sorted(f for f in CONFIGS.rglob('*.py') if '_base_' not in f.parts)
+SHARED = ['UBNCheckHook', 'NonFiniteHook', 'EpochSeedHook']
+
+
+@pytest.mark.parametrize('file', FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
+def test_every_config_names_its_hooks(file):
+    cfg = Config.fromfile(file)
+    assert 'mmubn' in cfg.custom_imports.imports
+    kinds = [hook.type for hook in cfg.custom_hooks]
+    assert kinds in (SHARED, ['CondensationHook', *SHARED])
+    assert set(kinds) <= set(OURS)
+
+
+def test_a_config_elsewhere_gets_them_from_the_base():
+    text = """
+_base_ = ['mmdet::_base_/default_runtime.py', 'mmubn::_base_/hooks.py']
+custom_hooks = [dict(type='CondensationHook'), *_base_.custom_hooks]
+"""
+    cfg = Config.fromstring(text, '.py')
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        built = [find_class(hook, HOOKS) for hook in cfg.custom_hooks]
+    assert [hook.__name__ for hook in built] == ['CondensationHook', *SHARED]

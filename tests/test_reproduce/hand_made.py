@@ -1,0 +1,30 @@
+"""Work dirs with the logs of trainings that never were."""
+
+import json
+from pathlib import Path
+
+from mmubn.reproduce.logs import SETTINGS
+
+
+def write_run(folder: Path, epochs: int, parts, seed=0):
+    """``parts``: for each start of the training a list of (epoch, iteration time, top1)."""
+    folder.mkdir(parents=True)
+    record = dict(config='net', options=[], epochs=epochs, seed=seed, data='d', gpus=0)
+    record.update(device='cpu: none', torch='2', commit='abc')
+    (folder / SETTINGS).write_text(json.dumps(record))
+    for number, part in enumerate(parts):
+        logs = folder / f'2026010{number}_000000' / 'vis_data'
+        logs.mkdir(parents=True)
+        lines = []
+        for epoch, seconds, top1 in part:
+            for step in (10, 15):  # 15 iterations an epoch, a line every 10
+                iteration = 15 * (epoch - 1) + step
+                line = dict(lr=0.1, time=seconds, epoch=epoch, iter=iteration, step=iteration)
+                lines.append({**line, 'loss': 6 / epoch + (step == 15)})
+            lines.append({'condensation/all/train/input': 0.5, 'step': 15 * epoch})
+            lines.append({'accuracy/top1': top1, 'time': 99.0, 'step': epoch})
+        (logs / 'scalars.json').write_text('\n'.join(map(json.dumps, lines)) + '\n{"cut')
+
+
+def small(norm: str, seed: int) -> Path:
+    return Path('runs') / f'net-{norm}' / f'seed{seed}'

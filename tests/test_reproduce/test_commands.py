@@ -1,0 +1,46 @@
+"""What reproduce.py lists and refuses."""
+
+from pathlib import Path
+
+import pytest
+from tool import ROOT, run_tool
+
+SMALL = str(ROOT / 'configs' / 'cifar10' / 'resnet18_small_cifar10.py')
+
+
+def test_list_names_the_state_of_each_row(logs, capsys):
+    run_tool('reproduce', 'list', 'table3', '--config', 'net.py', '--work-dir', 'runs')
+    out = capsys.readouterr().out
+    host = "host's own BN: top1 79.9, top5 95.19"
+    assert f'CIFAR-100, ResNet-50, UBN  [3 done]  paper: top1 78.67, top5 94.4  {host}\n' in out
+    assert 'CIFAR-100, ResNet-50, RBN  [not run]  paper: top1 77.79, top5 94.2' in out
+
+
+def test_settings_cut_short_are_one_line(logs, capsys):
+    path = Path('runs/net-BN/seed0/run.json')
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(SystemExit):
+        run_tool('reproduce', 'report', 'table3', '--config', 'net.py', '--work-dir', 'runs')
+    assert capsys.readouterr().err.startswith(f'error: {path}: is cut short')
+
+
+@pytest.mark.parametrize(
+    ('argv', 'message'),
+    [
+        (('list', 'table9'), 'no experiment table9; there are table2,'),
+        (('list', 'table3', '--rows', 'LN'), '--rows LN: no such row; the norms are IN, GN, BN'),
+        (('run',), 'run: name the experiments, such as table3'),
+        (('run', 'table3', '--config', 'absent.py'), 'no config absent.py'),
+        (('run', 'table5', '--config', SMALL), f'{SMALL} is for classif'),
+        (
+            ('report', '--work-dir', 'nowhere'),
+            'nowhere: no finished run of these rows; `run` trains them',
+        ),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        run_tool('reproduce', *argv)
+    assert capsys.readouterr().err.startswith(f'error: {message}')
+    assert list(tmp_path.iterdir()) == []

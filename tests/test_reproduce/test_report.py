@@ -1,0 +1,127 @@
+"""The report: its arithmetic, its tables and its pictures."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+from hand_made import small, write_run
+from tool import run_tool
+
+from mmubn.reproduce.logs import SETTINGS
+from mmubn.reproduce.report import paired
+
+REPORT = ('report', 'table3', 'table8', '--config', 'net.py', '--work-dir', 'runs', '--out', 'out')
+
+
+def test_report_has_the_values_computed_by_hand(logs):
+    run_tool('reproduce', *REPORT)
+    with Path('out/report.csv').open(newline='') as file:
+        cells = {(c['experiment'], c['norm'], c['metric']): c for c in csv.DictReader(file)}
+    ubn = cells['table3', 'UBN', 'top1']
+    # Last epochs 40, 42, 44 and 41, 45, 48: differences 1, 3, 4 of mean 2.667 and sd 1.528;
+    # the t of two degrees of freedom is 4.303, so half an interval is 3.795.
+    assert (ubn['mean'], ubn['sd'], ubn['n']) == ('44.67', '3.51', '3')
+    assert (ubn['minus_bn'], ubn['pairs']) == ('2.67', '3')
+    assert (ubn['ci95_low'], ubn['ci95_high']) == ('-1.13', '6.46')
+    assert (ubn['paper'], ubn['paper_minus_bn']) == ('78.67', '1.65')
+    assert cells['table3', 'BN', 'top1']['minus_bn'] == ''
+    rbn = cells['table3', 'RBN', 'top1']
+    assert (rbn['state'], rbn['mean'], rbn['paper']) == ('not run', '', '77.79')
+
+    text = Path('out/report.md').read_text()
+    assert (
+        '| UBN | top1 | 78.67 | +1.65 | 79.9 | 44.67 ± 3.51 | 3 done | +2.67 [-1.13, +6.46] |'
+        in text
+    )
+    assert '| RBN | top1 | 77.79 | +0.77 | 79.9 |  | not run |  |' in text
+    assert '- ResNet-50 on CIFAR-100: `mmpretrain::resnet/resnet50_8xb16_cifar100.py`, ' in text
+    assert '`net`; 3 epochs; data `d`; seeds 0, 1, 2; cpu: none; torch 2; commit abc' in text
+    with Path('out/curves.csv').open(newline='') as file:
+        curves = list(csv.DictReader(file))
+    assert len(curves) == 2 * 18
+    first = dict(setting='net-BN', epoch='1', train_seconds='1.50', metric='top1', value='30')
+    assert curves[0].items() >= first.items()
+    assert {c['metric'] for c in curves} == {'top1', 'loss'}
+
+
+def test_table_8_is_of_pairs(logs):
+    run_tool('reproduce', *REPORT)
+    text = Path('out/report.md').read_text()
+    (row,) = [line for line in text.splitlines() if line.startswith('| CIFAR-10, ResNet-34')]
+    _, _, paper_bn, paper_ubn, bn, itself, ubn, ratio, _ = (c.strip() for c in row.split('|'))
+    assert (paper_bn, paper_ubn) == ('200 epochs, 3760 s', '101 epochs, 3605 s')
+    assert bn == '3.0 epochs, 4.5 s'  # 45 iterations of 0.1 s
+    assert itself == '2.7 epochs, 4.0 s'  # 2, 3 and 3
+    assert ubn == '1.7 epochs, 5.0 s'  # 1, 2 and 2 epochs of 3 s
+    assert ratio == '2.00 an epoch'
+
+
+def test_table_8_says_who_never_got_there(logs):
+    for seed, top1 in ((0, 50.0), (1, 30.0), (2, 99.0)):  # of BN, beyond UBN but in one
+        (log,) = small('BN', seed).glob('*/vis_data/scalars.json')
+        lines = [json.loads(line) for line in log.read_text().splitlines()[:-1]]
+        lines[-1]['accuracy/top1'] = top1
+        log.write_text('\n'.join(map(json.dumps, lines)))
+    run_tool('reproduce', *REPORT)
+    assert '| 2.0 epochs, 6.0 s (in 1 of 3) | 2.00 an epoch |' in Path('out/report.md').read_text()
+
+
+def test_the_report_has_the_layers_of_the_last_epoch(logs):
+    columns = 'epoch,iter,layer,type,where,similarity,running_similarity,batch_statistics_used'
+    rows = ['2,30,a,UBN,train/input,0.1,0.2,1', '3,45,a,UBN,train/input,0.3,0.4,0']
+    rows += ['3,45,a,UBN,fixed/input,0.5,0.4,']
+    (small('UBN', 1) / 'condensation.csv').write_text('\r\n'.join([columns, *rows, '']))
+    run_tool('reproduce', *REPORT)
+    _, row = Path('out/layers.csv').read_text().splitlines()
+    assert row == 'net-UBN,1,3,a,UBN,0.3,0.4,0'
+
+
+def test_an_unfinished_run_counts_for_nothing(logs):
+    path = small('UBN', 2) / SETTINGS
+    path.write_text(path.read_text().replace('"epochs": 3', '"epochs": 5'))
+    run_tool('reproduce', *REPORT)
+    assert '43.00 ± 2.83 | 2 done, 1 part | +2.00 [' in Path('out/report.md').read_text()
+
+
+def test_pictures_of_the_report(logs, capsys):
+    run_tool('reproduce', *REPORT)
+    pictures = [Path(line).name for line in capsys.readouterr().out.splitlines()]
+    for name in ('table3_epochs', 'table3_time', 'table3_differences', 'table8_time'):
+        assert f'{name}.png' in pictures
+        assert (logs / 'out' / f'{name}.png').stat().st_size > 5000
+
+
+def test_our_own_rows_are_set_against_each_other(logs):
+    for seed, top1 in enumerate((42.0, 45.0, 49.0)):  # UBN has 41, 45 and 48
+        name = 'UBN-fct_warmup=0'
+        write_run(small(name, seed), 3, [[(e, 0.1, top1) for e in (1, 2, 3)]], seed)
+    run_tool('reproduce', *REPORT[:1], 'ours', *REPORT[3:])
+    text = Path('out/report.md').read_text()
+    # Differences 1, 0, 1: mean 0.667, sd 0.577.
+    assert '| UBN, literal gate | UBN | top1 | +0.67 [-0.77, +2.10] |' in text
+    assert '| BNET, identity kernel | BNET, published kernel | top1 | not run |' in text
+
+
+def test_the_report_of_detection_has_the_loss(logs, capsys):
+    for log in Path('runs').glob('*/*/*/vis_data/scalars.json'):
+        text = log.read_text().replace('accuracy/top1', 'coco/bbox_mAP')
+        for value in (30, 39, 40, 41, 42, 43, 44, 45, 48, 20):
+            text = text.replace(f'"coco/bbox_mAP": {value}.0', f'"coco/bbox_mAP": 0.{value}')
+        log.write_text(text)
+    argv = list(REPORT)
+    argv[1:3] = ['table6']
+    run_tool('reproduce', *argv)
+    text = Path('out/report.md').read_text()
+    assert (
+        '| UBN | bbox_AP | 38.5 | +4.50 | 38.2 | 44.67 ± 3.51 | 3 done | +2.67 [-1.13, +6.46] |'
+        in text
+    )
+    assert '| UBN | loss |  |  |  | 2.33 ± 0.00 | 3 done | +0.00 [+0.00, +0.00] |' in text
+    assert 'out/table6_loss.png' in capsys.readouterr().out
+
+
+def test_a_single_seed_has_no_interval():
+    mean, half, pairs = paired({0: 3.0, 1: 9.0}, {0: 1.0})
+    assert (mean, pairs) == (2.0, 1)
+    assert math.isnan(half)

@@ -1,0 +1,120 @@
+"""The jobs of an experiment: their schedule, arguments and records."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hand_made import write_run
+from mmengine.config import Config
+
+from mmubn.cli.cfg_options import parse_value
+from mmubn.cli.errors import CommandError
+from mmubn.paths import ROOT
+from mmubn.reproduce import run
+from mmubn.reproduce.experiments import select
+from mmubn.reproduce.logs import SETTINGS, read_run
+from mmubn.reproduce.run import make_jobs, make_setting, scaled_schedule
+
+
+def test_the_schedule_is_scaled_with_the_length():
+    cfg = Config.fromfile(ROOT / 'configs' / 'cifar100' / 'resnet50_ubn_cifar100.py')
+    assert scaled_schedule(cfg, 20) == {
+        'train_cfg.max_epochs': 20,
+        'param_scheduler.0.begin': 0,
+        'param_scheduler.0.end': 1,  # a tenth of an epoch, in whole epochs
+        'param_scheduler.1.milestones': [6, 12, 16],
+    }
+    cfg = Config.fromfile(ROOT / 'configs' / 'mask_rcnn_r50_ubn_1x_coco.py')
+    options = scaled_schedule(cfg, 6)
+    assert options['param_scheduler.0.end'] == 250  # iterations of the warm-up
+    assert options['param_scheduler.1.milestones'] == [4, 6]
+    cfg = Config.fromfile(ROOT / 'configs' / 'cifar10' / 'resnet18_bn_cifar10.py')
+    scaled = scaled_schedule(cfg, 20)['param_scheduler.milestones']
+    assert scaled == [10, 15]
+    cfg.merge_from_dict(scaled_schedule(cfg, 20))
+    assert cfg.param_scheduler.milestones == [10, 15]
+
+
+def jobs(**changes):
+    rows = select(['table3'], ['BN'], one_network=True)
+    settings = [make_setting(row, Path('net.py')) for row in rows]
+    given = dict(seeds=1, budget=None, epochs=3, user_options=[], flags=[], data_root='one', gpus=0)
+    root = Path(changes.pop('work_dir', 'runs'))
+    return make_jobs(settings, root, condensation=False, **{**given, **changes})
+
+
+@pytest.mark.parametrize(
+    ('changes', 'key'),
+    [
+        (dict(data_root='two'), 'data two'),
+        (dict(data_root='other/one'), 'data_root .*other/one; .*change runs/.*run.json'),
+        (dict(data_root=None), 'data None'),
+        (dict(flags=['--eval-on-train']), r"flags \['--eval-on-train'\]"),
+        (dict(gpus=2), 'gpus 2'),
+        (dict(user_options=['a=1']), r"options .*'a=1'"),
+        (dict(epochs=2), 'epochs 2'),
+        ('batch_size = 3', 'config_digest [0-9a-f]{16}'),
+    ],
+)
+def test_a_run_of_another_kind_is_refused(tmp_path, monkeypatch, changes, key):
+    monkeypatch.chdir(tmp_path)
+    config = Path('net.py')
+    config.write_text('train_cfg = dict(max_epochs=3)\nmodel = dict(backbone=dict())\n')
+    (job,) = jobs()
+    write_run(job.folder, 3, [[(1, 0.1, 10.0)]])
+    (job.folder / SETTINGS).write_text(json.dumps(job.settings))
+    assert [again.settings for again in jobs()] == [job.settings]
+    if isinstance(changes, str):
+        config.write_text(config.read_text() + changes)
+        changes = {}
+    changed = key.split()[0]
+    with pytest.raises(
+        CommandError, match=f'holds a run with {changed} .*, not .*{key.split()[-1]}'
+    ):
+        jobs(**changes)
+
+
+def test_a_run_killed_before_its_last_validation_goes_back_one_checkpoint(logs):
+    (job,) = jobs(work_dir='others')
+    job.folder.mkdir(parents=True)
+    for name in ('epoch_2.pth', 'epoch_3.pth'):
+        (job.folder / name).touch()
+    resume = job.arguments.index('--resume')
+    (job.folder / 'last_checkpoint').write_text('epoch_2.pth')
+    assert run._arguments(job) == job.arguments
+    (job.folder / 'last_checkpoint').write_text('epoch_3.pth')
+    arguments = run._arguments(job)
+    assert arguments[resume + 1] == str(job.folder / 'epoch_2.pth')
+    assert [*arguments[: resume + 1], *arguments[resume + 2 :]] == job.arguments
+
+
+def test_what_an_older_version_did_not_write_is_not_compared(logs):
+    folder = Path('runs/net-BN/seed0')
+    assert 'flags' not in read_run(folder).settings
+    record = json.loads((folder / 'run.json').read_text())
+    (folder / 'run.json').write_text(json.dumps({**record, 'options': [], 'data': 'one'}))
+    old = read_run(folder).settings
+    run._check_same(folder, {**old, 'flags': ['--amp']})
+
+
+def test_trainings_side_by_side_share_the_threads(monkeypatch):
+    monkeypatch.setattr(run.torch, 'get_num_threads', lambda: 8)
+    monkeypatch.delenv('OMP_NUM_THREADS')  # conftest.py sets it
+    assert [run.threads_of_each(jobs) for jobs in (1, 3, 16)] == [8, 2, 1]
+    monkeypatch.setenv('OMP_NUM_THREADS', '8')
+    assert run.threads_of_each(3) == 8
+
+
+def test_condensation_is_recorded_where_it_can_be_and_is_wanted():
+    cfg = Config.fromfile(ROOT / 'configs' / 'cifar10' / 'resnet18_small_cifar10.py')
+    assert run._condensation_options(cfg, 'UBN', True) == {}
+    others = [dict(hook) for hook in cfg.custom_hooks if hook.type != 'CondensationHook']
+    assert len(others) == 3
+    for norm, wanted in (('GN', True), ('UBN', False)):
+        (option,) = run.as_arguments(run._condensation_options(cfg, norm, wanted))
+        key, _, value = option.partition('=')
+        assert (key, parse_value(value)) == ('custom_hooks', others)
+    cfg.custom_hooks = others
+    added = {'default_hooks.condensation.type': 'CondensationHook'}
+    assert run._condensation_options(cfg, 'UBN', True) == added
+    assert run._condensation_options(cfg, 'GN', True) == {}
