@@ -136,7 +136,7 @@ def _why_not(module: _BatchNorm, target: type) -> str:
         return f'already {kind}; set its attributes, such as eps or fct, to change it'
     if isinstance(module, RectifiedBatchNorm):
         if target is nn.BatchNorm2d or {type(module), target} == {layers.UBN, layers.SyncUBN}:
-            return ''
+            return _would_be_lost(module)
         return f'{kind}, which becomes BN, and UBN or SyncUBN the other of the two, alone'
     # mmengine's SyncBatchNorm is a subclass that checks its input's dimensions and no more.
     is_plain = type(module) is nn.BatchNorm2d or isinstance(module, nn.SyncBatchNorm)
@@ -144,6 +144,22 @@ def _why_not(module: _BatchNorm, target: type) -> str:
         return f'{kind}; {_SOURCES[target is nn.BatchNorm2d]} can be replaced'
     if set(module._parameters) != {'weight', 'bias'}:
         return 'its parameters are parametrized or pruned; make that permanent first'
+    return _would_be_lost(module)
+
+
+def _would_be_lost(module: _BatchNorm) -> str:
+    """What somebody added to this layer, which no other would have."""
+    known = {'drop', 'act'} if _is_fused(module) else set()
+    added = dict(
+        buffers=set(module._buffers) - {*_TRACKED, 'running_similarity'},
+        layers=set(module._modules) - known,
+    )
+    named = [f'{what} {", ".join(sorted(names))}' for what, names in added.items() if names]
+    if named:
+        kind = type(module).__name__
+        return f'{" and ".join(named)} beside those of {kind}, which would be lost'
+    if 'forward' in vars(module):
+        return 'its forward was replaced on the layer, which would be lost'
     return ''
 
 
@@ -172,6 +188,9 @@ class _Weights:
         if id(old) not in self._new:
             new = nn.Parameter(value.to(old.dtype), requires_grad=old.requires_grad)
             new.__dict__.update(old.__dict__)  # marks such as timm's _no_weight_decay
+            # The very dicts, so that the hooks' handles go on to work.
+            new._backward_hooks = old._backward_hooks
+            new._post_accumulate_grad_hooks = old._post_accumulate_grad_hooks
             self._old[id(old)] = old
             self._new[id(old)] = new.share_memory_() if _is_shared(old) else new
         return self._new[id(old)]
@@ -286,6 +305,7 @@ def _take_hooks(module: nn.Module, new: nn.Module) -> None:
     for key, hooks in vars(module).items():
         if 'hook' in key and isinstance(hooks, dict) and hooks:
             setattr(new, key, hooks)
+    new._is_full_backward_hook = module._is_full_backward_hook  # of the kind of backward hooks
     if _is_fused(new) and _drop_and_activate not in new._forward_hooks.values():
         handle = new.register_forward_hook(_drop_and_activate)
         new._forward_hooks.move_to_end(handle.id, last=False)

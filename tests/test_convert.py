@@ -209,6 +209,22 @@ def test_readme_norm_cfg_as_it_is():
     assert not any(p.requires_grad for p in model.parameters())
 
 
+def with_buffer(norm):
+    norm.register_buffer('mask', torch.ones(3))
+    return norm
+
+
+def with_layer(norm):
+    norm.extra = nn.Identity()
+    return norm
+
+
+def with_forward(norm):
+    forward = norm.forward
+    norm.forward = lambda x: 3 * forward(x)
+    return norm
+
+
 @pytest.mark.parametrize(
     ('layer', 'norm_cfg', 'reason'),
     [
@@ -221,6 +237,14 @@ def test_readme_norm_cfg_as_it_is():
             torch.nn.utils.parametrizations.weight_norm(nn.BatchNorm2d(3)),
             dict(type='UBN'),
             'ParametrizedBatchNorm2d; BatchNorm2d',
+        ),
+        (with_buffer(nn.BatchNorm2d(3)), dict(type='UBN'), 'buffers mask beside those of BatchN'),
+        (with_buffer(RBN(3)), dict(type='BN'), 'buffers mask beside those of RBN, which would be'),
+        (with_layer(nn.BatchNorm2d(3)), dict(type='UBN'), 'layers extra beside those of BatchN'),
+        (
+            with_forward(nn.BatchNorm2d(3)),
+            dict(type='UBN'),
+            'its forward was replaced on the layer',
         ),
     ],
 )
@@ -314,6 +338,27 @@ def test_hooks_move_with_their_handles():
         handle.remove()
     model(torch.randn(2, 3, 4, 4))
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize(
+    'register',
+    [
+        lambda norm, hook: norm.register_full_backward_hook(hook),
+        lambda norm, hook: norm.register_full_backward_pre_hook(hook),
+        lambda norm, hook: norm.weight.register_hook(hook),
+        lambda norm, hook: norm.weight.register_post_accumulate_grad_hook(hook),
+        lambda norm, hook: norm.bias.register_hook(hook),
+    ],
+)
+def test_backward_hooks_move_with_their_handles(register):
+    model, calls = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)), []
+    handle = register(model[1], lambda *arguments: calls.append(arguments))
+    mmubn.convert_norm(model, dict(type='UBN'))
+    model(torch.randn(2, 3, 4, 4)).sum().backward()
+    assert len(calls) == 1
+    handle.remove()
+    model(torch.randn(2, 3, 4, 4)).sum().backward()
+    assert len(calls) == 1
 
 
 def test_what_was_changed_on_the_built_layer_is_kept():

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import ops
+from ..ops.utils import is_vmapped
 from .base import RectifiedBatchNorm, check_integer, recomputing
 
 # More batches than there will be.
@@ -183,16 +184,22 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
     def _apply(self, fn, *args, **kwargs):
         """Moves the gate's decision with the buffers."""
         super()._apply(fn, *args, **kwargs)
-        self._gate = fn(self._gate)
+        if not self._gate.is_meta:  # which has no value to move; _state makes it anew
+            self._gate = fn(self._gate).bool()
         return self
 
     def _state(self) -> ops.Buffers:
         running_mean, running_var, count, *_ = super()._state()
+        tau = self.running_similarity
+        if tau is not None and self._gate.device != tau.device:
+            # Tensors were put in place of the buffers, as load_state_dict(assign=True) does.
+            self._gate = torch.ones((), dtype=torch.bool, device=tau.device)
+        gate = self._gate
+        if tau is not None and is_vmapped(tau):  # one for each model, which ends with the call
+            gate = torch.ones_like(tau, dtype=torch.bool)
         # No step to count, and for torch.compile to carry along, where each one measures.
         steps = self._steps if self.fct_interval > 1 else None
-        return ops.Buffers(
-            running_mean, running_var, count, self.running_similarity, self._gate, steps
-        )
+        return ops.Buffers(running_mean, running_var, count, tau, gate, steps)
 
     def _settings(self) -> ops.Settings:
         # PreciseBN sets a momentum of 1 to read the statistics of single batches: there is no

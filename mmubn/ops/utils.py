@@ -40,6 +40,16 @@ is_batched = getattr(
 )
 
 
+def is_vmapped(x: Tensor) -> bool:
+    """Whether :func:`torch.func.vmap` has made ``x`` many in one, as of an ensemble of models."""
+    functorch = torch._C._functorch
+    while not compiling() and functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)  # of grad, jvp and the like
+    return False
+
+
 def differentiable() -> bool:
     """Whether each operation has to be differentiable by itself, so none may work in place.
 

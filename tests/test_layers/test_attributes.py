@@ -93,6 +93,10 @@ CHANGES = {
     'other statistics': lambda norm: set_attributes(
         running_mean=torch.arange(4.0), running_var=torch.arange(1.0, 5)
     )(norm),
+    'every buffer in float': lambda norm: norm.type(torch.float32),
+    'a count in half': lambda norm: set_attributes(
+        num_batches_tracked=torch.tensor(3, dtype=torch.bfloat16), momentum=None
+    )(norm),
     'strided statistics': lambda norm: set_attributes(
         running_mean=torch.arange(8.0)[::2], running_var=torch.arange(1.0, 9)[1::2]
     )(norm),
@@ -117,6 +121,50 @@ def test_a_change_has_batch_norms_effect(kind, change):
     tracks = layer.track_running_stats and layer.running_mean is not None and training
     if not tracks:  # the similarity is a running statistic, too
         assert getattr(layer, 'running_similarity', before) == before
+
+
+def on_meta_then_assigned(layer):
+    with torch.device('meta'):
+        empty = type(layer)(CHANNELS)
+    empty.load_state_dict(layer.state_dict(), assign=True)
+    return empty
+
+
+def on_meta_assigned_then_moved(layer):
+    return on_meta_then_assigned(layer).to('cpu')
+
+
+def on_meta_then_empty_then_loaded(layer):
+    empty = copy.deepcopy(layer).to('meta').to_empty(device='cpu')
+    empty.load_state_dict(layer.state_dict())
+    return empty
+
+
+@pytest.mark.parametrize(
+    'make', [on_meta_then_assigned, on_meta_assigned_then_moved, on_meta_then_empty_then_loaded]
+)
+@pytest.mark.parametrize('backend', ['auto', 'torch'])
+def test_built_on_meta(kind, make, backend):
+    batch_norm, layer = pair(kind)
+    layer = make(layer)
+    layer.backend = backend
+    assert_same_steps(batch_norm, layer)
+
+
+def test_a_step_with_tensors_from_elsewhere(kind):
+    batch_norm, layer = pair(kind)
+    state = copy.deepcopy(layer.state_dict())
+    x = torch.randn(5, CHANNELS, 6, 7)
+    y = torch.func.functional_call(copy.deepcopy(layer).to('meta'), state, (x,))
+    torch.testing.assert_close(y, batch_norm(x))
+    torch.testing.assert_close(state['running_mean'], batch_norm.running_mean)
+
+
+def test_statistics_on_another_device_are_refused(kind):
+    _, layer = pair(kind)
+    layer.num_batches_tracked = layer.num_batches_tracked.to('meta')
+    with pytest.raises(RuntimeError, match='the input is on cpu, num_batches_tracked on meta'):
+        layer(torch.randn(5, CHANNELS, 6, 7))
 
 
 def test_weight_taken_away_leaves_a_weight_of_one(kind):

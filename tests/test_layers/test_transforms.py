@@ -108,6 +108,31 @@ def test_ensembles(make_layer):
     torch.testing.assert_close(found, torch.stack([member(x) for member in members]))
 
 
+@pytest.mark.filterwarnings('ignore:There is a performance drop')
+@pytest.mark.parametrize('differentiate', [False, True])
+def test_ensembles_in_training(make_layer, differentiate):
+    members = [trained(make_layer(3)).train() for _ in range(3)]
+    parameters, buffers = stack_module_state(members)
+    x = torch.randn(4, 3, 5, 5)
+    base = copy.deepcopy(members[0])
+
+    def of_one(parameters, buffers):
+        return functional_call(base, (parameters, buffers), (x,)).square().sum()
+
+    found = vmap(grad(of_one) if differentiate else of_one)(parameters, buffers)
+    losses = torch.stack([member(x).square().sum() for member in members])
+    if differentiate:
+        losses.sum().backward()
+        for name, values in found.items():
+            for value, member in zip(values, members):
+                torch.testing.assert_close(value, member.get_parameter(name).grad)
+    else:
+        torch.testing.assert_close(found, losses)
+    for name, values in buffers.items():
+        for value, member in zip(values, members):
+            torch.testing.assert_close(value, member.get_buffer(name), msg=name)
+
+
 def test_forward_mode(make_layer):
     layer = trained(make_layer(3).double())
     x, tangent = torch.randn(2, 2, 3, 4, 4, dtype=torch.double)
