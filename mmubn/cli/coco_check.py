@@ -19,6 +19,9 @@ _KEYS = dict(
     annotations=('id', 'image_id', 'category_id', 'bbox', 'area'),
     categories=('id', 'name'),
 )
+_ID = (int, float, str), 'a number or a text'
+_NUMBER = (int, float), 'a number'
+_VALUES = dict(id=_ID, image_id=_ID, category_id=_ID, width=_NUMBER, height=_NUMBER, area=_NUMBER)
 _LARGE = 100e6  # bytes; takes some seconds to read
 
 
@@ -71,10 +74,50 @@ class CocoFile:
             absent = [k for k in _KEYS[name] if not isinstance(entry, dict) or k not in entry]
             if absent:
                 self.fail(f"has no '{absent[0]}' in {name}[{index}]; mmdet needs it in each")
+            for key in _KEYS[name]:
+                kinds, wanted = _VALUES.get(key, (object, ''))
+                if not isinstance(entry[key], kinds):
+                    self.fail(f'has {key}={entry[key]!r} in {name}[{index}]; it must be {wanted}')
         ids = Counter(entry['id'] for entry in entries)
         twice = [identity for identity, count in ids.items() if count > 1]
         if twice:
             self.fail(f'has the id {twice[0]!r} twice in {name}; each needs its own')
+
+    def check_evaluable(self, masks: bool) -> None:
+        """Raises where pycocotools would in the first evaluation, after an epoch of training."""
+        for annotation in self.annotations:
+            crowd = annotation.get('iscrowd')
+            if crowd not in (0, 1):
+                what = f'iscrowd={crowd!r}' if 'iscrowd' in annotation else "no 'iscrowd'"
+                self.fail(
+                    f'has {what} in annotation {annotation["id"]!r}; the evaluator needs 0 or, '
+                    'for a crowd, 1 in each'
+                )
+            if masks:
+                self.check_mask(annotation, points=3)
+
+    def check_mask(self, annotation: dict, points: int = 0) -> None:
+        """Raises where a segmentation is none of COCO's.
+
+        Args:
+            annotation (dict): Whose it is.
+            points (int): The fewest points of a polygon.
+        """
+        value, image = annotation.get('segmentation'), self.images[annotation['image_id']]
+        if isinstance(value, dict):
+            size = [image['height'], image['width']]
+            fits, wanted = value.get('size') == size and 'counts' in value, f'size={size}, counts'
+        else:
+            wanted = f'a list of polygons [x1, y1, x2, y2, ...] of at least {max(points, 3)} points'
+            fits = isinstance(value, list) and all(
+                is_seq_of(polygon, (int, float)) and len(polygon) >= 2 * points and value
+                for polygon in value
+            )
+        if not fits:
+            shown = repr(value) if len(repr(value)) < 60 else f'{repr(value)[:56]} ...'
+            self.fail(
+                f'has segmentation={shown} in annotation {annotation["id"]!r}; it must be {wanted}'
+            )
 
     def _check_references(self, key: str, known: Dict[Any, Any], name: str) -> None:
         stray = [entry for entry in self.annotations if entry[key] not in known]
@@ -127,7 +170,9 @@ def check_coco(path: str, node: dict, dataset: Any, labelled: bool = True) -> Co
     return coco
 
 
-def check_evaluated(key: str, file: str, coco: CocoFile, classes: Sequence[str]) -> None:
+def check_evaluated(
+    key: str, file: str, coco: CocoFile, classes: Sequence[str], masks: bool
+) -> None:
     """Whether an evaluator's annotation file fits the data set that it evaluates.
 
     Args:
@@ -135,13 +180,17 @@ def check_evaluated(key: str, file: str, coco: CocoFile, classes: Sequence[str])
         file (str): Its path.
         coco (CocoFile): What the data set reads.
         classes (Sequence[str]): Of the data set.
+        masks (bool): It evaluates masks.
 
     Raises:
-        CommandError: It lacks an image, or numbers the classes otherwise.
+        CommandError: It lacks an image or what pycocotools needs, or numbers the classes
+            otherwise.
     """
     if osp.realpath(file) == osp.realpath(coco.file):
+        coco.check_evaluable(masks)
         return
     other = CocoFile(key, file)
+    other.check_evaluable(masks)
     strange = [identity for identity in coco.images if identity not in other.images]
     if strange:
         other.fail(
@@ -223,6 +272,8 @@ def _check_masks(path: str, node: dict, coco: CocoFile, annotations: List[dict])
             f'({without[0]!r}), and the pipeline of {path} loads masks (with_mask=True); annotate '
             'them, or train a model without mask head'
         )
+    for annotation in annotations:
+        coco.check_mask(annotation)
 
 
 def _read_images(dataset: Any, coco: CocoFile, used: Collection) -> List[dict]:

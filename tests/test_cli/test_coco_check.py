@@ -125,6 +125,20 @@ def edited(change) -> dict:
             'has no annotation that can be used: bbox must be [x, y, width, height] in pixels',
         ),
         (edited(lambda d: d['annotations'][1].update(bbox=[1, 2])), 'has bbox=[1, 2] in annotati'),
+        (edited(lambda d: d['annotations'][1].update(area=None)), 'has area=None in annotations'),
+        (edited(lambda d: d['annotations'][1].update(area='9')), "area='9' in annotations[1]; it"),
+        (edited(lambda d: d['images'][1].update(width='64')), "has width='64' in images[1]; it m"),
+        (edited(lambda d: d['images'][1].update(id=[1])), 'has id=[1] in images[1]; it must be a'),
+        (
+            edited(lambda d: d['annotations'][1].update(segmentation=[1, 2, 3, 4, 5, 6])),
+            'has segmentation=[1, 2, 3, 4, 5, 6] in annotation 2; it must be a list of polygons',
+        ),
+        (
+            edited(lambda d: d['annotations'][1].update(
+                segmentation=dict(counts=[100, 924], size=[32, 32])
+            )),
+            "'size': [32, 32]} in annotation 2; it must be size=[64, 64], counts",
+        ),
         (
             edited(lambda d: d['annotations'][3].pop('segmentation')),
             'has no segmentation in 1 of 4 annotations (4), and the pipeline',
@@ -140,6 +154,33 @@ def test_unsound_files(cfg, data, reason):
     line = failure(cfg)
     assert line.startswith('train_dataloader.dataset.ann_file: ./annotations/train.json ')
     assert reason in line
+
+
+@pytest.mark.parametrize(
+    ('change', 'reason'),
+    [
+        (lambda a: a.pop('iscrowd'), "no 'iscrowd' in annotation 6; the evaluator needs 0 or"),
+        (lambda a: a.update(iscrowd=None), 'iscrowd=None in annotation 6; the evaluator'),
+        (lambda a: a.update(segmentation=[[1, 2, 3, 4]]), 'segmentation=[[1, 2, 3, 4]] in annot'),
+        (lambda a: a.pop('segmentation'), 'segmentation=None in annotation 6; it must be a list'),
+    ],
+)
+def test_what_the_evaluator_could_not_read(cfg, change, reason):
+    data = content(first=4)
+    change(data['annotations'][1])
+    del cfg.val_dataloader.dataset['pipeline']
+    write('val', data)
+    cfg.val_evaluator.metric = ['bbox', 'segm']
+    assert failure(cfg).startswith(
+        f'val_dataloader.dataset.ann_file: ./annotations/val.json has {reason}'
+    )
+    # Nobody needs it in training.
+    write('val', content(first=4))
+    data = content()
+    change(data['annotations'][1])
+    if 'segmentation' in data['annotations'][1]:
+        write('train', data)
+        check_data(cfg, SPLITS)
 
 
 def test_bytes_that_are_no_text(cfg):
