@@ -84,6 +84,16 @@ struct Lanes {
     }
   }
 
+  template <bool past>
+  static inline void put(T* out, int64_t next_row, V value) {
+    if constexpr (past) {
+      store_past<A>(out, value);
+    } else {
+      UBN_PREFETCH_TO_WRITE(out + next_row);
+      store_as<A>(out, value);
+    }
+  }
+
   // g(u0, u1) with the taps that row i has inside of H rows, as constants where that pays.
   template <class G>
   static inline void with_taps(int64_t i, int64_t H, G g) {
@@ -98,8 +108,8 @@ struct Lanes {
     }
   }
 
-  // Row i of Y = dwconv(a (X + h); K) + beta.
-  template <int B>
+  // Row i of Y = dwconv(a (X + h); K) + beta. `past`: what is stored goes past the caches.
+  template <int B, bool past>
   static void forward(const T* x, T* y, const A* shift, const A* scale, const A* taps,
                       int64_t pitch, const A* bias, int64_t i, int64_t H, int64_t W,
                       int64_t step) {
@@ -113,14 +123,13 @@ struct Lanes {
     T* out = y + i * W * step;
     with_taps(i, H, [&](auto u0, auto u1) {
       row<B>(u0, u1, x + i * W * step, h, k, W, step, [&](int64_t j, int b, V value) {
-        UBN_PREFETCH_TO_WRITE(out + (W + j) * step + b * N);
-        store_as<A>(out + j * step + b * N, value + beta[b]);
+        put<past>(out + j * step + b * N, W * step, value + beta[b]);
       });
     });
   }
 
   // Row i of dX = a dX_r + slope (X - m) + level.
-  template <int B>
+  template <int B, bool past>
   static void input(const T* x, const T* dy, T* dx, const A* scale, const A* taps, int64_t pitch,
                     const A* mean, const A* slope, const A* level, bool has_slope, int64_t i,
                     int64_t H, int64_t W, int64_t step) {
@@ -133,14 +142,13 @@ struct Lanes {
     with_taps(i, H, [&](auto u0, auto u1) {
       row<B>(u0, u1, dy + i * W * step, zero, k, W, step, [&](int64_t j, int b, V value) {
         const int64_t at = j * step + b * N;
-        UBN_PREFETCH_TO_WRITE(out + W * step + at);
         value += load<A>(level + b * N);
         if (has_slope) {
           UBN_PREFETCH(source + W * step + at);
           const V apart = load_as<A>(source + at) - load<A>(mean + b * N);
           value += apart * load<A>(slope + b * N);
         }
-        store_as<A>(out + at, value);
+        put<past>(out + at, W * step, value);
       });
     });
   }

@@ -21,6 +21,8 @@ typedef Lanes<A, A, K> Packed;  // tiles are converted
 
 // Planes up to this size go through lanes, where vectors of pixels would be mostly tail.
 constexpr int64_t SMALL_PLANE = 64;
+// Bytes of a tensor that leaves nothing in a last level cache for the next layer.
+constexpr int64_t LARGE = 16 << 20;
 // Numbers of a block of the similarity: they stay in the first level cache.
 constexpr int64_t BLOCK = 4096;
 
@@ -97,6 +99,18 @@ struct Plan {
     const int64_t few = 1 + B * C / 4096;
     parallel((C + size - 1) / size, int(std::min<int64_t>(threads, few)),
              [&](int64_t begin, int64_t end) { f(begin * size, std::min(C, end * size)); });
+  }
+  // f(whether what is written to `out` is to go past the caches): where it would not stay in them
+  // until it is read, and fills whole lines.
+  template <class F>
+  void with_past(const T* out, F f) const {
+    const bool whole = reinterpret_cast<uintptr_t>(out) % 64 == 0 && C * sizeof(T) % 64 == 0;
+    if (pixels && whole && B * C * hw * int64_t(sizeof(T)) >= LARGE) {
+      f(std::true_type{});
+      store_past_ends();
+    } else {
+      f(std::false_type{});
+    }
   }
   // The end of the channels in c0 ... c1 whose lanes can be read where they lie.
   int64_t in_place_until(int64_t c0, int64_t c1) const {
@@ -294,16 +308,19 @@ void forward(const Plan& p, const T* x, T* y, int64_t n, int64_t c0, int64_t c1,
   }
   // Row by row through all channels, which lie side by side.
   const int64_t side_by_side = p.in_place_until(c0, c1);
-  for (int64_t i = 0; i < p.H; i++)
-    InPlace::pairs(c0, side_by_side, [&](int64_t c, auto blocks) {
-      InPlace::template forward<blocks>(p.image(x, n, c), p.image(y, n, c), shift + c - c0,
-                                        scale + c - c0, taps + c, p.Cp, bias + c, i, p.H, p.W, p.C);
-    });
+  p.with_past(y, [&](auto past) {
+    for (int64_t i = 0; i < p.H; i++)
+      InPlace::pairs(c0, side_by_side, [&](int64_t c, auto blocks) {
+        InPlace::template forward<blocks, past>(
+            p.image(x, n, c), p.image(y, n, c), shift + c - c0, scale + c - c0, taps + c, p.Cp,
+            bias + c, i, p.H, p.W, p.C);
+      });
+  });
   for (int64_t c = side_by_side; c < c1; c += N) {
     A *tile = p.tiles(2), *out = tile + p.hw * N;
     p.pack_block(x, tile, n, c);
     for (int64_t i = 0; i < p.H; i++)
-      Packed::template forward<1>(tile, out, shift + c - c0, scale + c - c0, taps + c, p.Cp,
+      Packed::template forward<1, false>(tile, out, shift + c - c0, scale + c - c0, taps + c, p.Cp,
                                   bias + c, i, p.H, p.W, N);
     p.unpack_block(out, y, n, c);
   }
@@ -384,19 +401,21 @@ void input(const Plan& p, const T* x, const T* dy, T* dx, int64_t n, int64_t c0,
     return;
   }
   const int64_t side_by_side = p.in_place_until(c0, c1);
-  for (int64_t i = 0; i < p.H; i++)
-    InPlace::pairs(c0, side_by_side, [&](int64_t c, auto blocks) {
-      InPlace::template input<blocks>(p.image(x, n, c), p.image(dy, n, c), p.image(dx, n, c),
-                                      scale + c - c0, taps + c, p.Cp, mean + c - c0, slope + c,
-                                      level + c - c0, has_slope, i, p.H, p.W, p.C);
-    });
+  p.with_past(dx, [&](auto past) {
+    for (int64_t i = 0; i < p.H; i++)
+      InPlace::pairs(c0, side_by_side, [&](int64_t c, auto blocks) {
+        InPlace::template input<blocks, past>(
+            p.image(x, n, c), p.image(dy, n, c), p.image(dx, n, c), scale + c - c0, taps + c, p.Cp,
+            mean + c - c0, slope + c, level + c - c0, has_slope, i, p.H, p.W, p.C);
+      });
+  });
   for (int64_t c = side_by_side; c < c1; c += N) {
     A *dy_tile = p.tiles(3), *out = dy_tile + p.hw * N, *tile = out + p.hw * N;
     p.pack_block(dy, dy_tile, n, c);
     if (p.pixels && has_slope) p.pack_block(x, tile, n, c);
     const bool now = p.pixels && has_slope;  // of planes X is added on the way back
     for (int64_t i = 0; i < p.H; i++)
-      Packed::template input<1>(tile, dy_tile, out, scale + c - c0, taps + c, p.Cp, mean + c - c0,
+      Packed::template input<1, false>(tile, dy_tile, out, scale + c - c0, taps + c, p.Cp, mean + c - c0,
                                 slope + c, level + c - c0, now, i, p.H, p.W, N);
     if (p.pixels || !has_slope) {
       p.unpack_block(out, dx, n, c);

@@ -107,21 +107,51 @@ inline typename Vec<A>::type load_as(const T* p) {
   }
 }
 
+// bfloat16 of a vector, in half a vector.
+typedef uint16_t Bits16 __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+template <class A>
+inline Bits16 narrowed(typename Vec<A>::type v) {
+  typedef uint32_t Bits32 __attribute__((vector_size(VECTOR_BYTES)));
+  const Bits32 bits = (Bits32)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Bits32 quiet = v != v ? (Bits32{} + 0x7fc0) : rounded;
+#if defined(__AVX512F__)
+  return (Bits16)_mm512_cvtepi32_epi16((__m512i)quiet);
+#else
+  return __builtin_convertvector(quiet, Bits16);
+#endif
+}
+
 template <class A, class T>
 inline void store_as(T* p, typename Vec<A>::type v) {
-  if constexpr (std::is_same<A, T>::value) {
+  if constexpr (std::is_same<A, T>::value)
     store<A>(p, v);
-  } else {
-    typedef uint32_t Bits32 __attribute__((vector_size(VECTOR_BYTES)));
-    const Bits32 bits = (Bits32)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const Bits32 quiet = (bits & 0x7fffffff) > 0x7f800000 ? (Bits32{} + 0x7fc0) : rounded;
+  else
+    *reinterpret_cast<Bits16*>(p) = narrowed<A>(v);
+}
+
+// Past the caches, where the processor can: for tensors that do not fit in them, so that memory
+// is not read before it is written. p is aligned to what is stored.
+template <class A, class T>
+inline void store_past(T* p, typename Vec<A>::type v) {
 #if defined(__AVX512F__)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)quiet));
+  if constexpr (std::is_same<A, T>::value)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+  else
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrowed<A>(v));
+#elif defined(__AVX2__)
+  if constexpr (std::is_same<A, T>::value)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+  else
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)narrowed<A>(v));
 #else
-    typedef uint16_t Bits16 __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
-    *reinterpret_cast<Bits16*>(p) = __builtin_convertvector(quiet, Bits16);
+  store_as<A>(p, v);
 #endif
-  }
+}
+// Before what was stored past the caches is read by another thread.
+inline void store_past_ends() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
 }
 
 // The first n numbers and zeros behind, and back; touches nothing else.
