@@ -84,6 +84,16 @@ struct Lanes {
     }
   }
 
+  template <bool past>
+  static inline void put(T* out, int64_t next_row, V value) {
+    if constexpr (past) {
+      store_past<A>(out, value);
+    } else {
+      UBN_PREFETCH_TO_WRITE(out + next_row);
+      store_as<A>(out, value);
+    }
+  }
+
   // g(u0, u1) with the taps that row i has inside of H rows, as constants where that pays.
   template <class G>
   static inline void with_taps(int64_t i, int64_t H, G g) {
@@ -98,8 +108,8 @@ struct Lanes {
     }
   }
 
-  // Row i of Y = dwconv(a (X + h); K) + beta.
-  template <int B>
+  // Row i of Y = dwconv(a (X + h); K) + beta. `past`: what is stored goes past the caches.
+  template <int B, bool past>
   static void forward(const T* x, T* y, const A* shift, const A* scale, const A* taps,
                       int64_t pitch, const A* bias, int64_t i, int64_t H, int64_t W,
                       int64_t step) {
@@ -113,14 +123,13 @@ struct Lanes {
     T* out = y + i * W * step;
     with_taps(i, H, [&](auto u0, auto u1) {
       row<B>(u0, u1, x + i * W * step, h, k, W, step, [&](int64_t j, int b, V value) {
-        UBN_PREFETCH_TO_WRITE(out + (W + j) * step + b * N);
-        store_as<A>(out + j * step + b * N, value + beta[b]);
+        put<past>(out + j * step + b * N, W * step, value + beta[b]);
       });
     });
   }
 
   // Row i of dX = a dX_r + slope (X - m) + level.
-  template <int B>
+  template <int B, bool past>
   static void input(const T* x, const T* dy, T* dx, const A* scale, const A* taps, int64_t pitch,
                     const A* mean, const A* slope, const A* level, bool has_slope, int64_t i,
                     int64_t H, int64_t W, int64_t step) {
@@ -133,14 +142,13 @@ struct Lanes {
     with_taps(i, H, [&](auto u0, auto u1) {
       row<B>(u0, u1, dy + i * W * step, zero, k, W, step, [&](int64_t j, int b, V value) {
         const int64_t at = j * step + b * N;
-        UBN_PREFETCH_TO_WRITE(out + W * step + at);
         value += load<A>(level + b * N);
         if (has_slope) {
           UBN_PREFETCH(source + W * step + at);
           const V apart = load_as<A>(source + at) - load<A>(mean + b * N);
           value += apart * load<A>(slope + b * N);
         }
-        store_as<A>(out + at, value);
+        put<past>(out + at, W * step, value);
       });
     });
   }
@@ -218,17 +226,19 @@ inline void transpose(typename Vec<A>::type (&v)[Vec<A>::n]) {
   }
 }
 
-// Planes of `count` channels, hw numbers each, to pixels of N channels; zeros behind `count`.
-// Up to `limit` there is something to read.
-template <class T, class A>
-void pack(const T* planes, A* tile, int64_t hw, int64_t count, const T* limit) {
+// Calls put(v) for each pixel, in order, of planes of `count` channels, hw numbers each: the N
+// channels of it, zeros behind `count`. Up to `limit` there is something to read; what is packed
+// next lies `ahead` numbers behind.
+template <class T, class A, class F>
+inline void pack(const T* planes, int64_t hw, int64_t count, const T* limit, int64_t ahead,
+                 F put) {
   constexpr int N = Vec<A>::n;
   for (int64_t q = 0; q < hw; q += N) {
     const int64_t pixels = std::min<int64_t>(N, hw - q);
     typename Vec<A>::type v[N];
     if (count == N && planes + (N - 1) * hw + q + N <= limit) {
       for (int c = 0; c < N; c++) {
-        __builtin_prefetch(planes + (N + c) * hw + q, 0, 2);
+        UBN_PREFETCH(planes + ahead + c * hw + q);
         v[c] = load_as<A>(planes + c * hw + q);
       }
     } else {
@@ -236,37 +246,160 @@ void pack(const T* planes, A* tile, int64_t hw, int64_t count, const T* limit) {
         v[c] = c < count ? load_some<A>(planes + c * hw + q, pixels) : typename Vec<A>::type{};
     }
     transpose<A>(v);
-    for (int64_t j = 0; j < pixels; j++) store<A>(tile + (q + j) * N, v[j]);
+    if (pixels == N)  // unrolled, so that v stays in registers
+      for (int j = 0; j < N; j++) put(v[j]);
+    else
+      for (int64_t j = 0; j < pixels; j++) put(v[j]);
   }
 }
 // Back, each vector v of pixels q of channel c as f(c, q, v, how many).
 template <class T, class A, class F>
-void unpack(const A* tile, T* planes, int64_t hw, int64_t count, F f) {
+inline void unpack(const A* tile, T* planes, int64_t hw, int64_t count, F f) {
   constexpr int N = Vec<A>::n;
   int64_t q = 0;
-  for (; q < hw; q += N) {
-    const int64_t pixels = std::min<int64_t>(N, hw - q);
-    typename Vec<A>::type v[N];
-    for (int64_t j = 0; j < N; j++) v[j] = load<A>(tile + std::min(q + j, hw - 1) * N);
+  typename Vec<A>::type v[N];
+  for (; q + N <= hw; q += N) {
+    for (int j = 0; j < N; j++) v[j] = load<A>(tile + (q + j) * N);
     transpose<A>(v);
-    if (pixels == N)
-      for (int64_t c = 0; c < count; c++)
-        store_as<A>(planes + c * hw + q, f(c, q, v[c], Fixed<N>{}));
+    if (count == N)
+      for (int c = 0; c < N; c++) store_as<A>(planes + c * hw + q, f(c, q, v[c], Fixed<N>{}));
     else
       for (int64_t c = 0; c < count; c++)
-        store_some<A>(planes + c * hw + q, f(c, q, v[c], int(pixels)), pixels);
+        store_as<A>(planes + c * hw + q, f(c, q, v[c], Fixed<N>{}));
   }
+  if (q == hw) return;
+  const int64_t pixels = hw - q;
+  for (int64_t j = 0; j < N; j++) v[j] = load<A>(tile + std::min(q + j, hw - 1) * N);
+  transpose<A>(v);
+  for (int64_t c = 0; c < count; c++)
+    store_some<A>(planes + c * hw + q, f(c, q, v[c], int(pixels)), pixels);
 }
-// The last `count` channels of pixels that are C apart, to pixels of N channels and back.
-template <class T, class A>
-void pack_tail(const T* pixels, A* tile, int64_t hw, int64_t C, int64_t count) {
+// The same for the last `count` channels of pixels that are C apart, back as f(q, v).
+template <class T, class A, class F>
+inline void pack_tail(const T* pixels, int64_t hw, int64_t C, int64_t count, F put) {
+  for (int64_t q = 0; q < hw; q++) put(load_some<A>(pixels + q * C, count));
+}
+template <class T, class A, class F>
+inline void unpack_tail(const A* tile, T* pixels, int64_t hw, int64_t C, int64_t count, F f) {
   constexpr int N = Vec<A>::n;
-  for (int64_t q = 0; q < hw; q++) store<A>(tile + q * N, load_some<A>(pixels + q * C, count));
+  for (int64_t q = 0; q < hw; q++)
+    store_some<A>(pixels + q * C, f(q, load<A>(tile + q * N)), count);
 }
-template <class T, class A>
-void unpack_tail(const A* tile, T* pixels, int64_t hw, int64_t C, int64_t count) {
-  constexpr int N = Vec<A>::n;
-  for (int64_t q = 0; q < hw; q++) store_some<A>(pixels + q * C, load<A>(tile + q * N), count);
-}
+
+// The pixels of N channels of an image, converted, with p zeros around.
+template <class A, int K>
+class Tile {
+ public:
+  static constexpr int P = K / 2, N = Vec<A>::n, KK = K * K;
+  typedef typename Vec<A>::type V;
+
+  static int64_t size(int64_t H, int64_t W) { return (H + 2 * P) * (W + 2 * P) * N; }
+
+  Tile(A* memory, int64_t H, int64_t W)
+      : H_(H), W_(W), pitch_((W + 2 * P) * N), first_(memory + P * pitch_ + P * N) {
+    clear(memory, first_);
+    for (int64_t i = 0; i + 1 < H; i++)
+      clear(first_ + i * pitch_ + W * N, first_ + (i + 1) * pitch_);
+    clear(first_ + (H - 1) * pitch_ + W * N, memory + size(H, W));
+  }
+
+  // What takes the pixels one after the other.
+  auto filling(V shift) {
+    return [=, target = first_, j = int64_t(0)](V v) mutable {
+      store<A>(target, v + shift);
+      target += N;
+      if (++j == W_) j = 0, target += 2 * P * N;
+    };
+  }
+
+  // out = dwconv(this; taps) + base
+  void convolve(const V (&taps)[KK], V base, A* out) const {
+    for (int64_t i = 0; i < H_; i++)
+      for (int64_t j = 0; j < W_; j++, out += N) {
+        const A* z = first_ + (i - P) * pitch_ + (j - P) * N;
+        V value = base;
+        for (int u = 0; u < K; u++) {
+          V sum = load<A>(z + u * pitch_) * taps[u * K];
+          for (int v = 1; v < K; v++) sum += load<A>(z + u * pitch_ + v * N) * taps[u * K + v];
+          value += sum;
+        }
+        store<A>(out, value);
+      }
+  }
+
+  // The sums of planes.h with this as X + h: P_uv, dY, and the sum of K times what lies inside.
+  void sums(const Tile& dy, const V (&taps)[KK], V (&products)[KK], V& total, V& d_sum) const {
+    for (V& product : products) product = V{};
+    if constexpr (K <= 3) {  // the products stay in registers
+      dy.each([&](const A* g, int64_t at) { add_products<0, K>(load<A>(g), at, products); });
+    } else {
+      dy.each_tap_row([&](auto u) {
+        dy.each([&](const A* g, int64_t at) { add_products<u, u + 1>(load<A>(g), at, products); });
+      });
+    }
+    dy.sums_inside(taps, total, d_sum);
+  }
+
+ private:
+  static void clear(A* from, A* to) {
+    for (; from < to; from += N) store<A>(from, V{});
+  }
+  V row_sum(int64_t i) const {
+    V sum{};
+    for (int64_t j = 0; j < W_; j++) sum += load<A>(first_ + i * pitch_ + j * N);
+    return sum;
+  }
+  V column_sum(int64_t j) const {
+    V sum{};
+    for (int64_t i = 0; i < H_; i++) sum += load<A>(first_ + i * pitch_ + j * N);
+    return sum;
+  }
+  // f(pixel, its place)
+  template <class F>
+  void each(F f) const {
+    for (int64_t i = 0; i < H_; i++)
+      for (int64_t j = 0; j < W_; j++) f(first_ + i * pitch_ + j * N, i * pitch_ + j * N);
+  }
+  template <class F>
+  static void each_tap_row(F f) {
+    f(Fixed<0>{}), f(Fixed<1>{}), f(Fixed<2>{}), f(Fixed<3>{}), f(Fixed<4>{});
+    if constexpr (K > 5) f(Fixed<5>{}), f(Fixed<6>{});
+  }
+  template <int u0, int u1>
+  void add_products(V g, int64_t at, V (&products)[KK]) const {
+    const A* z = first_ + at - P * pitch_ - P * N;
+    for (int u = u0; u < u1; u++)
+      for (int v = 0; v < K; v++) products[u * K + v] += load<A>(z + u * pitch_ + v * N) * g;
+  }
+  // Sum of all, and the sum over taps of K times the sum of the outputs whose tap lies inside:
+  // that of all, less border rows and columns, and the corners once more.
+  void sums_inside(const V (&taps)[KK], V& total, V& d_sum) const {
+    V rows[K] = {}, columns[K] = {};
+    total = V{};
+    for (int64_t i = 0; i < H_; i++) total += row_sum(i);
+    for (int e = 1; e <= P; e++) {
+      rows[P - e] = rows[P - e + 1] + (e <= H_ ? row_sum(e - 1) : V{});
+      rows[P + e] = rows[P + e - 1] + (e <= H_ ? row_sum(H_ - e) : V{});
+      columns[P - e] = columns[P - e + 1] + (e <= W_ ? column_sum(e - 1) : V{});
+      columns[P + e] = columns[P + e - 1] + (e <= W_ ? column_sum(W_ - e) : V{});
+    }
+    d_sum = V{};
+    for (int u = 0; u < K; u++)
+      for (int v = 0; v < K; v++)
+        d_sum += (total - rows[u] - columns[v] + corner(u - P, v - P)) * taps[u * K + v];
+  }
+  V corner(int64_t u, int64_t v) const {
+    const int64_t high = std::min<int64_t>(std::abs(u), H_);
+    const int64_t wide = std::min<int64_t>(std::abs(v), W_);
+    const A* from = first_ + (u < 0 ? 0 : H_ - high) * pitch_ + (v < 0 ? 0 : W_ - wide) * N;
+    V sum{};
+    for (int64_t i = 0; i < high; i++)
+      for (int64_t j = 0; j < wide; j++) sum += load<A>(from + i * pitch_ + j * N);
+    return sum;
+  }
+
+  int64_t H_, W_, pitch_;
+  A* first_;
+};
 
 }  // namespace ubn

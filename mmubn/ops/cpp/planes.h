@@ -73,6 +73,7 @@ class Strip {
   template <class T>
   void fill(const T* x, A shift, int64_t r0, int64_t count) {
     const int64_t full = W_ / N * N, tail = W_ - full;
+    const auto lanes = first_lanes<A>(tail);
     for (int64_t i = 0; i < count + 2 * P; i++) {
       const int64_t r = r0 - P + i;
       A* target = rows + i * pitch;
@@ -82,7 +83,8 @@ class Strip {
       }
       const T* source = x + r * W_;
       for (int64_t q = 0; q < full; q += N) store<A>(target + q, load_as<A>(source + q) + shift);
-      if (tail) store_some<A>(target + full, load_some<A>(source + full, tail) + shift, tail);
+      if (tail)  // a whole vector, which can be read again at once
+        store<A>(target + full, only<A>(lanes, load_some<A>(source + full, tail) + shift));
     }
   }
 
@@ -95,6 +97,12 @@ class Strip {
  private:
   int64_t H_, W_;
 };
+
+// Whether vector b of a group begins another line of the cache than the one before.
+template <class T, class A>
+constexpr bool starts_line(int b) {
+  return b * Vec<A>::n * sizeof(T) % 64 == 0;
+}
 
 // f(row, which of B vectors, sum of K z) for `count` rows of outputs, B vectors from column q on.
 template <class A, int K, int B, class F>
@@ -122,7 +130,7 @@ inline void march(const Strip<A, K>& strip, const A (&taps)[K * K], int64_t q, i
   }
 }
 
-// Calls store(row, column, value, how many) for all outputs of a strip.
+// Calls store(row, column, which vector of a group, value, how many) for all outputs of a strip.
 template <class A, int K, class F>
 inline void march_all(const Strip<A, K>& strip, const A (&taps)[K * K], int64_t count, int64_t W,
                       F store) {
@@ -130,19 +138,19 @@ inline void march_all(const Strip<A, K>& strip, const A (&taps)[K * K], int64_t 
   int64_t q = 0;
   for (; q + 4 * N <= W; q += 4 * N)
     march<A, K, 4>(strip, taps, q, count, [&](int64_t r, int b, typename Vec<A>::type value) {
-      store(r, q + b * N, value, Fixed<N>{});
+      store(r, q + b * N, b, value, Fixed<N>{});
     });
   for (; q + 2 * N <= W; q += 2 * N)
     march<A, K, 2>(strip, taps, q, count, [&](int64_t r, int b, typename Vec<A>::type value) {
-      store(r, q + b * N, value, Fixed<N>{});
+      store(r, q + b * N, b, value, Fixed<N>{});
     });
   for (; q + N <= W; q += N)
     march<A, K, 1>(strip, taps, q, count, [&](int64_t r, int, typename Vec<A>::type value) {
-      store(r, q, value, Fixed<N>{});
+      store(r, q, 0, value, Fixed<N>{});
     });
   if (q < W)
     march<A, K, 1>(strip, taps, q, count, [&](int64_t r, int, typename Vec<A>::type value) {
-      store(r, q, value, int(W - q));
+      store(r, q, 0, value, int(W - q));
     });
 }
 
@@ -164,8 +172,8 @@ void plane_forward(Strip<A, K>* strip, const T* x, T* y, A shift, const A (&taps
       strip->fill(x, shift, r0, count);
       T* out = y + r0 * W;
       const T* ahead = strip->next(x, r0, count);
-      march_all<A, K>(*strip, taps, count, W, [&](int64_t r, int64_t q, V value, auto n) {
-        UBN_PREFETCH(ahead + r * W + q);
+      march_all<A, K>(*strip, taps, count, W, [&](int64_t r, int64_t q, int b, V value, auto n) {
+        if (starts_line<T, A>(b)) UBN_PREFETCH(ahead + r * W + q);
         store_part<A>(out + r * W + q, value + beta, n);
       });
     }
@@ -199,14 +207,16 @@ void plane_input(Strip<A, K>* strip, const T* x, const T* dy, T* dx, const A (&t
       const T *source = x + r0 * W, *ahead = strip->next(dy, r0, count);
       T* out = dx + r0 * W;
       if (slope != 0)
-        march_all<A, K>(*strip, taps, count, W, [&](int64_t r, int64_t q, V value, auto n) {
-          UBN_PREFETCH(ahead + r * W + q);
-          UBN_PREFETCH(source + (r + count) * W + q);
+        march_all<A, K>(*strip, taps, count, W, [&](int64_t r, int64_t q, int b, V value, auto n) {
+          if (starts_line<T, A>(b)) {
+            UBN_PREFETCH(ahead + r * W + q);
+            UBN_PREFETCH(source + (r + count) * W + q);
+          }
           const V apart = load_part<A>(source + r * W + q, n) - mean;
           store_part<A>(out + r * W + q, value + (apart * slope + base), n);
         });
       else
-        march_all<A, K>(*strip, taps, count, W, [&](int64_t r, int64_t q, V value, auto n) {
+        march_all<A, K>(*strip, taps, count, W, [&](int64_t r, int64_t q, int, V value, auto n) {
           store_part<A>(out + r * W + q, value + base, n);
         });
     }
@@ -233,31 +243,29 @@ void exact_sums(const T* x, const T* dy, A shift, int64_t H, int64_t W, int64_t 
     }
 }
 
+// Sum of n numbers.
+template <class T, class A>
+inline A sum_of(const T* x, int64_t n) {
+  constexpr int N = Vec<A>::n;
+  typename Vec<A>::type s{};
+  int64_t q = 0;
+  for (; q + N <= n; q += N) s += load_as<A>(x + q);
+  if (q < n) s += load_some<A>(x + q, n - q);
+  return sum<A>(s);
+}
+
 // Sums of a plane of dY over the outputs whose tap (u, v) lies inside the plane: the sum of all,
-// less border rows and columns, and the corners once more.
+// less border rows and columns, and the corners once more. The sum of each column is known.
 template <class T, class A, int K>
-void inside_sums(const T* dy, A total, int64_t H, int64_t W, A (&inside)[K * K]) {
+void inside_sums(const T* dy, A total, const A* column_sums, int64_t H, int64_t W,
+                 A (&inside)[K * K]) {
   constexpr int p = K / 2;
   A rows[K] = {}, columns[K] = {};
   for (int e = 1; e <= p; e++) {
-    const int64_t top = std::min<int64_t>(e, H), left = std::min<int64_t>(e, W);
-    A first = 0, last = 0;
-#pragma omp simd reduction(+ : first, last)
-    for (int64_t q = 0; q < top * W; q++) {
-      first += widen(dy[q]);
-      last += widen(dy[H * W - 1 - q]);
-    }
-    rows[p - e] = first;
-    rows[p + e] = last;
-    first = last = 0;
-    for (int64_t j = 0; j < left; j++)
-#pragma omp simd reduction(+ : first, last)
-      for (int64_t r = 0; r < H; r++) {
-        first += widen(dy[r * W + j]);
-        last += widen(dy[r * W + W - 1 - j]);
-      }
-    columns[p - e] = first;
-    columns[p + e] = last;
+    rows[p - e] = rows[p - e + 1] + (e <= H ? sum_of<T, A>(dy + (e - 1) * W, W) : A(0));
+    rows[p + e] = rows[p + e - 1] + (e <= H ? sum_of<T, A>(dy + (H - e) * W, W) : A(0));
+    columns[p - e] = columns[p - e + 1] + (e <= W ? column_sums[e - 1] : A(0));
+    columns[p + e] = columns[p + e - 1] + (e <= W ? column_sums[W - e] : A(0));
   }
   for (int u = 0; u < K; u++)
     for (int v = 0; v < K; v++) {
@@ -273,11 +281,12 @@ void inside_sums(const T* dy, A total, int64_t H, int64_t W, A (&inside)[K * K])
     }
 }
 
-// Adds the products of a vector of columns, row by row: (X + h) of k rows stays in registers.
+// Adds the products of a vector of columns, row by row: (X + h) of k rows stays in registers. And
+// dY to the sums of the columns.
 template <class T, class A, int K, class Count>
 inline void march_sums(const Strip<A, K>& strip, const T* dy, const T* ahead, int64_t q,
                        int64_t count, int64_t W, Count n, typename Vec<A>::type (&sums)[K * K],
-                       typename Vec<A>::type& plain) {
+                       A* column_sums) {
   constexpr int P = K / 2;
   typedef typename Vec<A>::type V;
   V s[K * K], total{};
@@ -304,7 +313,7 @@ inline void march_sums(const Strip<A, K>& strip, const T* dy, const T* ahead, in
       }
   }
   for (int t = 0; t < K * K; t++) sums[t] += s[t];
-  plain += total;
+  store<A>(column_sums + q, load<A>(column_sums + q) + total);
 }
 
 // Of one plane: P_uv = sum of (X + h) seen by tap (u, v), times dY; the sum of dY over the outputs
@@ -334,20 +343,24 @@ void plane_sums(Strip<A, K>* strip, const T* x, const T* dy, A shift, int64_t H,
     inside[0] = total = sum<A>(plain[0] + plain[1]) + rest_plain;
   } else {
     V sums[K * K] = {}, plain{};
+    static thread_local Buffer buffer;
+    A* column_sums = buffer.get<A>(W + N);
+    for (int64_t q = 0; q < W; q += N) store<A>(column_sums + q, plain);
     for (int64_t r0 = 0; r0 < H; r0 += strip->R) {
       const int64_t count = std::min(strip->R, H - r0);
       strip->fill(x, shift, r0, count);
       const T *d = dy + r0 * W, *ahead = strip->next(x, r0, count);
       int64_t q = 0;
       for (; q + N <= W; q += N)
-        march_sums<T, A, K>(*strip, d, ahead, q, count, W, Fixed<N>{}, sums, plain);
-      if (q < W) march_sums<T, A, K>(*strip, d, ahead, q, count, W, int(W - q), sums, plain);
+        march_sums<T, A, K>(*strip, d, ahead, q, count, W, Fixed<N>{}, sums, column_sums);
+      if (q < W) march_sums<T, A, K>(*strip, d, ahead, q, count, W, int(W - q), sums, column_sums);
     }
     bool finite = true;
     for (int t = 0; t < K * K; t++) finite &= bool(std::isfinite(P[t] = sum<A>(sums[t])));
+    for (int64_t q = 0; q < W; q += N) plain += load<A>(column_sums + q);
     total = sum<A>(plain);
     if (finite && std::isfinite(total))
-      inside_sums<T, A, K>(dy, total, H, W, inside);
+      inside_sums<T, A, K>(dy, total, column_sums, H, W, inside);
     else
       exact_sums<T, A, K>(x, dy, shift, H, W, 1, P, inside);
   }

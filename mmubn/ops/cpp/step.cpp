@@ -21,6 +21,8 @@ typedef Lanes<A, A, K> Packed;  // tiles are converted
 
 // Planes up to this size go through lanes, where vectors of pixels would be mostly tail.
 constexpr int64_t SMALL_PLANE = 64;
+// Bytes of a tensor that leaves nothing in a last level cache for the next layer.
+constexpr int64_t LARGE = 16 << 20;
 // Numbers of a block of the similarity: they stay in the first level cache.
 constexpr int64_t BLOCK = 4096;
 
@@ -98,28 +100,67 @@ struct Plan {
     parallel((C + size - 1) / size, int(std::min<int64_t>(threads, few)),
              [&](int64_t begin, int64_t end) { f(begin * size, std::min(C, end * size)); });
   }
+  // f(whether what is written to `out` is to go past the caches): where it would not stay in them
+  // until it is read, and fills whole lines.
+  template <class F>
+  void with_past(const T* out, F f) const {
+    const bool whole = reinterpret_cast<uintptr_t>(out) % 64 == 0 && C * sizeof(T) % 64 == 0;
+    if (pixels && whole && B * C * hw * int64_t(sizeof(T)) >= LARGE) {
+      f(std::true_type{});
+      store_past_ends();
+    } else {
+      f(std::false_type{});
+    }
+  }
   // The end of the channels in c0 ... c1 whose lanes can be read where they lie.
   int64_t in_place_until(int64_t c0, int64_t c1) const {
     return pixels ? c0 + (c1 - c0) / N * N : c0;
   }
-  void pack_block(const T* x, A* tile, int64_t n, int64_t c) const {
+  // put(v) for each pixel of the block of channels from c on. What comes next is the next block or
+  // the same one of the next image.
+  template <class F>
+  void pack_block(const T* x, int64_t n, int64_t c, F put, bool next_image = false) const {
     const int64_t count = std::min<int64_t>(N, C - c);
     if (pixels)
-      pack_tail(image(x, n, c), tile, hw, C, count);
+      pack_tail<T, A>(image(x, n, c), hw, C, count, put);
     else
-      pack(image(x, n, c), tile, hw, count, x + B * C * hw);
+      pack<T, A>(image(x, n, c), hw, count, x + B * C * hw, (next_image ? C : N) * hw, put);
+  }
+  // To `tile`, pixel after pixel.
+  void pack_block(const T* x, A* tile, int64_t n, int64_t c) const {
+    pack_block(x, n, c, [=](typename Vec<A>::type v) mutable {
+      store<A>(tile, v);
+      tile += N;
+    });
   }
   void unpack_block(const A* tile, T* y, int64_t n, int64_t c) const {
     const int64_t count = std::min<int64_t>(N, C - c);
     if (pixels)
-      unpack_tail(tile, image(y, n, c), hw, C, count);
+      unpack_tail(tile, image(y, n, c), hw, C, count,
+                  [](int64_t, typename Vec<A>::type v) { return v; });
     else
       unpack(tile, image(y, n, c), hw, count,
              [](int64_t, int64_t, typename Vec<A>::type v, auto) { return v; });
   }
+  // And a block of X, less its mean and times its slope, to what is unpacked.
+  void unpack_block_with(const T* x, const A* mean, const A* slope, const A* tile, T* y, int64_t n,
+                         int64_t c) const {
+    const int64_t count = std::min<int64_t>(N, C - c);
+    const T* source = image(x, n, c);
+    if (pixels)
+      unpack_tail(tile, image(y, n, c), hw, C, count, [&](int64_t q, typename Vec<A>::type v) {
+        const auto apart = load_some<A>(source + q * C, count) - load<A>(mean);
+        return v + apart * load<A>(slope);
+      });
+    else
+      unpack(tile, image(y, n, c), hw, count,
+             [&](int64_t i, int64_t q, typename Vec<A>::type v, auto pixels) {
+               return v + (load_part<A>(source + i * hw + q, pixels) - mean[i]) * slope[i];
+             });
+  }
   A* tiles(int count) const {
     static thread_local Buffer buffer;
-    return buffer.get<A>(size_t(count) * hw * N);
+    return buffer.get<A>(size_t(count) * Tile<A, K>::size(H, W));
   }
 };
 
@@ -206,22 +247,31 @@ void effective_taps(const Plan& p, const Layer& l, A* taps) {
 // h, a and, if asked for, g of `count` channels, first of which is c.
 void coefficients(const Layer& l, const A* mean, const A* mu, const A* rstd, int64_t c,
                   int64_t count, A* shift, A* scale, A* factor) {
-  for (int64_t i = 0; i < count; i++) {
-    const A m = mean ? mean[i] : A(0);
-    shift[i] = (l.center_weight ? l.center_weight[c + i] * m : A(0)) - mu[c + i];
-  }
+  const A *center = l.center_weight ? l.center_weight + c : nullptr, *m = mu + c, *r = rstd + c;
+  if (center)
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) shift[i] = center[i] * mean[i] - m[i];
+  else
+    for (int64_t i = 0; i < count; i++) shift[i] = -m[i];
   if (!l.scale_weight) {
-    for (int64_t i = 0; i < count; i++) scale[i] = rstd[c + i];
+    for (int64_t i = 0; i < count; i++) scale[i] = r[i];
     if (factor)
       for (int64_t i = 0; i < count; i++) factor[i] = 1;
     return;
   }
-  for (int64_t i = 0; i < count; i++) {
-    const A pooled = l.scale_from_input ? mean[i] : (mean[i] + shift[i]) * rstd[c + i];
-    scale[i] = sigmoid(l.scale_weight[c + i] * pooled + l.scale_bias[c + i]);
-  }
+  const A *weight = l.scale_weight + c, *bias = l.scale_bias + c;
+  if (l.scale_from_input)
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) scale[i] = weight[i] * mean[i] + bias[i];
+  else
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++)
+      scale[i] = weight[i] * ((mean[i] + shift[i]) * r[i]) + bias[i];
+#pragma omp simd
+  for (int64_t i = 0; i < count; i++) scale[i] = sigmoid(scale[i]);
   if (factor) std::memcpy(factor, scale, count * sizeof(A));
-  for (int64_t i = 0; i < count; i++) scale[i] *= rstd[c + i];
+#pragma omp simd
+  for (int64_t i = 0; i < count; i++) scale[i] *= r[i];
 }
 
 // mu, 1 / sigma and the weight of a value in mu, from the rows of all processes; moves the state.
@@ -294,17 +344,23 @@ void forward(const Plan& p, const T* x, T* y, int64_t n, int64_t c0, int64_t c1,
   }
   // Row by row through all channels, which lie side by side.
   const int64_t side_by_side = p.in_place_until(c0, c1);
-  for (int64_t i = 0; i < p.H; i++)
-    InPlace::pairs(c0, side_by_side, [&](int64_t c, auto blocks) {
-      InPlace::template forward<blocks>(p.image(x, n, c), p.image(y, n, c), shift + c - c0,
-                                        scale + c - c0, taps + c, p.Cp, bias + c, i, p.H, p.W, p.C);
-    });
-  for (int64_t c = side_by_side; c < c1; c += N) {
-    A *tile = p.tiles(2), *out = tile + p.hw * N;
-    p.pack_block(x, tile, n, c);
+  p.with_past(y, [&](auto past) {
     for (int64_t i = 0; i < p.H; i++)
-      Packed::template forward<1>(tile, out, shift + c - c0, scale + c - c0, taps + c, p.Cp,
-                                  bias + c, i, p.H, p.W, N);
+      InPlace::pairs(c0, side_by_side, [&](int64_t c, auto blocks) {
+        InPlace::template forward<blocks, past>(
+            p.image(x, n, c), p.image(y, n, c), shift + c - c0, scale + c - c0, taps + c, p.Cp,
+            bias + c, i, p.H, p.W, p.C);
+      });
+  });
+  if (side_by_side == c1) return;
+  A* out = p.tiles(2);
+  Tile<A, K> tile(out + p.hw * N, p.H, p.W);
+  for (int64_t c = side_by_side; c < c1; c += N) {
+    p.pack_block(x, n, c, tile.filling(load<A>(shift + c - c0)));
+    typename Vec<A>::type effective[KK];
+    for (int t = 0; t < KK; t++)
+      effective[t] = load<A>(taps + t * p.Cp + c) * load<A>(scale + c - c0);
+    tile.convolve(effective, load<A>(bias + c), out);
     p.unpack_block(out, y, n, c);
   }
 }
@@ -319,12 +375,37 @@ struct Groups {
   }
 };
 
+// Whether the sums of `count` channels, at least a vector of them, are finite: 0 times what is not
+// is NaN.
+bool all_finite(const A* products, const A* d_sum, int64_t pitch, int64_t count) {
+  typename Vec<A>::type zeros{};
+  for (int64_t c = 0; c < count; c += N) {
+    zeros += load<A>(d_sum + c) * A(0);
+    for (int t = 0; t < KK; t++) zeros += load<A>(products + t * pitch + c) * A(0);
+  }
+  return sum<A>(zeros) == 0;
+}
+
+// Sums of the block of channels from c on, packed.
+void block_sums(const Plan& p, const T* x, const T* dy, int64_t n, int64_t c, const A* shift,
+                const A* taps, A* products, A* d_sum, int64_t pitch) {
+  typedef typename Vec<A>::type V;
+  A* memory = p.tiles(2);
+  Tile<A, K> tile(memory, p.H, p.W), dy_tile(memory + tile.size(p.H, p.W), p.H, p.W);
+  p.pack_block(x, n, c, tile.filling(load<A>(shift)), true);
+  p.pack_block(dy, n, c, dy_tile.filling(V{}), true);
+  V effective[KK], sums[KK], total, d;
+  for (int t = 0; t < KK; t++) effective[t] = load<A>(taps + t * p.Cp);
+  tile.sums(dy_tile, effective, sums, total, d);
+  for (int t = 0; t < KK; t++) store<A>(products + t * pitch, sums[t]);
+  store<A>(products + KK * pitch, total);
+  store<A>(d_sum, d);
+}
+
 // Sums of the channels c0 ... c1 of one image, to products (KK + 1, pitch) and d_sum, which
-// hold nothing yet; pitch is that of the block, its first channel is c0. The only block of X may
-// be packed already.
+// hold nothing yet; pitch is that of the block, its first channel is c0.
 void image_sums(const Plan& p, const T* x, const T* dy, int64_t n, int64_t c0, int64_t c1,
-                const A* shift, const A* taps, A* products, A* d_sum, int64_t pitch,
-                bool is_packed) {
+                const A* shift, const A* taps, A* products, A* d_sum, int64_t pitch) {
   auto set = [&](int64_t c, const A(&sums)[KK], const A(&inside)[KK]) {
     A d = 0;
     for (int t = 0; t < KK; t++) {
@@ -352,14 +433,9 @@ void image_sums(const Plan& p, const T* x, const T* dy, int64_t n, int64_t c0, i
     for (int64_t c = c0; c < side_by_side; c += N)
       InPlace::sums(p.image(x, n, c), p.image(dy, n, c), shift + c - c0, taps + c, p.Cp,
                 products + c - c0, d_sum + c - c0, pitch, i, p.H, p.W, p.C);
-  for (int64_t c = side_by_side; c < c1; c += N) {
-    A *tile = p.tiles(2), *dy_tile = tile + p.hw * N;
-    if (!is_packed) p.pack_block(x, tile, n, c);
-    p.pack_block(dy, dy_tile, n, c);
-    for (int64_t i = 0; i < p.H; i++)
-      Packed::sums(tile, dy_tile, shift + c - c0, taps + c, p.Cp, products + c - c0, d_sum + c - c0,
-              pitch, i, p.H, p.W, N);
-  }
+  for (int64_t c = side_by_side; c < c1; c += N)
+    block_sums(p, x, dy, n, c, shift + c - c0, taps + c, products + c - c0, d_sum + c - c0, pitch);
+  if (all_finite(products, d_sum, pitch, c1 - c0)) return;
   for (int64_t c = c0; c < c1; c++) {
     bool finite = std::isfinite(d_sum[c - c0]);
     for (int t = 0; t < KK; t++) finite &= bool(std::isfinite(products[t * pitch + c - c0]));
@@ -384,30 +460,28 @@ void input(const Plan& p, const T* x, const T* dy, T* dx, int64_t n, int64_t c0,
     return;
   }
   const int64_t side_by_side = p.in_place_until(c0, c1);
-  for (int64_t i = 0; i < p.H; i++)
-    InPlace::pairs(c0, side_by_side, [&](int64_t c, auto blocks) {
-      InPlace::template input<blocks>(p.image(x, n, c), p.image(dy, n, c), p.image(dx, n, c),
-                                      scale + c - c0, taps + c, p.Cp, mean + c - c0, slope + c,
-                                      level + c - c0, has_slope, i, p.H, p.W, p.C);
-    });
-  for (int64_t c = side_by_side; c < c1; c += N) {
-    A *dy_tile = p.tiles(3), *out = dy_tile + p.hw * N, *tile = out + p.hw * N;
-    p.pack_block(dy, dy_tile, n, c);
-    if (p.pixels && has_slope) p.pack_block(x, tile, n, c);
-    const bool now = p.pixels && has_slope;  // of planes X is added on the way back
+  p.with_past(dx, [&](auto past) {
     for (int64_t i = 0; i < p.H; i++)
-      Packed::template input<1>(tile, dy_tile, out, scale + c - c0, taps + c, p.Cp, mean + c - c0,
-                                slope + c, level + c - c0, now, i, p.H, p.W, N);
-    if (p.pixels || !has_slope) {
+      InPlace::pairs(c0, side_by_side, [&](int64_t c, auto blocks) {
+        InPlace::template input<blocks, past>(
+            p.image(x, n, c), p.image(dy, n, c), p.image(dx, n, c), scale + c - c0, taps + c, p.Cp,
+            mean + c - c0, slope + c, level + c - c0, has_slope, i, p.H, p.W, p.C);
+      });
+  });
+  if (side_by_side == c1) return;
+  A* out = p.tiles(2);
+  Tile<A, K> dy_tile(out + p.hw * N, p.H, p.W);
+  for (int64_t c = side_by_side; c < c1; c += N) {
+    const int64_t i = c - c0;
+    p.pack_block(dy, n, c, dy_tile.filling(typename Vec<A>::type{}));
+    typename Vec<A>::type effective[KK];
+    for (int t = 0; t < KK; t++)
+      effective[t] = load<A>(taps + (KK - 1 - t) * p.Cp + c) * load<A>(scale + i);
+    dy_tile.convolve(effective, load<A>(level + i), out);
+    if (has_slope)
+      p.unpack_block_with(x, mean + i, slope + c, out, dx, n, c);
+    else
       p.unpack_block(out, dx, n, c);
-      continue;
-    }
-    const T* planes = p.image(x, n, c);
-    unpack(out, p.image(dx, n, c), p.hw, std::min<int64_t>(N, p.C - c),
-           [&](int64_t i, int64_t q, typename Vec<A>::type v, auto count) {
-             const auto apart = load_part<A>(planes + i * p.hw + q, count) - mean[c - c0 + i];
-             return v + apart * slope[c + i];
-           });
   }
 }
 
@@ -526,7 +600,22 @@ void ubn_backward_sums(const Layer* layer, const T* x, const T* dy, const A* ima
   A *shift = work, *factor = shift + B * Cp, *d_scale = factor + B * Cp, *taps = d_scale + B * Cp;
   A* parts = taps + KK * Cp;
   effective_taps(p, l, taps);
+  auto prepare = [&](int64_t n, int64_t c0, int64_t c1) {  // m, h, a and g
+    const int64_t at = n * Cp + c0, channels = c1 - c0;
+    if (image_mean)
+      std::memcpy(mean + at, image_mean + n * C + c0, channels * sizeof(A));
+    else if (needs_mean)
+      means(p, x, n, c0, c1, mean + at);
+    else
+      std::memset(mean + at, 0, channels * sizeof(A));
+    coefficients(l, mean + at, mu, rstd, c0, channels, shift + at, scale + at, factor + at);
+    if (c1 == C)
+      for (A* array : {mean, shift, scale})
+        std::fill(array + n * Cp + C, array + (n + 1) * Cp, A(0));
+  };
+  // Blocks of small planes are short: each would wait for its own mean, gate and sums in turn.
   const bool tiles = p.lanes && !p.pixels;
+  if (tiles) p.each(prepare);
   parallel(g.count * g.blocks, p.threads, [&](int64_t begin, int64_t end) {
     static thread_local Buffer buffer;
     A *products = buffer.get<A>((KK + 2) * g.block), *d_sum = products + (KK + 1) * g.block;
@@ -537,38 +626,28 @@ void ubn_backward_sums(const Layer* layer, const T* x, const T* dy, const A* ima
       std::memset(total, 0, (KK + 1) * g.block * sizeof(A));
       for (int64_t n = B * group / g.count; n < B * (group + 1) / g.count; n++) {
         const int64_t at = n * Cp + c0, channels = c1 - c0;
-        const bool is_packed = tiles && !image_mean && needs_mean;
-        if (image_mean) {
-          std::memcpy(mean + at, image_mean + n * C + c0, channels * sizeof(A));
-        } else if (is_packed) {  // once for the mean and for the sums
-          A* tile = p.tiles(2);
-          p.pack_block(x, tile, n, c0);
-          Packed::mean(tile, p.hw, N, N, mean + at);
-        } else if (needs_mean) {
-          means(p, x, n, c0, c1, mean + at);
-        } else {
-          std::memset(mean + at, 0, channels * sizeof(A));
-        }
-        coefficients(l, mean + at, mu, rstd, c0, channels, shift + at, scale + at, factor + at);
-        if (c1 == C)
-          for (A* array : {mean, shift, scale})
-            std::fill(array + n * Cp + C, array + (n + 1) * Cp, A(0));
-        image_sums(p, x, dy, n, c0, c1, shift + at, taps, products, d_sum, g.block, is_packed);
-        const A *a = scale + at, *tap = taps + (p.lanes ? c0 : c0 * KK);
-        A* dot = d_scale + at;
-        const int64_t channel = p.lanes ? 1 : KK, next = p.lanes ? Cp : 1;  // strides of tap
-        for (int64_t c = 0; c < c1 - c0; c++) {
+        if (!tiles) prepare(n, c0, c1);
+        image_sums(p, x, dy, n, c0, c1, shift + at, taps, products, d_sum, g.block);
+        const A *a = scale + at, *plain = products + KK * g.block;
+        A *dot = d_scale + at, *d_h = d_shift + at, *sum_plain = total + KK * g.block;
+#pragma omp simd
+        for (int64_t c = 0; c < channels; c++) {
           dot[c] = 0;
-          d_shift[at + c] = a[c] * d_sum[c];
-          total[KK * g.block + c] += products[KK * g.block + c];
+          d_h[c] = a[c] * d_sum[c];
+          sum_plain[c] += plain[c];
         }
         for (int t = 0; t < KK; t++) {
           const A* product = products + t * g.block;
           A* sum = total + t * g.block;
 #pragma omp simd
-          for (int64_t c = 0; c < c1 - c0; c++) {
-            dot[c] += product[c] * tap[t * next + c * channel];
-            sum[c] += a[c] * product[c];
+          for (int64_t c = 0; c < channels; c++) sum[c] += a[c] * product[c];
+          if (p.lanes) {
+            const A* tap = taps + t * Cp + c0;
+#pragma omp simd
+            for (int64_t c = 0; c < channels; c++) dot[c] += product[c] * tap[c];
+          } else {
+            const A* tap = taps + c0 * KK + t;
+            for (int64_t c = 0; c < channels; c++) dot[c] += product[c] * tap[c * KK];
           }
         }
       }
@@ -600,6 +679,7 @@ void ubn_backward_sums(const Layer* layer, const T* x, const T* dy, const A* ima
     for (int64_t n = 0; n < B; n++) {
       const int64_t at = n * Cp;
       if (!l.scale_weight) {
+#pragma omp simd
         for (int64_t c = c0; c < c1; c++) {
           by_rstd[c] += d_scale[at + c];
           by_mean[c] -= d_shift[at + c];
@@ -607,24 +687,35 @@ void ubn_backward_sums(const Layer* layer, const T* x, const T* dy, const A* ima
         }
         continue;
       }
+      const A* scale_weight = l.scale_weight;
+#pragma omp simd
       for (int64_t c = c0; c < c1; c++) {
         const int64_t i = at + c;
         const A f = factor[i], logit = d_scale[i] * rstd[c] * f * (1 - f);
-        A gap = logit * l.scale_weight[c];
         by_rstd[c] += d_scale[i] * f;
         by_bias[c] += logit;
-        if (l.scale_from_input) {
-          by_weight[c] += logit * mean[i];
-        } else {
+        d_gap[i] = logit * scale_weight[c];
+      }
+      if (l.scale_from_input) {
+#pragma omp simd
+        for (int64_t c = c0; c < c1; c++) {
+          const int64_t i = at + c;
+          by_weight[c] += d_scale[i] * rstd[c] * factor[i] * (1 - factor[i]) * mean[i];
+        }
+      } else {
+#pragma omp simd
+        for (int64_t c = c0; c < c1; c++) {
+          const int64_t i = at + c;
+          const A f = factor[i], logit = d_scale[i] * rstd[c] * f * (1 - f);
           const A centred = mean[i] + shift[i];
           by_weight[c] += logit * centred * rstd[c];
-          by_rstd[c] += gap * centred;
-          gap *= rstd[c];
-          d_shift[i] += gap;
+          by_rstd[c] += d_gap[i] * centred;
+          d_gap[i] *= rstd[c];
+          d_shift[i] += d_gap[i];
         }
-        d_gap[i] = gap;
-        by_mean[c] -= d_shift[i];
       }
+#pragma omp simd
+      for (int64_t c = c0; c < c1; c++) by_mean[c] -= d_shift[at + c];
     }
     for (int64_t c = c0; c < c1; c++) {
       d_statistics[c] = A(by_mean[c]);

@@ -107,21 +107,53 @@ inline typename Vec<A>::type load_as(const T* p) {
   }
 }
 
+// bfloat16 of a vector, in half a vector: to nearest, ties to even, as torch rounds.
+typedef uint16_t Bits16 __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+template <class A>
+inline Bits16 narrowed(typename Vec<A>::type v) {
+  typedef uint32_t Bits32 __attribute__((vector_size(VECTOR_BYTES)));
+  const Bits32 bits = (Bits32)v, rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const Bits32 quiet = v != v ? (Bits32{} + 0x7fc00000) : rounded;
+#if defined(__AVX512BW__)  // one permutation, and none of the slow stores of half vectors
+  typedef uint16_t Words __attribute__((vector_size(64)));
+  const Words high = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+  return (Bits16)_mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)high, (__m512i)quiet));
+#else
+  return __builtin_convertvector(quiet >> 16, Bits16);
+#endif
+}
+
 template <class A, class T>
 inline void store_as(T* p, typename Vec<A>::type v) {
-  if constexpr (std::is_same<A, T>::value) {
+  if constexpr (std::is_same<A, T>::value)
     store<A>(p, v);
-  } else {
-    typedef uint32_t Bits32 __attribute__((vector_size(VECTOR_BYTES)));
-    const Bits32 bits = (Bits32)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const Bits32 quiet = (bits & 0x7fffffff) > 0x7f800000 ? (Bits32{} + 0x7fc0) : rounded;
+  else
+    *reinterpret_cast<Bits16*>(p) = narrowed<A>(v);
+}
+
+// Past the caches, where the processor can: for tensors that do not fit in them, so that memory
+// is not read before it is written. p is aligned to what is stored.
+template <class A, class T>
+inline void store_past(T* p, typename Vec<A>::type v) {
 #if defined(__AVX512F__)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)quiet));
+  if constexpr (std::is_same<A, T>::value)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+  else
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrowed<A>(v));
+#elif defined(__AVX2__)
+  if constexpr (std::is_same<A, T>::value)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+  else
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)narrowed<A>(v));
 #else
-    typedef uint16_t Bits16 __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
-    *reinterpret_cast<Bits16*>(p) = __builtin_convertvector(quiet, Bits16);
+  store_as<A>(p, v);
 #endif
-  }
+}
+// Before what was stored past the caches is read by another thread.
+inline void store_past_ends() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
 }
 
 // The first n numbers and zeros behind, and back; touches nothing else.
@@ -149,10 +181,7 @@ inline void store_some(T* p, typename Vec<A>::type v, int64_t n) {
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
   const uint32_t mask = (uint32_t(1) << n) - 1;
   if constexpr (std::is_same<T, bf16>::value) {
-    alignas(32) bf16 lanes[Vec<A>::n];
-    store_as<A>(lanes, v);
-    const __m256i half = _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes));
-    _mm256_mask_storeu_epi16(p, __mmask16(mask), half);
+    _mm256_mask_storeu_epi16(p, __mmask16(mask), (__m256i)narrowed<A>(v));
   } else if constexpr (sizeof(A) == 4) {
     _mm512_mask_storeu_ps(p, __mmask16(mask), (__m512)v);
   } else {
@@ -164,6 +193,23 @@ inline void store_some(T* p, typename Vec<A>::type v, int64_t n) {
   for (int64_t i = 0; i < n; i++) narrow(lanes[i], p[i]);
 #endif
 }
+// What keeps the first n lanes, and v with zeros in the others.
+template <class A>
+struct Mask {
+  typedef typename std::conditional<sizeof(A) == 4, int32_t, int64_t>::type Int;
+  typedef Int type __attribute__((vector_size(VECTOR_BYTES)));
+};
+template <class A>
+inline typename Mask<A>::type first_lanes(int64_t n) {
+  typename Mask<A>::type mask{};
+  for (int i = 0; i < Vec<A>::n; i++) mask[i] = i < n ? -1 : 0;
+  return mask;
+}
+template <class A>
+inline typename Vec<A>::type only(typename Mask<A>::type mask, typename Vec<A>::type v) {
+  return (typename Vec<A>::type)(mask & (typename Mask<A>::type)v);
+}
+
 // A whole vector or a part of one.
 template <class A, class T, int n>
 inline typename Vec<A>::type load_part(const T* p, Fixed<n>) {
