@@ -258,6 +258,7 @@ def _filled(
             held[key] = state[key]
         elif getattr(module, 'affine' if key in _AFFINE else 'track_running_stats'):
             held[key] = None  # taken away on the built layer
+            changed.pop(key, None)
     with torch.no_grad():
         for key, value in changed.items():
             getattr(new, key).copy_(value)

@@ -372,6 +372,14 @@ def test_what_was_changed_on_the_built_layer_is_kept():
     assert sync.kernel is new.kernel
 
 
+@pytest.mark.parametrize('kind', ['UBN', 'SyncUBN', 'RBN', 'BNET', 'IEBN'])
+def test_an_affine_layer_in_place_of_one_without(kind):
+    model = nn.Sequential(nn.BatchNorm2d(3, affine=False)).eval()
+    model[0].running_mean.normal_()
+    expected = copy.deepcopy(model)
+    same_output(expected, mmubn.convert_norm(model, dict(type=kind, affine=True)), size=6)
+
+
 def test_settings_that_would_lose_something_are_refused():
     model = nn.Sequential(nn.BatchNorm2d(3))
     with pytest.raises(ValueError, match=r'0 cannot become UBN: with .* no weight and bias'):

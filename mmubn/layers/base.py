@@ -256,6 +256,8 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
             else:
                 factor = torch.sigmoid(torch.tensor(self._initial_scale_bias, dtype=torch.float64))
                 own['weight'] = weight / factor.item()
+        if self.bias is not None and prefix + 'bias' not in state_dict:
+            own['bias'] = like.new_zeros(self.num_features)  # BNET begins with another
         if getattr(self, 'running_similarity', None) is not None:
             own['running_similarity'] = like.new_ones(())
         return {prefix + name: value for name, value in own.items()}

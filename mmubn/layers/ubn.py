@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -134,9 +135,11 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         dtype=None,
         **unknown,
     ) -> None:
-        _check_gate(fct, fct_momentum, fct_warmup, track_running_stats)
-        check_integer('fct_interval', fct_interval)
-        check_integer('fct_stride', fct_stride)
+        _check_fct(fct)
+        if fct is not None and not track_running_stats:
+            raise ValueError(
+                'fct needs running statistics: set fct=None or track_running_stats=True'
+            )
         super().__init__(
             num_features,
             eps,
@@ -163,6 +166,12 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         self._steps = torch.zeros((), device='cpu', dtype=torch.long)
         # In a dict, as torch 2.4's compiler sets no attribute of a module.
         self._decided = dict(once=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute; refuses a setting of the gate out of its range, as the constructor."""
+        if name in _CHECKS:
+            _CHECKS[name](value)
+        super().__setattr__(name, value)
 
     def reset_running_stats(self) -> None:
         """Sets the running statistics and the running similarity to their initial values."""
@@ -207,7 +216,7 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         gated = self.fct is not None and self._tracks() and self.momentum != 1
         if not gated or self.running_similarity is None:
             return super()._settings()
-        warmup = self.fct_warmup
+        warmup = self.fct_warmup if self.fct_warmup is None else int(self.fct_warmup)
         if self.momentum is None:
             # update_bn and stochastic weight averaging set it: the average is to be that of
             # all batches, so no gate may leave one out.
@@ -234,19 +243,34 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         return f'{super().extra_repr()}, {gate}'
 
 
-def _check_gate(
-    fct: Optional[float], fct_momentum: float, fct_warmup: Optional[int], track_running_stats: bool
-) -> None:
-    if fct is not None and (not _is_number(fct) or not -1 <= fct <= 1):
-        raise ValueError(f'fct is a cosine similarity in [-1, 1], or None for no gate; got {fct!r}')
-    if fct is not None and not track_running_stats:
-        raise ValueError('fct needs running statistics: set fct=None or track_running_stats=True')
-    if not _is_number(fct_momentum) or not 0 <= fct_momentum <= 1:
-        raise ValueError(f'fct_momentum must lie in [0, 1], got {fct_momentum!r}')
-    if fct_warmup is not None and not (_is_number(fct_warmup) and fct_warmup >= 0):
-        raise ValueError(f'fct_warmup counts batches and cannot be negative, got {fct_warmup!r}')
+def _check_fct(value: Any) -> None:
+    if value is not None and (not _is_number(value) or not -1 <= value <= 1):
+        raise ValueError(
+            f'fct is a cosine similarity in [-1, 1], or None for no gate; got {value!r}'
+        )
+
+
+def _check_fct_momentum(value: Any) -> None:
+    if not _is_number(value) or not 0 <= value <= 1:
+        raise ValueError(f'fct_momentum must lie in [0, 1], got {value!r}')
+
+
+def _check_fct_warmup(value: Any) -> None:
+    counts = _is_number(value) and value >= 0 and float(value).is_integer()
+    if value is not None and not counts:
+        raise ValueError(f'fct_warmup counts batches: 0, 1, 2, ...; got {value!r}')
 
 
 def _is_number(value: Any) -> bool:
     """Whether it is a real number; a bool is none here, as center and scale take those."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+# Of the settings that are read in every step, whenever they are set.
+_CHECKS = dict(
+    fct=_check_fct,
+    fct_momentum=_check_fct_momentum,
+    fct_warmup=_check_fct_warmup,
+    fct_interval=partial(check_integer, 'fct_interval'),
+    fct_stride=partial(check_integer, 'fct_stride'),
+)

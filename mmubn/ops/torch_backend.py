@@ -394,7 +394,7 @@ def _statistics(
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """mu, sigma^2 and the weight of a value in mu; moves the buffers."""
     channels = (rows.shape[1] - 3) // 2
-    count, pairs, similarity = rows[:, :3].unbind(1)
+    count, pairs, similarity = rows[:, :3].detach().unbind(1)
     means, variances = rows[:, 3:].split(channels, dim=1)
     total = count.sum()
     weight = (count / total.clamp(min=1))[:, None]
@@ -402,12 +402,13 @@ def _statistics(
     var = (weight * (variances + (means - mean).square())).sum(0)
     share = 1 / total.clamp(min=1)
     gated = settings.fct is not None
-    with torch.no_grad():
+    with torch.no_grad():  # and detached, as a trace does not hold the one
         gate = _gate(pairs, similarity, buffers, settings) if gated else None
         if settings.update and buffers.running_mean is not None:
             # One value has no unbiased variance, none has no mean.
             allowed = (total > 1) if gate is None else (total > 1) & gate
-            _move(buffers, mean, var * (total / (total - 1)), allowed, settings.momentum)
+            unbiased = var.detach() * (total / (total - 1))
+            _move(buffers, mean.detach(), unbiased, allowed, settings.momentum)
     if gated:
         mean = torch.where(gate, mean, buffers.running_mean.to(mean.dtype))
         var = torch.where(gate, var, buffers.running_var.to(var.dtype))

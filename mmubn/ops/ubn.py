@@ -68,6 +68,7 @@ def ubn(
             return _not_compiled(x, parameters, buffers, settings, group, backend)
         if compiled.serves(settings):
             return compiled.step(x, parameters, buffers, settings, backend)
+    x = x.resolve_neg()  # a lazy minus sign, which kernels would not see
     chosen = backends.choose(backend, x if x.numel() else an_image(x), parameters.kernel_size)
     step = Step(chosen, buffers, settings, group)
     if tracing():
@@ -109,7 +110,7 @@ class _UBNFunction(torch.autograd.Function):
             return _differentiable_backward(ctx, dy)
         x, image_mean, statistics, *parameters = ctx.saved_tensors
         dx, gradients = step_backward(
-            x, dy, image_mean, statistics, Parameters(*parameters), ctx.step
+            x, dy.resolve_neg(), image_mean, statistics, Parameters(*parameters), ctx.step
         )
         weight, kernel, bias, *rectifiers = gradients
         return _Gradients(dx, weight, kernel, bias if ctx.has_bias else None, *rectifiers)

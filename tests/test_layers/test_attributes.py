@@ -346,6 +346,51 @@ def test_numbers_of_the_gate_are_numbers(kind, name, value):
         getattr(layers, kind)(CHANNELS, **{name: value})
 
 
+@pytest.mark.parametrize('kind', ['UBN', 'SyncUBN'])
+@pytest.mark.parametrize(
+    ('name', 'value'),
+    [
+        ('fct', False),
+        ('fct', float('nan')),
+        ('fct', 2),
+        ('fct', '0.1'),
+        ('fct_momentum', 2),
+        ('fct_warmup', 0.5),
+        ('fct_warmup', float('inf')),
+        ('fct_warmup', -1),
+        ('fct_interval', 0),
+        ('fct_stride', 1.5),
+    ],
+)
+def test_settings_of_the_gate_are_checked_whenever_they_are_set(kind, name, value):
+    layer = getattr(layers, kind)(CHANNELS)
+    before = getattr(layer, name)
+    with pytest.raises(ValueError, match=f'{name} (is|must|counts)'):
+        setattr(layer, name, value)
+    assert getattr(layer, name) == before
+    with pytest.raises(ValueError, match=f'{name} (is|must|counts)'):
+        getattr(layers, kind)(CHANNELS, **{name: value})
+
+
+@pytest.mark.parametrize('backend', ['auto', 'torch'])
+def test_a_warmup_written_as_a_float(backend):
+    layer = layers.UBN(CHANNELS, fct=1, fct_warmup=1e3, backend=backend)
+    layer(torch.randn(5, CHANNELS, 6, 7))
+    assert layer.batch_statistics_used
+
+
+def test_a_lazy_minus_sign(kind):
+    batch_norm, layer = pair(kind)
+    x = torch.randn(5, CHANNELS, 6, 7)
+    upstream = torch.randn_like(x)
+    for norm in (batch_norm, layer):
+        given = torch._neg_view(x).requires_grad_()
+        y = norm(given)
+        grad = torch.autograd.grad(y, given, torch._neg_view(upstream))
+        norm.found = y, *grad
+    torch.testing.assert_close(layer.found, batch_norm.found)
+
+
 @pytest.mark.parametrize('name', ['center', 'scale'])
 @pytest.mark.parametrize('value', [0.15, None, 'False'])
 def test_switches_are_switches(name, value):

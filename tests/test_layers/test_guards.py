@@ -163,6 +163,11 @@ def test_tracing_in_training_moves_the_statistics(norm):
         traced.state_dict()[name].copy_(value)
     for _ in range(3):
         x = torch.randn(6, 4, 5, 5)
-        torch.testing.assert_close(traced(x), twin(x))
+        found, expected = traced(x), twin(x)
+        torch.testing.assert_close(found, expected)
+        # A second step has no gradient into the first one's statistics.
+        found.square().sum().backward()
+        expected.square().sum().backward()
+        torch.testing.assert_close(dict(traced.named_parameters())['weight'].grad, twin.weight.grad)
     for name, value in twin.state_dict().items():
         torch.testing.assert_close(traced.state_dict()[name], value, msg=name)
