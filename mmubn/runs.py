@@ -212,14 +212,15 @@ def checkpoints(work_dir: PathLike) -> List[Path]:
 
     First comes :func:`last_checkpoint`, also where that file is missing; then those before
     it by the number in their name; then the others, the newest first. ``best_*.pth`` are
-    left out.
+    left out, and so is what is no file, such as a link to a folder that was moved.
 
     Args:
         work_dir (str or Path): The work directory.
     """
     last = last_checkpoint(work_dir)
     folder = Path(work_dir) if last is None else last.parent
-    files = [path for path in folder.glob('*.pth') if not path.name.startswith('best_')]
+    found = (path for path in folder.glob('*.pth') if not path.name.startswith('best_'))
+    files = [path for path in found if path.is_file()]
     stem, number = _numbered(last) if last is not None else (None, 0)
 
     def order(path: Path) -> Tuple[bool, int, float, int]:

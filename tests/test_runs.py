@@ -154,6 +154,13 @@ def test_the_checkpoint_in_the_work_dir_itself_is_the_last(work_dir, written, mo
     assert names(work_dir) == ['epoch_10.pth', 'epoch_9.pth', 'net.pth']
 
 
+def test_what_is_no_file_is_no_checkpoint(work_dir):
+    (work_dir / 'latest.pth').symlink_to('/gone/run/epoch_11.pth')
+    (work_dir / 'folder.pth').mkdir()
+    (work_dir / 'last_checkpoint').write_text('epoch_10.pth')
+    assert names(work_dir) == ['epoch_10.pth', 'epoch_9.pth', 'net.pth']
+
+
 def test_a_copy_does_not_go_on_from_the_original(work_dir, tmp_path):
     original = tmp_path / 'original'
     original.mkdir()

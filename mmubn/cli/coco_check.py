@@ -21,7 +21,12 @@ _KEYS = dict(
 )
 _ID = (int, float, str), 'a number or a text'
 _NUMBER = (int, float), 'a number'
-_VALUES = dict(id=_ID, image_id=_ID, category_id=_ID, width=_NUMBER, height=_NUMBER, area=_NUMBER)
+_TEXT = str, 'a text'
+_VALUES = dict(
+    **dict.fromkeys(('id', 'image_id', 'category_id'), _ID),
+    **dict.fromkeys(('width', 'height', 'area'), _NUMBER),
+    **dict.fromkeys(('file_name', 'name'), _TEXT),
+)
 _LARGE = 100e6  # bytes; takes some seconds to read
 
 
@@ -78,6 +83,11 @@ class CocoFile:
                 kinds, wanted = _VALUES.get(key, (object, ''))
                 if not isinstance(entry[key], kinds):
                     self.fail(f'has {key}={entry[key]!r} in {name}[{index}]; it must be {wanted}')
+            crowd = entry.get('iscrowd')
+            if crowd not in (None, 0, 1):
+                self.fail(
+                    f'has iscrowd={crowd!r} in {name}[{index}]; it must be 0 or, for a crowd, 1'
+                )
         ids = Counter(entry['id'] for entry in entries)
         twice = [identity for identity, count in ids.items() if count > 1]
         if twice:
@@ -86,9 +96,8 @@ class CocoFile:
     def check_evaluable(self, masks: bool) -> None:
         """Raises where pycocotools would in the first evaluation, after an epoch of training."""
         for annotation in self.annotations:
-            crowd = annotation.get('iscrowd')
-            if crowd not in (0, 1):
-                what = f'iscrowd={crowd!r}' if 'iscrowd' in annotation else "no 'iscrowd'"
+            if annotation.get('iscrowd') is None:
+                what = 'iscrowd=None' if 'iscrowd' in annotation else "no 'iscrowd'"
                 self.fail(
                     f'has {what} in annotation {annotation["id"]!r}; the evaluator needs 0 or, '
                     'for a crowd, 1 in each'
@@ -147,16 +156,17 @@ def check_coco(path: str, node: dict, dataset: Any, labelled: bool = True) -> Co
     if not coco.images:
         coco.fail('has no images')
     used = {identity for identity, name in coco.categories.items() if name in classes}
-    sound = [a for a in coco.annotations if a['category_id'] in used and _is_box(coco, a)]
-    if labelled and not sound:
+    read = [a for a in coco.annotations if a['category_id'] in used and _is_read(coco, a)]
+    if labelled and all(a.get('iscrowd') for a in read):
         reason = 'has no annotations'
         if coco.annotations:
             reason = (
                 'has no annotation that can be used: bbox must be [x, y, width, height] in pixels, '
-                'inside of the image and at least 1 pixel wide and high, and area above 0'
+                'inside of the image and at least 1 pixel wide and high, area above 0, iscrowd and '
+                'ignore 0'
             )
         coco.fail(f'{reason}; of {len(coco.images)} images none would teach anything')
-    _check_masks(path, node, coco, sound)
+    _check_masks(path, node, coco, read)
     missing = missing_files(
         dataset.data_prefix['img'],
         [image['file_name'] for image in _read_images(dataset, coco, used)],
@@ -246,7 +256,7 @@ def _check_classes(path: str, node: dict, coco: CocoFile, classes: Sequence[str]
         )
 
 
-def _is_box(coco: CocoFile, annotation: dict) -> bool:
+def _is_read(coco: CocoFile, annotation: dict) -> bool:
     """As ``CocoDataset.parse_data_info`` judges it."""
     image, box = coco.images[annotation['image_id']], annotation['bbox']
     if not is_seq_of(box, (int, float)) or len(box) != 4:
@@ -258,7 +268,8 @@ def _is_box(coco: CocoFile, annotation: dict) -> bool:
     inside = min(x + width, image['width']) > max(x, 0) and min(y + height, image['height']) > max(
         y, 0
     )
-    return inside and min(width, height) >= 1 and annotation['area'] > 0
+    large = min(width, height) >= 1 and annotation['area'] > 0
+    return inside and large and not annotation.get('ignore')
 
 
 def _check_masks(path: str, node: dict, coco: CocoFile, annotations: List[dict]) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -150,9 +151,11 @@ def make_jobs(
         condensation (bool): Whether to record it, where there is a batch norm.
 
     Raises:
-        CommandError: A config cannot be read, or trains by iterations; a work dir holds a
-            run with other settings or on other data.
+        CommandError: ``data_root`` is no folder; a config cannot be read, or trains by
+            iterations; a work dir holds a run with other settings or on other data.
     """
+    if data_root is not None and not Path(data_root).is_dir():
+        raise CommandError(f'--data-root: {data_root} is not a folder')
     jobs = []
     lengths = {}
     shared = dict(
@@ -171,6 +174,10 @@ def make_jobs(
         # Whole epochs in the log, every line the mean of as many iterations as it stands for.
         options.update({'default_hooks.logger.interval': 10})
         options.update({'default_hooks.logger.ignore_last': False})
+        saving = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+        if saving.get('max_keep_ckpts') == 1:
+            # A run that is killed before its last validation goes on from the one before.
+            options.update({'default_hooks.checkpoint.max_keep_ckpts': 2})
         options.update(_condensation_options(cfg, setting.norm, condensation))
         lengths[setting.name] = length, options, _digest(cfg)
     for seed in range(seeds):
@@ -225,7 +232,10 @@ def _digest(cfg: Config) -> str:
 
 
 def _check_same(folder: Path, record: Dict[str, Any]) -> None:
-    old = read_run(folder).settings
+    run = read_run(folder)
+    if not run.curves and not checkpoints(folder):
+        return  # it failed before it trained, and nothing of it is kept
+    old = run.settings
     for key, value in record.items():
         if key in old and old[key] != value:  # an older version wrote fewer
             hint = ''
@@ -316,12 +326,17 @@ def _start(job: Job) -> subprocess.Popen:
 
 
 def _arguments(job: Job) -> List[str]:
-    """Those of train.py; a run that lacks but its last validation goes back one checkpoint."""
+    """Those of train.py.
+
+    A run that lacks only its last validation goes back one checkpoint, or begins anew where
+    there is none, since a resumed training validates only after an epoch.
+    """
     last, *before = checkpoints(job.folder) or [None]
-    if last is None or last.name != f'epoch_{job.settings["epochs"]}.pth' or not before:
+    if last is None or last.name != f'epoch_{job.settings["epochs"]}.pth':
         return job.arguments
-    place = job.arguments.index('--resume') + 1
-    return [*job.arguments[:place], str(before[0]), *job.arguments[place:]]
+    place = job.arguments.index('--resume')
+    resume = ['--resume', str(before[0])] if before else []
+    return [*job.arguments[:place], *resume, *job.arguments[place + 1 :]]
 
 
 def _last_line(folder: Path) -> str:
@@ -331,5 +346,6 @@ def _last_line(folder: Path) -> str:
 
 def work_dirs(root: Path, setting: Setting) -> Iterator[Path]:
     """The folders of a setting's seeds, in their order."""
-    folders = (root / setting.name).glob('seed*')
+    found = (root / setting.name).glob('seed*')
+    folders = [d for d in found if re.fullmatch(r'seed\d+', d.name) and d.is_dir()]
     return iter(sorted(folders, key=lambda path: int(path.name[4:])))

@@ -128,6 +128,21 @@ def edited(change) -> dict:
         (edited(lambda d: d['annotations'][1].update(area=None)), 'has area=None in annotations'),
         (edited(lambda d: d['annotations'][1].update(area='9')), "area='9' in annotations[1]; it"),
         (edited(lambda d: d['images'][1].update(width='64')), "has width='64' in images[1]; it m"),
+        (edited(lambda d: d['images'][1].update(file_name=None)), 'has file_name=None in images[1'),
+        (edited(lambda d: d['images'][1].update(file_name=7)), 'has file_name=7 in images[1]; it'),
+        (edited(lambda d: d['categories'][1].update(name=1)), 'has name=1 in categories[1]; it mu'),
+        (
+            edited(lambda d: d['annotations'][1].update(iscrowd='0')),
+            "has iscrowd='0' in annotations[1]; it must be 0 or, for a crowd, 1",
+        ),
+        (
+            edited(lambda d: [a.update(iscrowd=1) for a in d['annotations']]),
+            'has no annotation that can be used: bbox must be',
+        ),
+        (
+            edited(lambda d: [a.update(ignore=1) for a in d['annotations']]),
+            'area above 0, iscrowd and ignore 0; of 4 images none would teach anything',
+        ),
         (edited(lambda d: d['images'][1].update(id=[1])), 'has id=[1] in images[1]; it must be a'),
         (
             edited(lambda d: d['annotations'][1].update(segmentation=[1, 2, 3, 4, 5, 6])),
@@ -181,6 +196,18 @@ def test_what_the_evaluator_could_not_read(cfg, change, reason):
     if 'segmentation' in data['annotations'][1]:
         write('train', data)
         check_data(cfg, SPLITS)
+
+
+def test_annotations_beside_crowds(cfg):
+    data = content()
+    for annotation in data['annotations'][1:]:
+        annotation['iscrowd'] = 1
+    del data['annotations'][3]['segmentation']
+    write('train', data)  # mmdet reads the mask of a crowd too
+    assert 'has no segmentation in 1 of 4 annotations (4), and the pipeline' in failure(cfg)
+    data['annotations'][3]['ignore'] = 1  # but nothing of what it leaves out
+    write('train', data)
+    check_data(cfg, SPLITS)
 
 
 def test_bytes_that_are_no_text(cfg):

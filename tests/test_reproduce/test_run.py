@@ -13,7 +13,7 @@ from mmubn.paths import ROOT
 from mmubn.reproduce import run
 from mmubn.reproduce.experiments import select
 from mmubn.reproduce.logs import SETTINGS, read_run
-from mmubn.reproduce.run import make_jobs, make_setting, scaled_schedule
+from mmubn.reproduce.run import make_jobs, make_setting, scaled_schedule, work_dirs
 
 
 def test_the_schedule_is_scaled_with_the_length():
@@ -39,8 +39,11 @@ def jobs(**changes):
     rows = select(['table3'], ['BN'], one_network=True)
     settings = [make_setting(row, Path('net.py')) for row in rows]
     given = dict(seeds=1, budget=None, epochs=3, user_options=[], flags=[], data_root='one', gpus=0)
-    root = Path(changes.pop('work_dir', 'runs'))
-    return make_jobs(settings, root, condensation=False, **{**given, **changes})
+    given.update(changes)
+    root = Path(given.pop('work_dir', 'runs'))
+    if given['data_root'] is not None:
+        Path(given['data_root']).mkdir(parents=True, exist_ok=True)
+    return make_jobs(settings, root, condensation=False, **given)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +89,49 @@ def test_a_run_killed_before_its_last_validation_goes_back_one_checkpoint(logs):
     arguments = run._arguments(job)
     assert arguments[resume + 1] == str(job.folder / 'epoch_2.pth')
     assert [*arguments[: resume + 1], *arguments[resume + 2 :]] == job.arguments
+    # A resumed training would validate nothing.
+    (job.folder / 'epoch_2.pth').unlink()
+    assert run._arguments(job) == [a for a in job.arguments if a != '--resume']
+
+
+@pytest.mark.parametrize(('keep', 'kept'), [(1, '2'), (3, None), (-1, None)])
+def test_the_checkpoint_before_the_last_is_kept(logs, keep, kept):
+    config = Path('net.py')
+    config.write_text(
+        f'{config.read_text()}default_hooks = dict(checkpoint=dict(max_keep_ckpts={keep}))\n'
+    )
+    (job,) = jobs(work_dir='others')
+    options = dict(a.split('=', 1) for a in job.arguments if '=' in a)
+    assert options.get('default_hooks.checkpoint.max_keep_ckpts') == kept
+
+
+def test_the_data_root_is_checked_before_the_work_dirs(logs):
+    (job,) = jobs(work_dir='others')
+    write_run(job.folder, 3, [[(1, 0.1, 10.0)]])
+    (job.folder / SETTINGS).write_text(json.dumps(job.settings))
+    with pytest.raises(CommandError, match='--data-root: nodata is not a folder'):
+        make_jobs([job.setting], Path('others'), 1, None, 3, [], [], 'nodata', 0, False)
+
+
+def test_what_failed_before_it_trained_is_no_run(logs):
+    (job,) = jobs(work_dir='others', user_options=['misspelt=1'])
+    job.folder.mkdir(parents=True)
+    (job.folder / SETTINGS).write_text(json.dumps(job.settings))
+    (job.folder / 'output.log').write_text('error: misspelt')
+    assert jobs(work_dir='others')
+    (job.folder / 'epoch_1.pth').touch()
+    with pytest.raises(CommandError, match='holds a run with options'):
+        jobs(work_dir='others')
+
+
+def test_only_seeds_are_runs(logs):
+    for name in ('seed0_old', 'seed', 'seeds'):
+        Path('runs/net-BN', name).mkdir()
+    Path('runs/net-BN/seed3').touch()
+    Path('runs/net-BN/seed10').mkdir()
+    (job,) = jobs(work_dir='others')
+    found = [folder.name for folder in work_dirs(Path('runs'), job.setting)]
+    assert found == ['seed0', 'seed1', 'seed2', 'seed10']
 
 
 def test_what_an_older_version_did_not_write_is_not_compared(logs):
