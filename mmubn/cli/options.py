@@ -119,7 +119,9 @@ def read_config(file: str) -> Config:
     except RecursionError as error:
         raise CommandError(f'config {file}: it is its own _base_, or a base of it is') from error
     except Exception as error:  # a config is Python, which may raise anything
-        reason = error.args[0] if isinstance(error, KeyError) and error.args else error
+        # Of custom_imports mmengine gives a page of paths; the cause names the module.
+        cause = (isinstance(error, ImportError) and error.__cause__) or error
+        reason = cause.args[0] if isinstance(cause, KeyError) and cause.args else cause
         reason = ' '.join(str(reason).split()) or 'no reason is given'
         raise CommandError(f'config {file}: {type(error).__name__}: {reason}') from error
 
