@@ -157,6 +157,11 @@ def test_errors_name_the_file_and_the_option(runs, tmp_path):
         run_tool('plot_condensation', str(runs[0]), '--metric', 'mAP')
     with pytest.raises(SystemExit, match=r'condensation.csv: no rows of --where train/output'):
         run_tool('plot_condensation', str(runs[0]), '--where', 'train/output')
+    (tmp_path / 'file').touch()
+    with pytest.raises(
+        SystemExit, match=r'^error: --out: cannot write to .*file \(Not a directory'
+    ):
+        run_tool('plot_condensation', str(runs[0]), '--out', str(tmp_path / 'file'))
     (runs[0] / 'condensation.csv').write_text(','.join(COLUMNS) + '\n')
     with pytest.raises(SystemExit, match=r'condensation.csv: holds no record yet'):
         run_tool('plot_condensation', str(runs[0]))

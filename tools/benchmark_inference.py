@@ -34,6 +34,7 @@ from mmubn.benchmark.inference import (
 )
 from mmubn.benchmark.rows import Row, append_csv, check_csv
 from mmubn.inference.runtimes import RUNTIMES
+from mmubn.writing import check_file
 
 CSV = Path(__file__).resolve().parent / 'benchmarks' / 'benchmark_inference.csv'
 
@@ -70,6 +71,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Reads the command line, measures and reports."""
     args = parse_args(argv)
+    check_file('--csv', args.csv)
     check_csv(args.csv, COLUMNS)
     if args.docs is not None:
         check_docs(args.docs)

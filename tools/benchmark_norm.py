@@ -24,10 +24,11 @@ from typing import Optional, Sequence
 import torch
 
 from mmubn.benchmark.norm import LAYOUTS, Bench, Shape, fill_in, run_all
-from mmubn.benchmark.plot import plot
+from mmubn.benchmark.plot import check_picture, plot
 from mmubn.benchmark.report import goals, resnet50_totals
 from mmubn.benchmark.rows import COLUMNS, check_csv, read_last_run
 from mmubn.benchmark.subjects import MODELS, NORMS
+from mmubn.writing import check_file
 
 CSV = Path(__file__).resolve().parent / 'benchmarks' / 'benchmark_norm.csv'
 
@@ -92,9 +93,12 @@ def _shape(text: str) -> Shape:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Reads the command line, measures and reports."""
     args = parse_args(argv)
+    if args.plot is not None:
+        check_picture('--plot', args.plot)
     if args.plot_only:
         plot(read_last_run(args.csv), args.plot)
         return
+    check_file('--csv', args.csv)
     check_csv(args.csv, COLUMNS)
     if args.threads:
         torch.set_num_threads(args.threads)

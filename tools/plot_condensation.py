@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 from mmubn.plot_condensation import Run, choose_metric, draw_curves, draw_gates, draw_layers
 from mmubn.runs import PLACES
+from mmubn.writing import check_folder
 
 
 def main(arguments: Optional[List[str]] = None) -> None:
@@ -42,6 +43,8 @@ def main(arguments: Optional[List[str]] = None) -> None:
     )
     args = parser.parse_args(arguments)
 
+    out = args.out or args.work_dirs[0]
+    check_folder('--out', out)
     runs = [Run(folder) for folder in args.work_dirs]
     if len({run.name for run in runs}) < len(runs):
         for run in runs:
@@ -49,7 +52,6 @@ def main(arguments: Optional[List[str]] = None) -> None:
     for run in runs:
         if not run.table(args.where).layers:
             raise SystemExit(f'{run.folder}/condensation.csv: no rows of --where {args.where}')
-    out = args.out or args.work_dirs[0]
     out.mkdir(parents=True, exist_ok=True)
     metric = choose_metric(runs, args.metric)
     curves = draw_curves(runs, args.where, args.threshold, metric)

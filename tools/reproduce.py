@@ -20,6 +20,8 @@ matplotlib.use('Agg')
 
 import mmubn  # noqa: F401  configs may have mmubn:: in their _base_
 from mmubn.cli.errors import command
+from mmubn.cli.options import count, positive, read_config
+from mmubn.cli.work_dir_check import check_writable
 from mmubn.paths import ROOT
 from mmubn.reproduce.commands import list_rows, report, run_rows
 from mmubn.reproduce.experiments import EXPERIMENTS
@@ -64,11 +66,11 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         'run', parents=[shared, outputs], help='train rows and report; resumes, skips finished'
     )
     length = run.add_mutually_exclusive_group()
-    length.add_argument('--budget', type=_positive, help="length of a training by the config's")
-    length.add_argument('--epochs', type=_count, help='length of a training')
-    run.add_argument('--seeds', type=_count, help="seeds of each row (3, or a study's own)")
-    run.add_argument('--jobs', type=_count, default=1, help='trainings at a time (%(default)s)')
-    run.add_argument('--gpus', type=_count, default=0, help='processes of each, by dist_train.sh')
+    length.add_argument('--budget', type=positive, help="length of a training by the config's")
+    length.add_argument('--epochs', type=count, help='length of a training')
+    run.add_argument('--seeds', type=count, help="seeds of each row (3, or a study's own)")
+    run.add_argument('--jobs', type=count, default=1, help='trainings at a time (%(default)s)')
+    run.add_argument('--gpus', type=count, default=0, help='processes of each, by dist_train.sh')
     run.add_argument(
         '--no-condensation',
         action='store_true',
@@ -85,24 +87,22 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _positive(text: str) -> float:
-    value = float(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f'must be positive, got {text}')
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'must be at least 1, got {text}')
-    return value
+def _check(args: argparse.Namespace) -> None:
+    """Whether the config can be read and the results can be written, before any work."""
+    if args.config is not None:
+        read_config(str(args.config))
+    written = dict(list=(), run=('work_dir', 'out'), report=('out',))
+    for name in written[args.command]:
+        folder = getattr(args, name)
+        if folder is not None:
+            check_writable(f'--{name.replace("_", "-")}', str(folder))
 
 
 @command
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Does what the command line says."""
     args = parse_args(argv)
+    _check(args)
     {'list': list_rows, 'run': run_rows, 'report': report}[args.command](args)
 
 

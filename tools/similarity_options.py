@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 from mmubn.cli.errors import CommandError, command
-from mmubn.cli.options import build_runner, load_config, make_parser
+from mmubn.cli.options import build_runner, count, load_config, make_parser
+from mmubn.cli.preflight import preflight
 from mmubn.cli.work_dir_check import check_output
 from mmubn.similarity_options import COLUMNS, compare, record
 
@@ -20,9 +21,9 @@ from mmubn.similarity_options import COLUMNS, compare, record
 def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """The command line."""
     parser = make_parser(__doc__)
-    parser.add_argument('--iterations', type=int, default=300, help='of training (default: 300)')
-    parser.add_argument('--intervals', type=int, nargs='+', default=[1, 4, 16])
-    parser.add_argument('--strides', type=int, nargs='+', default=[1, 2, 4])
+    parser.add_argument('--iterations', type=count, default=300, help='of training (default: 300)')
+    parser.add_argument('--intervals', type=count, nargs='+', default=[1, 4, 16])
+    parser.add_argument('--strides', type=count, nargs='+', default=[1, 2, 4])
     parser.add_argument('--csv', type=Path, help='file for the table')
     return parser.parse_args(argv)
 
@@ -39,6 +40,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     cfg.param_scheduler = None
     for key in ('val_cfg', 'val_dataloader', 'val_evaluator'):
         cfg[key] = None
+    preflight(cfg, 'train')
     runner = build_runner(cfg)
     strides = sorted({1, *args.strides})
     try:

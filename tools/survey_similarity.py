@@ -11,6 +11,7 @@ training: give ``--checkpoint`` where there is one, or the folder of a run with
 
 import argparse
 import csv
+import re
 from pathlib import Path
 from typing import Optional, Sequence
 
@@ -18,6 +19,7 @@ import mmubn  # noqa: F401  registers UBN for configs without custom_imports
 from mmubn.cli.errors import CommandError, command
 from mmubn.cli.options import load_config, make_parser
 from mmubn.cli.survey import survey_config, survey_run
+from mmubn.cli.work_dir_check import check_writable
 from mmubn.similarity_survey import THRESHOLDS
 
 
@@ -35,6 +37,11 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.batches < 1:
         raise CommandError(f'--batches must be at least 1, got {args.batches}')
+    try:
+        re.compile(args.layers)
+    except re.error as error:
+        reason = f'is no regular expression: {error}'
+        raise CommandError(f'--layers: {args.layers!r} {reason}') from error
     return args
 
 
@@ -42,6 +49,7 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Measures or reads, prints, writes and draws."""
     args = parse_args(argv)
+    check_writable('--out', str(args.out))
     source = Path(args.config)
     if source.is_dir() or source.suffix == '.csv':
         survey = survey_run(source, args.thresholds)

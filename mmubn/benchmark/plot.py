@@ -1,8 +1,9 @@
 """A picture of the ratios to BatchNorm."""
 
 from pathlib import Path
-from typing import Any, List
+from typing import Any, List, Tuple
 
+from ..writing import check_file
 from .rows import SETTING, TOTALS, Row
 
 # Told apart without colour.
@@ -11,7 +12,37 @@ _MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')
 
 def plot(rows: List[Row], path: Path) -> None:
     """Saves :func:`draw_ratios` as ``path``."""
-    draw_ratios(rows).savefig(path, dpi=160)
+    figure = draw_ratios(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)
+
+
+def check_picture(option: str, path: Path) -> None:
+    """Whether matplotlib is there and can save a picture under this name.
+
+    Args:
+        option (str): What the user named it by.
+        path (Path): Where the picture goes.
+
+    Raises:
+        SystemExit: It cannot.
+    """
+    Figure, _ = _matplotlib()
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        suffixes = ', '.join(f'.{suffix}' for suffix in known)
+        raise SystemExit(f'error: {option}: {path} must end with one of {suffixes}')
+    check_file(option, path)
+
+
+def _matplotlib() -> Tuple[Any, Any]:
+    """Its class of figures, and its module of ticks."""
+    try:
+        from matplotlib import ticker
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SystemExit(f'a plot needs matplotlib: pip install matplotlib ({error})') from error
+    return Figure, ticker
 
 
 def draw_ratios(rows: List[Row]) -> Any:
@@ -26,11 +57,7 @@ def draw_ratios(rows: List[Row]) -> Any:
     Raises:
         SystemExit: There is no matplotlib, or no ratio to draw.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
-    except ImportError as error:
-        raise SystemExit(f'a plot needs matplotlib: pip install matplotlib ({error})') from error
+    Figure, ticker = _matplotlib()
     rows = [r for r in rows if r['what'] in TOTALS and r['ratio_bn'] and r['norm'] != 'bn']
     if not rows:
         raise SystemExit('nothing to plot: no row has a ratio to bn')
@@ -51,9 +78,9 @@ def draw_ratios(rows: List[Row]) -> Any:
             zorder=2,
         )
     axes.set_xscale('log')
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FormatStrFormatter('%g'))
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5)))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter('%g'))
     axes.set_xlabel('time of forward and backward, x BatchNorm')
     axes.set_yticks(range(len(places)), places, fontsize=7)
     axes.invert_yaxis()

@@ -41,8 +41,23 @@ class OptionAction(DictAction):
                     f'--cfg-options: {text!r} is not KEY=VALUE; put quotes around a value with '
                     f"spaces, as in 'KEY=a b'"
                 )
+            _check_brackets(key, value)
             options[key.strip()] = parse_value(value)
         setattr(namespace, self.dest, options)
+
+
+def _half_open(text: str) -> bool:
+    """Whether it begins as a list does, and has a bracket without its other half."""
+    text = text.strip()
+    return text[:1] in ('[', '(') and any(text.count(a) != text.count(b) for a, b in ('[]', '()'))
+
+
+def _check_brackets(key: str, text: str) -> None:
+    if _half_open(text):
+        raise CommandError(
+            f'--cfg-options {key}: {text} has a bracket without its other half; text with brackets '
+            f"""is written in quotes, as '{key}="{text}"'"""
+        )
 
 
 def parse_value(text: str) -> Any:
@@ -80,7 +95,8 @@ def _split(text: str) -> List[str]:
 
 def option(key: str, value: str) -> str:
     """``KEY=VALUE`` as a shell takes it, for a string that must arrive as it is."""
-    return shlex.quote(f'{key}={value if parse_value(value) == value else repr(value)}')
+    plain = parse_value(value) == value and not _half_open(value)
+    return shlex.quote(f'{key}={value if plain else repr(value)}')
 
 
 def merge_options(cfg: Config, options: Dict[str, Any]) -> None:
@@ -100,8 +116,14 @@ def merge_options(cfg: Config, options: Dict[str, Any]) -> None:
     merged = dict(options)
     for key in options:
         *way, last = key.split('.')
-        if last == '_delete_' and _has(before, way):
-            _look_up(before, way[:-1])[way[-1]] = None  # what stood there goes
+        if last == '_delete_' and way and _has(before, way):
+            parent = _look_up(before, way[:-1])
+            if isinstance(parent, (list, tuple)):
+                raise CommandError(
+                    f'--cfg-options {key}: an item of a list cannot be deleted; set its keys, '
+                    'or write the list in the config file'
+                )
+            parent[way[-1]] = None  # what stood there goes
     for key, value in options.items():
         for path in _check_way(before, key):
             merged[f'{path}._delete_'] = True

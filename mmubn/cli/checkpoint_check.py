@@ -94,11 +94,12 @@ def check_start(cfg: Config, model: Optional[nn.Module] = None) -> None:
         model (Module): Its model; built where it is not given.
 
     Raises:
-        CommandError: It is missing, broken, of another depth or norm, or cannot be resumed.
+        CommandError: It is missing, broken, of another depth or norm, cannot be resumed, or was
+            trained with classes that were numbered otherwise.
     """
     if not cfg.get('resume'):
         if cfg.get('load_from'):
-            _check_load_from(cfg, build_model(cfg) if model is None else model)
+            check_load_from(cfg, build_model(cfg) if model is None else model)
         return
     source = cfg.get('load_from')
     if source is None:
@@ -109,11 +110,21 @@ def check_start(cfg: Config, model: Optional[nn.Module] = None) -> None:
             f'--resume: {source} holds weights alone; start from it by '
             f'--cfg-options {option("load_from", source)}'
         )
-    model = _check_fit('--resume', source, checkpoint, cfg, model)
+    model = check_fit('--resume', source, checkpoint, cfg, model)
+    _check_classes('--resume', source, checkpoint, cfg, 'train')
     check_resumed(cfg, source, checkpoint, model)
 
 
-def _check_load_from(cfg: Config, model: nn.Module) -> None:
+def check_load_from(cfg: Config, model: nn.Module) -> None:
+    """Reads the weights to fine-tune from, which must fit in the norm layers of the backbone.
+
+    Args:
+        cfg (Config): The resolved config, the weights in ``load_from``.
+        model (Module): Its model.
+
+    Raises:
+        CommandError: They are missing, broken, or of another depth or norm.
+    """
     source = cfg.load_from
     weights = _weights(read_checkpoint('load_from', source))
     differences = _of_backbone(_norm_differences(model, weights))
@@ -146,16 +157,21 @@ def check_weights(cfg: Config, model: Optional[nn.Module] = None) -> None:
         CommandError: It is missing, broken, of another model, or numbers the classes otherwise.
     """
     checkpoint = read_checkpoint('checkpoint', cfg.load_from)
-    _check_fit('checkpoint', cfg.load_from, checkpoint, cfg, model)
+    check_fit('checkpoint', cfg.load_from, checkpoint, cfg, model)
+    _check_classes('checkpoint', cfg.load_from, checkpoint, cfg, 'test')
+
+
+def _check_classes(key: str, source: str, checkpoint: dict, cfg: Config, split: str) -> None:
     meta = (checkpoint.get('meta') or {}).get('dataset_meta') or {}
     trained = meta.get('classes') or meta.get('CLASSES') or ()
-    for path, names in dataset_classes(cfg, 'test'):
+    for path, names in dataset_classes(cfg, split):
         shifted = first_shift(names, trained)
         if shifted is not None:
+            work = dict(train='training', test='test')[split]
             raise CommandError(
-                f"checkpoint: {cfg.load_from} was trained with '{shifted}' as class "
+                f"{key}: {source} was trained with '{shifted}' as class "
                 f'{list(trained).index(shifted)}, and {path} has it as class '
-                f'{list(names).index(shifted)}; give the test the classes of the training, '
+                f'{list(names).index(shifted)}; give the {work} the classes of the checkpoint, '
                 'in their order'
             )
 
@@ -217,6 +233,11 @@ def build_model(cfg: Config) -> nn.Module:
         with torch.random.fork_rng():
             return MODELS.build(settings)
     except TypeError as error:
+        empty = [path for path, node in walk(settings, 'model') if _lacks_norm(node)]
+        if empty and 'cfg must be a dict' in str(error):
+            raise CommandError(
+                f"{empty[0]}.norm_cfg: None is no norm layer; write dict(type='UBN', ...)"
+            ) from error
         if 'argument' not in str(error):
             raise
         raise CommandError(f'{_refusing(cfg, str(error))}: {error}') from error
@@ -225,6 +246,10 @@ def build_model(cfg: Config) -> nn.Module:
             raise
         reason = str(error.args[0]).splitlines()[0]
         raise CommandError(f'model: a type is left out: {reason}') from error
+
+
+def _lacks_norm(node: dict) -> bool:
+    return 'norm_cfg' in node and node['norm_cfg'] is None
 
 
 def _refusing(cfg: Config, message: str) -> str:
@@ -238,9 +263,24 @@ def _refusing(cfg: Config, message: str) -> str:
     return 'model'
 
 
-def _check_fit(
+def check_fit(
     key: str, source: str, checkpoint: dict, cfg: Config, model: Optional[nn.Module] = None
 ) -> nn.Module:
+    """Loads the weights of a checkpoint, which must be those of the model.
+
+    Args:
+        key (str): What the user named the checkpoint by.
+        source (str): Path or address of the checkpoint.
+        checkpoint (dict): Its content.
+        cfg (Config): The resolved config.
+        model (Module): Its model; built where it is not given.
+
+    Returns:
+        Module: The model.
+
+    Raises:
+        CommandError: Keys are missing, unknown, or of another shape.
+    """
     model = build_model(cfg) if model is None else model
     differences = _differences(model, _weights(checkpoint))
     if any(differences.values()):

@@ -131,7 +131,10 @@ def _check_evaluator(cfg: Config, split: str, number: int, source: str) -> None:
     for path, node in walk(cfg.get(key), key):
         topk = node.get('topk')
         if topk is not None and node.get('type') in ('Accuracy', 'mmpretrain.Accuracy'):
-            most = max(topk) if isinstance(topk, (list, tuple)) else topk
+            numbers = topk if isinstance(topk, (list, tuple)) else (topk,)
+            if not numbers or not all(isinstance(number, int) for number in numbers):
+                raise CommandError(f'{path}.topk: must be whole numbers, as 1,5, got {topk!r}')
+            most = max(numbers)
             if most > number:
                 raise CommandError(
                     f'{path}.topk={topk}, and there are {number} {source}; give '

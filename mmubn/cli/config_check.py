@@ -33,6 +33,7 @@ from mmengine.runner import (
 )
 from mmengine.visualization import Visualizer
 from torch import nn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.utils.data import DataLoader
 
 from .. import registration
@@ -171,10 +172,7 @@ def _parts(cfg: Config, splits: Collection[str]) -> Iterator[Part]:
                 yield Part(key, loop, roots.LOOPS, loops.get(split, default), required, given)
     if 'train' in splits and cfg.get('optim_wrapper') is not None:
         yield from _optimizer_parts(cfg)
-    for name, node in (cfg.get('default_hooks') or {}).items():
-        if node is not None:
-            yield Part(f'default_hooks.{name}', node, roots.HOOKS, given=('priority',))
-    for path, node in _items(cfg.get('custom_hooks'), 'custom_hooks'):
+    for path, node in hook_nodes(cfg):
         yield Part(path, node, roots.HOOKS, given=('priority',))
     if cfg.get('visualizer') is not None:
         yield Part('visualizer', cfg.visualizer, roots.VISUALIZERS, Visualizer, given=('name',))
@@ -188,6 +186,14 @@ def _parts(cfg: Config, splits: Collection[str]) -> Iterator[Part]:
     for key, takes in plain.items():
         if cfg.get(key) is not None:
             yield Part(key, cfg[key], None, takes, given=('self',))
+
+
+def hook_nodes(cfg: Config) -> Iterator[Tuple[str, Any]]:
+    """What the config has for each hook, with its dotted path."""
+    for name, node in (cfg.get('default_hooks') or {}).items():
+        if node is not None:
+            yield f'default_hooks.{name}', node
+    yield from _items(cfg.get('custom_hooks'), 'custom_hooks')
 
 
 def _env_cfg(cudnn_benchmark=False, mp_cfg=None, dist_cfg=None, resource_limit=4096) -> None:
@@ -243,6 +249,7 @@ def _optimizer_parts(cfg: Config) -> Iterator[Part]:
         required = () if 'constructor' in wrapper else ('optimizer',)
         given = ('optimizer', 'constructor', 'paramwise_cfg', 'accumulative_counts')
         yield Part('optim_wrapper', wrapper, roots.OPTIM_WRAPPERS, OptimWrapper, required, given)
+        yield from _wrapper_parts(wrapper)
     if wrapper.get('optimizer') is not None:
         path = 'optim_wrapper.optimizer'
         yield Part(path, wrapper['optimizer'], roots.OPTIMIZERS, given=('params',))
@@ -252,6 +259,37 @@ def _optimizer_parts(cfg: Config) -> Iterator[Part]:
             given = ('optimizer', 'convert_to_iter_based')
             for path, node in _items(schedulers, 'param_scheduler'):
                 yield Part(path, node, roots.PARAM_SCHEDULERS, given=given)
+
+
+def _wrapper_parts(wrapper: dict) -> Iterator[Part]:
+    path = 'optim_wrapper.paramwise_cfg'
+    own = wrapper.get('constructor', _CONSTRUCTOR) != _CONSTRUCTOR  # it may read other keys
+    if wrapper.get('paramwise_cfg') is not None and not own:
+        yield Part(path, wrapper.paramwise_cfg, None, _paramwise_cfg)
+    path, clip = 'optim_wrapper.clip_grad', wrapper.get('clip_grad')
+    if clip is not None:
+        _check_kind(path, clip, [dict])
+        kind = clip.get('type', 'norm')
+        if kind not in _CLIP:
+            raise CommandError(f'{path}.type: must be {" or ".join(_CLIP)}, got {kind!r}')
+        yield Part(path, clip, None, _CLIP[kind], given=('parameters',))
+
+
+_CONSTRUCTOR = 'DefaultOptimWrapperConstructor'
+_CLIP = dict(norm=clip_grad_norm_, value=clip_grad_value_)
+
+
+def _paramwise_cfg(
+    custom_keys=None,
+    bias_lr_mult=None,
+    bias_decay_mult=None,
+    norm_decay_mult=None,
+    dwconv_decay_mult=None,
+    flat_decay_mult=None,
+    dcn_offset_lr_mult=None,
+    bypass_duplicate=False,
+) -> None:
+    """What mmengine's DefaultOptimWrapperConstructor reads of it."""
 
 
 def _items(node: Any, path: str) -> Iterator[Tuple[str, Any]]:

@@ -12,7 +12,7 @@ from mmengine.utils import is_seq_of
 from .coco_check import CocoFile, check_coco, check_evaluated
 from .config_check import did_you_mean, find_class
 from .errors import CommandError
-from .folder_check import Folders, check_alike, count_labels, read_folders
+from .folder_check import Folders, check_alike, check_images, count_labels, read_folders
 from .walk import walk
 
 _REMEDY = '--data-root DIR points every dataset and evaluator at another folder'
@@ -178,6 +178,8 @@ def _check_folders(cfg: Config, splits: Sequence[str]) -> None:
             folders = read_folders(data.path, data.node, dataset)
             if folders is not None:
                 found.append(folders)
+                if split in splits:
+                    check_images(folders, dataset.extensions)
     check_alike(found)
 
 

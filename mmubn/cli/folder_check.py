@@ -1,12 +1,15 @@
-"""Checks that images in class folders are numbered alike in every split."""
+"""Checks that class folders hold images, and are numbered alike in every split."""
 
+import os
 import os.path as osp
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
-from ..datasets.class_folders import class_folders, foreign_folders
+from ..datasets.class_folders import class_folders, foreign_folders, is_foreign
 from .coco_check import missing_files
 from .config_check import did_you_mean
 from .errors import CommandError, listed
+
+_MOST_SIZES = 100_000  # of files
 
 
 class Folders(NamedTuple):
@@ -98,6 +101,45 @@ def check_alike(found: Sequence[Folders]) -> None:
             f'{" ".join(parts)}{near}; every split numbers its own folders, so that the labels '
             'would be shifted: give both the same folders, an empty one where a class has no image'
         )
+
+
+def check_images(folders: Folders, suffixes: Sequence[str]) -> None:
+    """Looks for images in the class folders. A folder may be empty, as long as not all are.
+
+    Args:
+        folders (Folders): The class folders of a data set.
+        suffixes (sequence[str]): Of the files that the data set reads, in lower case.
+
+    Raises:
+        CommandError: A folder has files and no image, all are empty, or an image has no bytes.
+    """
+    number = 0
+    for name in folders.names:
+        place, before, other = osp.join(folders.root, name), number, None
+        for file in _files(place):
+            if not file.lower().endswith(tuple(suffixes)):
+                other = file
+                continue
+            number += 1
+            # To ask for the size of a million files takes minutes where they lie on a network.
+            if number <= _MOST_SIZES and osp.isfile(file) and osp.getsize(file) == 0:
+                raise CommandError(f'{folders.path}: {file} is empty; copy it anew, or delete it')
+        if number == before and other is not None:
+            raise CommandError(
+                f'{folders.path}: no file in {place} is read, such as {other}; the suffixes that '
+                f'are read are {", ".join(sorted(suffixes))}'
+            )
+    if not number:
+        raise CommandError(
+            f'{folders.path}: no image in any of the class folders in {folders.root}; the suffixes '
+            f'that are read are {", ".join(sorted(suffixes))}'
+        )
+
+
+def _files(folder: str) -> Iterator[str]:
+    for place, inner, names in os.walk(folder, followlinks=True):
+        inner[:] = [name for name in inner if not is_foreign(name)]
+        yield from (osp.join(place, name) for name in names if not name.startswith('.'))
 
 
 def count_labels(path: str, dataset: Any) -> int:

@@ -6,6 +6,7 @@ from typing import Iterator, Tuple, Union
 from mmcv.cnn import build_norm_layer
 from mmengine.config import Config
 from mmengine.registry import MODELS
+from torch import nn
 
 from .. import layers
 from .errors import CommandError
@@ -26,11 +27,14 @@ def check_norms(cfg: Config) -> None:
         if layer and node and 'type' not in node:
             raise CommandError(f"{path}: type is left out; write dict(type='UBN', ...)")
     for path, norm in norm_cfgs(cfg):
-        if layer_class(norm) is None:
+        layer = layer_class(norm)
+        if layer is None:
             raise CommandError(_unknown_type_message(path, norm['type']))
+        if layer is nn.GroupNorm and 'num_groups' not in norm:
+            raise CommandError(f'{path}: num_groups is left out; {norm["type"]} needs it')
         try:
             build_norm_layer(norm, norm.get('num_groups', 1))
-        except (TypeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise CommandError(f'{path}: {error}') from error
 
 

@@ -1,12 +1,12 @@
 """The options that both tools have, and the config they make."""
 
 import argparse
+import math
 import os
 import os.path as osp
 from typing import Optional
 
 from mmengine.config import Config
-from mmengine.config.utils import ConfigParsingError
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
@@ -54,6 +54,22 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def positive(text: str) -> float:
+    """The type of an option that is a positive number."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f'must be positive and finite, got {text}')
+    return value
+
+
+def count(text: str) -> int:
+    """The type of an option that counts something."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'must be at least 1, got {text}')
+    return value
+
+
 def load_config(args: argparse.Namespace, work: Optional[str] = None) -> Config:
     """Reads the config, lays the shared options over it and looks for mistakes in it.
 
@@ -65,16 +81,7 @@ def load_config(args: argparse.Namespace, work: Optional[str] = None) -> Config:
         CommandError: The file cannot be read, has mistakes, or its data cannot be replaced.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    if not osp.isfile(args.config):
-        raise CommandError(f'config: no file {args.config}; the project has its own in configs/')
-    try:
-        cfg = Config.fromfile(args.config)
-    except SyntaxError as error:
-        raise CommandError(f'config {args.config}: line {error.lineno}: {error.msg}') from error
-    except (OSError, ConfigParsingError, NameError, KeyError, TypeError) as error:
-        reason = error.args[0] if isinstance(error, KeyError) else error
-        reason = str(reason).splitlines()[0]
-        raise CommandError(f'config {args.config}: {type(error).__name__}: {reason}') from error
+    cfg = read_config(args.config)
     cfg.launcher = args.launcher
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     if args.cfg_options is not None:
@@ -92,6 +99,31 @@ def load_config(args: argparse.Namespace, work: Optional[str] = None) -> Config:
     if cfg.get('default_scope') == 'mmpretrain':
         _complete_dataloaders(cfg)
     return cfg
+
+
+def read_config(file: str) -> Config:
+    """The config of a file, as it stands there.
+
+    Args:
+        file (str): Its path.
+
+    Raises:
+        CommandError: There is no such file, or it cannot be read.
+    """
+    if not osp.isfile(file):
+        raise CommandError(f'config: no file {file}; the project has its own in configs/')
+    try:
+        return Config.fromfile(file)
+    except SyntaxError as error:
+        raise CommandError(f'config {file}: line {error.lineno}: {error.msg}') from error
+    except RecursionError as error:
+        raise CommandError(f'config {file}: it is its own _base_, or a base of it is') from error
+    except Exception as error:  # a config is Python, which may raise anything
+        # Of custom_imports mmengine gives a page of paths; the cause names the module.
+        cause = (isinstance(error, ImportError) and error.__cause__) or error
+        reason = cause.args[0] if isinstance(cause, KeyError) and cause.args else cause
+        reason = ' '.join(str(reason).split()) or 'no reason is given'
+        raise CommandError(f'config {file}: {type(error).__name__}: {reason}') from error
 
 
 def _complete_dataloaders(cfg: Config) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from .checkpoint_check import build_model, check_pretrained, check_start, check_weights
 from .class_check import check_classes
 from .data_check import check_data
+from .hook_check import check_hooks
 from .norm_check import check_norms
 from .work_dir_check import check_results, check_work_dir
 
@@ -26,13 +27,13 @@ def _check_test_data(cfg: Config, model: nn.Module) -> None:
 
 # In the order in which they are made. All get the same model, built for them.
 CHECKS: Dict[str, Sequence[Check]] = dict(
-    train=(_check_training_data, check_start, check_pretrained, check_work_dir),
+    train=(_check_training_data, check_hooks, check_start, check_pretrained, check_work_dir),
     test=(_check_test_data, check_weights, check_results),
 )
 
 
 def preflight(cfg: Config, work: str) -> None:
-    """Checks the norm layers, the data, the checkpoints and the folders.
+    """Checks the norm layers, the data, the hooks, the checkpoints and the folders.
 
     Args:
         cfg (Config): The resolved config; its default scope must be in force.

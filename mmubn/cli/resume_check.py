@@ -23,7 +23,8 @@ def check_resumed(cfg: Config, source: str, checkpoint: dict, model: nn.Module) 
     """Compares optimizer and schedule of a checkpoint with those that the config asks for.
 
     mmengine restores both as they were saved, with learning rate, momentum, milestones and
-    all, so that what the config changes has no effect. That is told in one line on stderr.
+    all, so that what the config changes has no effect. That is told in one line on stderr, as
+    is a checkpoint without the state of the optimizer.
 
     Args:
         cfg (Config): The resolved config.
@@ -32,12 +33,23 @@ def check_resumed(cfg: Config, source: str, checkpoint: dict, model: nn.Module) 
         model (nn.Module): The config's model.
 
     Raises:
-        CommandError: The state is of another optimizer, or of other groups of parameters.
+        CommandError: The state is empty, of another optimizer, or of other groups of parameters.
     """
     start = option('load_from', source)
     remedy = f'start from its weights by --cfg-options {start}, without --resume'
     differences: List[str] = []
-    saved = checkpoint.get('optimizer') or {}
+    if 'optimizer' not in checkpoint:
+        print(
+            f'warning: --resume: {source} holds no state of the optimizer: it starts anew, without '
+            'momentum',
+            file=sys.stderr,
+        )
+    saved = checkpoint.get('optimizer', {})
+    if 'optimizer' in checkpoint and not saved:
+        raise CommandError(
+            f'--resume: in {source} the state of the optimizer is {saved!r}, which cannot be '
+            f'resumed; {remedy}'
+        )
     # Several optimizers, or a wrapper with a constructor of its own, lay theirs out otherwise.
     if 'param_groups' in saved and 'optimizer' in (cfg.get('optim_wrapper') or {}):
         differences += _optimizer_differences(cfg, source, checkpoint, model, remedy)

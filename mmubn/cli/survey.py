@@ -12,7 +12,13 @@ from torch import nn
 from tqdm import tqdm
 
 from ..similarity_survey import SimilaritySurvey, read_survey, survey_similarity
-from .checkpoint_check import check_pretrained
+from .checkpoint_check import (
+    build_model,
+    check_fit,
+    check_load_from,
+    check_pretrained,
+    read_checkpoint,
+)
 from .data_check import check_data
 from .errors import CommandError
 from .norm_check import check_norms
@@ -57,14 +63,16 @@ def survey_config(
     MMLogger.get_instance('mmubn', log_level='WARNING')
     seed = cfg.get('randomness', {}).get('seed') or 0
     set_random_seed(seed)
-    if checkpoint is None:
+    if checkpoint is not None:
+        check_fit('--checkpoint', checkpoint, read_checkpoint('--checkpoint', checkpoint), cfg)
+    else:
         check_pretrained(cfg)
+        if cfg.get('load_from'):
+            check_load_from(cfg, build_model(cfg))
     model = MODELS.build(cfg.model)
     checkpoint = checkpoint or cfg.get('load_from')
     if checkpoint is None:
         model.init_weights()
-    elif not Path(checkpoint).is_file() and '://' not in checkpoint:
-        raise CommandError(f'--checkpoint: no file {checkpoint}')
     else:
         load_checkpoint(model, checkpoint, map_location='cpu')
     loader = Runner.build_dataloader(cfg.train_dataloader, seed=seed)

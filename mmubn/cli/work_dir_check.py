@@ -3,12 +3,12 @@
 import errno
 import os
 import tempfile
-from pathlib import Path
 from typing import Optional
 
 from mmengine.config import Config
 from torch import nn
 
+from ..writing import nearest_existing
 from .checkpoint_check import build_model
 from .errors import CommandError
 from .walk import walk
@@ -87,7 +87,7 @@ def check_writable(key: str, folder: str, remedy: str = 'name another place') ->
 
 
 def _reserve(key: str, folder: str, size: int, remedy: str = _OTHER) -> None:
-    existing = _existing(folder)
+    existing = nearest_existing(folder)
     try:
         with tempfile.TemporaryFile(dir=existing) as file:
             os.posix_fallocate(file.fileno(), 0, size)
@@ -100,11 +100,6 @@ def _reserve(key: str, folder: str, size: int, remedy: str = _OTHER) -> None:
         raise CommandError(
             f'{key}: cannot write to {existing} ({error.strerror}); {remedy}'
         ) from error
-
-
-def _existing(folder: str) -> Path:
-    path = Path(folder).absolute()
-    return next(place for place in (path, *path.parents) if os.path.lexists(place))
 
 
 def _checkpoint_bytes(cfg: Config, model: nn.Module) -> int:

@@ -67,6 +67,7 @@ def test_goals():
         (['--repeats', '0'], '--repeats and --batches begin at 1, --size at 32'),
         (['--norms', 'gn'], "invalid choice: 'gn'"),
         (['--docs', 'none.md'], r'none.md: there is no <!-- benchmark: begin -->'),
+        (['--csv', 'other.csv/x.csv'], 'error: --csv: cannot write to '),
         (['--csv', 'other.csv'], r'other.csv: its columns are not those of this version'),
     ],
 )

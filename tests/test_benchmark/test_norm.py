@@ -99,6 +99,25 @@ def test_other_columns_are_refused_before_measuring(bench, tmp_path):
     assert (tmp_path / 'rows.csv').read_text() == 'norm,ms\nbn,1\n'
 
 
+@pytest.mark.parametrize(
+    ('option', 'place', 'reason'),
+    [
+        ('--csv', 'file/x.csv', r'cannot write to .*file \(Not a directory\); name another place'),
+        ('--csv', 'folder', 'folder is a folder; name a file'),
+        ('--plot', 'file/x.png', r'cannot write to .*file \(Not a directory\); name another place'),
+        ('--plot', 'x.zzz', r'x.zzz must end with one of .*\.png, '),
+    ],
+)
+def test_places_are_checked_before_measuring(tmp_path, monkeypatch, option, place, reason):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'file').touch()
+    (tmp_path / 'folder').mkdir()
+    monkeypatch.setattr(measure, 'race', None)
+    with pytest.raises(SystemExit, match=f'^error: {option}: {reason}'):
+        run_tool('benchmark_norm', *TINY, '--csv', 'rows.csv', option, place)
+    assert not (tmp_path / 'rows.csv').exists()
+
+
 def test_ctrl_c_keeps_the_settings_that_ended(bench, tmp_path, monkeypatch, capsys):
     race = measure.race
     calls = []

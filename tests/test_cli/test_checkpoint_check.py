@@ -143,6 +143,10 @@ def test_weights_under_another_name():
 
 
 @pytest.mark.parametrize(
+    ('key', 'split', 'work'),
+    [('checkpoint', 'test', 'test'), ('--resume', 'train', 'training')],
+)
+@pytest.mark.parametrize(
     ('trained', 'fits'),
     [
         (('apple', 'bear'), True),
@@ -151,21 +155,23 @@ def test_weights_under_another_name():
         (None, True),
     ],
 )
-def test_classes_of_the_training(trained, fits):
+def test_classes_of_the_training(trained, fits, key, split, work):
     for name in ('apple', 'bear'):
-        Path('test', name).mkdir(parents=True)
-        cv2.imwrite(f'test/{name}/0.png', np.zeros((8, 8, 3), np.uint8))
+        Path(split, name).mkdir(parents=True)
+        cv2.imwrite(f'{split}/{name}/0.png', np.zeros((8, 8, 3), np.uint8))
     cfg = start_from(config())
-    cfg.test_dataloader = dict(dataset=dict(type='CustomDataset', data_prefix='test'))
+    cfg[f'{split}_dataloader'] = dict(dataset=dict(type='CustomDataset', data_prefix=split))
+    cfg.resume = split == 'train'
+    check = check_start if cfg.resume else check_weights
     weights = MODELS.build(cfg.model).state_dict()
-    meta = dict(dataset_meta=dict(classes=trained)) if trained else dict()
+    meta = dict(iter=1, dataset_meta=dict(classes=trained) if trained else {})
     torch.save(dict(state_dict=weights, meta=meta), 'x.pth')
     if fits:
-        check_weights(cfg)
+        check(cfg)
         return
     with pytest.raises(CommandError) as caught:
-        check_weights(cfg)
+        check(cfg)
     assert str(caught.value) == (
-        "checkpoint: x.pth was trained with 'apple' as class 1, and test_dataloader.dataset has it "
-        'as class 0; give the test the classes of the training, in their order'
+        f"{key}: x.pth was trained with 'apple' as class 1, and {split}_dataloader.dataset has it "
+        f'as class 0; give the {work} the classes of the checkpoint, in their order'
     )

@@ -73,6 +73,7 @@ def test_download_is_left_to_mmpretrain(cfg):
 
 def test_class_folders_for_training_alone(cfg, tmp_path):
     (tmp_path / 'train' / 'apple').mkdir(parents=True)
+    cv2.imwrite(str(tmp_path / 'train' / 'apple' / '0.png'), np.zeros((8, 8, 3), np.uint8))
     set_data_root(cfg, str(tmp_path))
     check_data(cfg, ('train',))
     missing = r'^val_dataloader\.dataset\.data_prefix: no folder .*/test; '

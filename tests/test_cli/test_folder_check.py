@@ -148,6 +148,27 @@ def test_no_folders(cfg):
     )
 
 
+def test_files_that_are_no_images(cfg):
+    Path('train/bear/0.png').rename('train/bear/0.gif')
+    line = failure(cfg)
+    assert line.startswith(
+        'train_dataloader.dataset: no file in ./train/bear is read, such as ./train/bear/0.gif; '
+        'the suffixes that are read are .bmp, .jpeg, .jpg, '
+    )
+    Path('train/bear/0.gif').unlink()
+    check(cfg)
+    for name in ('apple', 'cat'):
+        Path(f'train/{name}/0.png').unlink()
+    assert failure(cfg).startswith('train_dataloader.dataset: no image in any of the class folders')
+
+
+def test_an_image_without_bytes(cfg):
+    Path('val/cat/0.png').write_bytes(b'')
+    assert failure(cfg) == (
+        'val_dataloader.dataset: ./val/cat/0.png is empty; copy it anew, or delete it'
+    )
+
+
 def test_no_folder_of_a_split(cfg):
     cfg.val_dataloader.dataset = dict(type='ImageNet', data_root='train', split='val')
     line = 'val_dataloader.dataset: no folder train/val; it must hold a folder for each class'

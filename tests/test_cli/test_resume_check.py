@@ -118,6 +118,20 @@ def test_other_groups_of_parameters_are_refused():
         check_resumed(paramwise, 'x.pth', trained(config()), model())
 
 
+def test_a_checkpoint_without_optimizer(capsys):
+    cfg = config()
+    checkpoint = trained(cfg)
+    del checkpoint['optimizer']
+    assert told(capsys, checkpoint, cfg) == (
+        'warning: --resume: x.pth holds no state of the optimizer: it starts anew, without '
+        'momentum\n'
+    )
+    checkpoint['optimizer'] = None
+    expected = '--resume: in x.pth the state of the optimizer is None, which cannot be resumed; sta'
+    with pytest.raises(CommandError, match=expected):
+        check_resumed(cfg, 'x.pth', checkpoint, model())
+
+
 def test_a_finished_training_is_told(capsys):
     cfg = config()
     checkpoint = trained(cfg)

@@ -6,6 +6,7 @@ import pytest
 from tool import ROOT, run_tool
 
 SMALL = str(ROOT / 'configs' / 'cifar10' / 'resnet18_small_cifar10.py')
+LICENSE = str(ROOT / 'LICENSE')
 
 
 def test_list_names_the_state_of_each_row(logs, capsys):
@@ -30,7 +31,9 @@ def test_settings_cut_short_are_one_line(logs, capsys):
         (('list', 'table9'), 'no experiment table9; there are table2,'),
         (('list', 'table3', '--rows', 'LN'), '--rows LN: no such row; the norms are IN, GN, BN'),
         (('run',), 'run: name the experiments, such as table3'),
-        (('run', 'table3', '--config', 'absent.py'), 'no config absent.py'),
+        (('run', 'table3', '--config', 'absent.py'), 'config: no file absent.py; the project has'),
+        (('list', 'table3', '--config', '.'), 'config: no file .; the project has'),
+        (('list', 'table3', '--config', LICENSE), f'config {LICENSE}: '),
         (('run', 'table5', '--config', SMALL), f'{SMALL} is for classif'),
         (
             ('report', '--work-dir', 'nowhere'),
@@ -44,3 +47,10 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, argv, message):
         run_tool('reproduce', *argv)
     assert capsys.readouterr().err.startswith(f'error: {message}')
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('value', ['nan', 'inf', '0'])
+def test_budget_is_positive(capsys, value):
+    with pytest.raises(SystemExit):
+        run_tool('reproduce', 'run', 'table3', '--budget', value)
+    assert f'argument --budget: must be positive and finite, got {value}' in capsys.readouterr().err

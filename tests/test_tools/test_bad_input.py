@@ -251,6 +251,13 @@ def test_places_that_cannot_be_written(project, fails):
     assert fails('test', *test, '--out', 'folder.pkl') == line
     line = fails('similarity_options', *DATA, '--csv', 'file/x.csv')
     assert line.startswith(f'error: --csv: cannot write to {project}/file (Not a directory); name')
+    line = fails('similarity_options', *DATA, '--work-dir', 'file/run')
+    assert line.startswith(f'error: work_dir: cannot write to {project}/file (Not a directory); ')
+    line = fails('survey_similarity', *DATA, '--out', 'file')
+    assert line.startswith(f'error: --out: cannot write to {project}/file (Not a directory); name')
+    for option in ('--work-dir', '--out'):
+        line = fails('reproduce', 'run', 'table3', '--small', option, 'file')
+        assert line.startswith(f'error: {option}: cannot write to {project}/file (Not a directory)')
     key = 'test_evaluator.out_file_path'
     options = ('_delete_=True', 'type=DumpResults', 'out_file_path=file/x.pkl')
     options = [f'test_evaluator.{option}' for option in options]
@@ -287,6 +294,37 @@ def test_advice_with_spaces(project, fails):
             ['param_scheduler.0.type=X'],
             '--cfg-options param_scheduler.0.type: the config has no list param_scheduler; a list '
             'is written whole, in the config file',
+        ),
+        (
+            ['train_dataloader.dataset.pipeline.0._delete_=True'],
+            '--cfg-options train_dataloader.dataset.pipeline.0._delete_: an item of a list cannot '
+            'be deleted; set its keys, or write the list in the config file',
+        ),
+        (
+            ['val_evaluator.topk=[1'],
+            '--cfg-options val_evaluator.topk: [1 has a bracket without its other half; text with '
+            'brackets is written in quotes, as \'val_evaluator.topk="[1"\'',
+        ),
+        (
+            ['val_evaluator.topk="[1"'],
+            "val_evaluator.topk: must be whole numbers, as 1,5, got '[1'",
+        ),
+        (
+            ['optim_wrapper.paramwise_cfg.norm_decay_multt=0'],
+            "optim_wrapper.paramwise_cfg: optim_wrapper.paramwise_cfg takes no 'norm_decay_multt', "
+            "did you mean 'norm_decay_mult'?",
+        ),
+        (
+            [f'{NORM}=None'],
+            f"{NORM}: None is no norm layer; write dict(type='UBN', ...)",
+        ),
+        (
+            [
+                'default_hooks.condensation.type=CondensationHook',
+                'default_hooks.condensation.layers=a(',
+            ],
+            "default_hooks.condensation: layers='a(' is no regular expression: missing ), "
+            'unterminated subpattern at position 1',
         ),
         (
             ['train_cfg.max_epoch=2'],
@@ -348,6 +386,12 @@ def test_mistakes_in_the_config(project, fails, old, new, line):
         ('model = ResNet\n', "NameError: name 'ResNet' is not defined"),
         ("_base_ = 'none.py'\n", 'none.py'),
         ("_base_ = 'mmdet::none/none.py'\n", 'none.py'),
+        ("_base_ = 'mmnone::a/b.py'\n", 'mmnone'),
+        ("_base_ = 'tiny.py'\n", 'it is its own _base_, or a base of it is'),
+        ("custom_imports = dict(imports=['nosuch'])\n", 'ImportError: Failed to import nosuch'),
+        ('a = 1 / 0\n', 'ZeroDivisionError: division by zero'),
+        ('a = [].foo\n', "AttributeError: 'list' object has no attribute 'foo'"),
+        ('assert False\n', 'AssertionError: no reason is given'),
     ],
 )
 def test_config_that_cannot_be_read(project, fails, text, line):
@@ -355,6 +399,15 @@ def test_config_that_cannot_be_read(project, fails, text, line):
     told = fails('train', *DATA)
     assert told.startswith('error: config tiny.py: ')
     assert line in told
+
+
+@pytest.mark.parametrize(
+    ('name', 'content'),
+    [('latin.py', b'# caf\xe9\n'), ('broken.json', b'{'), ('broken.yaml', b'a: [1')],
+)
+def test_config_of_another_format(project, fails, name, content):
+    (project / name).write_bytes(content)
+    assert fails('train', name).startswith(f'error: config {name}: ')
 
 
 def test_class_folders_that_differ(project, fails):

@@ -40,6 +40,21 @@ def test_table_of_a_training(tmp_path, capsys):
     assert ' UBN layers, 6 steps of ' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize('option', ['--iterations', '--intervals', '--strides'])
+def test_counts(option, capsys):
+    with pytest.raises(SystemExit):
+        run_tool('similarity_options', 'tiny.py', option, '0')
+    assert f'argument {option}: must be at least 1, got 0' in capsys.readouterr().err
+
+
+def test_without_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        run_tool('similarity_options', ROOT / 'configs' / 'cifar10' / 'resnet18_small_cifar10.py')
+    assert capsys.readouterr().err.startswith('error: train_dataloader.dataset.data_root: no ')
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_config_without_ubn(tmp_path, capsys):
     arguments = [f'{ROOT}/configs/demo/resnet18_bn_shapes.py', '--work-dir', str(tmp_path)]
     with pytest.raises(SystemExit):

@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 import pytest
+import torch
 from tool import ROOT, run_tool
 
 
@@ -41,7 +42,6 @@ def test_a_detector(tmp_path, monkeypatch, capsys):
 
 
 def test_of_a_checkpoint_it_takes_the_weights(project):
-    import torch
     from mmengine.config import Config
     from mmengine.registry import MODELS, DefaultScope
 
@@ -66,11 +66,30 @@ def test_a_run(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    ('content', 'reason'),
+    [
+        (dict(model=dict(weight=torch.ones(1))), "has its weights under 'model', and mmengine"),
+        (dict(state_dict={}), 'does not fit the model of tiny.py: '),
+        (dict(state_dict={'other.weight': torch.ones(1)}), 'does not fit the model of tiny.py: '),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit(project, fails, content, reason):
+    torch.save(content, 'x.pth')
+    data = ('tiny.py', '--data-root', 'images')
+    line = fails('survey_similarity', *data, '--checkpoint', 'x.pth')
+    assert line.startswith(f'error: --checkpoint: x.pth {reason}')
+    if 'state_dict' in content:  # to start from, it must fit in the norm layers
+        line = fails('survey_similarity', *data, '--cfg-options', 'load_from=x.pth')
+        assert line.startswith('error: load_from: x.pth does not fit the norm layers')
+
+
+@pytest.mark.parametrize(
     ('argv', 'message'),
     [
         (('images',), 'images/condensation.csv: no such file; train with custom_hooks='),
         (('absent.py',), 'config: no file absent.py'),
         (('tiny.py', '--data-root', 'images', '--checkpoint', 'x.pth'), '--checkpoint: no file x'),
+        (('tiny.py', '--data-root', 'images', '--layers', '('), "--layers: '(' is no regular exp"),
         (('tiny.py', '--data-root', 'images', '--batches', '0'), '--batches must be at least 1'),
         (('tiny.py', '--data-root', 'images', '--layers', 'nothing'), "tiny.py: layers='nothing'"),
         (

@@ -1,0 +1,38 @@
+"""Checks the arguments of the project's hooks, which mmengine builds after the work directory."""
+
+import inspect
+import re
+
+from mmengine.config import Config
+from mmengine.registry import HOOKS
+from torch import nn
+
+from ..condensation import CondensationRecorder
+from ..hooks import CondensationHook
+from .config_check import find_class, hook_nodes
+from .errors import CommandError
+
+
+def check_hooks(cfg: Config, model: nn.Module) -> None:
+    """Builds each hook of the project once, and looks for the layers that it names.
+
+    Args:
+        cfg (Config): The resolved config; its default scope must be in force.
+        model (Module): Its model.
+
+    Raises:
+        CommandError: A hook refuses an argument, or finds no layer to measure.
+    """
+    for path, node in hook_nodes(cfg):
+        kind = find_class(node, HOOKS) if isinstance(node, dict) else None
+        if not inspect.isclass(kind) or not kind.__module__.startswith('mmubn.'):
+            continue
+        try:
+            hook = HOOKS.build({key: value for key, value in node.items() if key != 'priority'})
+            if isinstance(hook, CondensationHook):
+                CondensationRecorder(model, hook.layers)
+        except re.error as error:
+            reason = f'is no regular expression: {error}'
+            raise CommandError(f'{path}: layers={node["layers"]!r} {reason}') from error
+        except (TypeError, ValueError) as error:
+            raise CommandError(f'{path}: {error}') from error

@@ -1,0 +1,26 @@
+"""Outputs that cannot be written are told in one line, and nothing is left behind."""
+
+import pytest
+
+from mmubn.writing import check_file, check_folder
+
+
+def test_sound_places_stay_as_they_are(tmp_path):
+    (tmp_path / 'old.csv').write_text('a,b\n')
+    check_file('--csv', tmp_path / 'old.csv')
+    check_file('--csv', tmp_path / 'new' / 'new.csv')
+    check_folder('--out', tmp_path / 'new' / 'newer')
+    assert [path.name for path in tmp_path.iterdir()] == ['old.csv']
+    assert (tmp_path / 'old.csv').read_text() == 'a,b\n'
+
+
+def test_error_names_the_option_and_the_place(tmp_path):
+    file = tmp_path / 'file'
+    file.touch()
+    line = f'error: --x: cannot write to {file} (Not a directory); name another place'
+    for check in (check_file, check_folder):
+        with pytest.raises(SystemExit) as caught:
+            check('--x', file / 'x')
+        assert caught.value.code == line
+    with pytest.raises(SystemExit, match=r'^error: --x: .* is a folder; name a file'):
+        check_file('--x', tmp_path)
