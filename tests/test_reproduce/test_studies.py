@@ -64,7 +64,8 @@ def stages(tmp_path, monkeypatch):
     monkeypatch.setattr(studies, 'run_jobs', run)
     changed = replace(TWO_IMAGES.study, prepare=lambda given, out: Path('made') / given)
     monkeypatch.setitem(EXPERIMENTS, TWO_IMAGES.name, replace(TWO_IMAGES, study=changed))
-    Path('data').mkdir()
+    for folder in ('data/cifar100', 'made/data'):
+        Path(folder).mkdir(parents=True)
     return run
 
 
