@@ -90,7 +90,7 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
 def _check(args: argparse.Namespace) -> None:
     """Whether the config can be read and the results can be written, before any work."""
     if args.config is not None:
-        read_config(str(args.config))
+        read_config(args.config)
     written = dict(list=(), run=('work_dir', 'out'), report=('out',))
     for name in written[args.command]:
         folder = getattr(args, name)

@@ -117,10 +117,14 @@ class CocoFile:
             size = [image['height'], image['width']]
             fits, wanted = value.get('size') == size and 'counts' in value, f'size={size}, counts'
         else:
-            wanted = f'a list of polygons [x1, y1, x2, y2, ...] of at least {max(points, 3)} points'
-            fits = isinstance(value, list) and all(
-                is_seq_of(polygon, (int, float)) and len(polygon) >= 2 * points and value
-                for polygon in value
+            wanted = 'a list of polygons [x1, y1, x2, y2, ...] of at least 3 points'
+            fits = (
+                bool(value)
+                and is_seq_of(value, list)
+                and all(
+                    is_seq_of(polygon, (int, float)) and len(polygon) >= 2 * points
+                    for polygon in value
+                )
             )
         if not fits:
             shown = repr(value) if len(repr(value)) < 60 else f'{repr(value)[:56]} ...'
@@ -180,9 +184,7 @@ def check_coco(path: str, node: dict, dataset: Any, labelled: bool = True) -> Co
     return coco
 
 
-def check_evaluated(
-    key: str, file: str, coco: CocoFile, classes: Sequence[str], masks: bool
-) -> None:
+def check_evaluated(key: str, file: str, coco: CocoFile, classes: Sequence[str]) -> CocoFile:
     """Whether an evaluator's annotation file fits the data set that it evaluates.
 
     Args:
@@ -190,17 +192,16 @@ def check_evaluated(
         file (str): Its path.
         coco (CocoFile): What the data set reads.
         classes (Sequence[str]): Of the data set.
-        masks (bool): It evaluates masks.
+
+    Returns:
+        CocoFile: What the evaluator reads.
 
     Raises:
-        CommandError: It lacks an image or what pycocotools needs, or numbers the classes
-            otherwise.
+        CommandError: It lacks an image, or numbers the classes otherwise.
     """
     if osp.realpath(file) == osp.realpath(coco.file):
-        coco.check_evaluable(masks)
-        return
+        return coco
     other = CocoFile(key, file)
-    other.check_evaluable(masks)
     strange = [identity for identity in coco.images if identity not in other.images]
     if strange:
         other.fail(
@@ -213,6 +214,7 @@ def check_evaluated(
             f'numbers the classes {listed(numbered[1])}, and {coco.key}, {coco.file}, '
             f'{listed(numbered[0])}; name the same file in both'
         )
+    return other
 
 
 def _check_classes(path: str, node: dict, coco: CocoFile, classes: Sequence[str]) -> None:

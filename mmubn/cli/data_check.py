@@ -156,10 +156,12 @@ def _check_coco_files(cfg: Config, split: str) -> None:
             raise CommandError(f'{data.path}: ann_file is left out; {data.kind.__name__} needs it')
         read.append(check_coco(data.path, data.node, dataset, labelled))
     for path, node in metrics:
-        evaluates = node.get('ann_file') and not node.get('format_only')
-        if len(read) == 1 and evaluates and '://' not in node['ann_file']:
-            classes, masks = dataset.metainfo['classes'], 'segm' in (node.get('metric') or ())
-            check_evaluated(f'{path}.ann_file', node['ann_file'], read[0], classes, masks)
+        if len(read) == 1 and node.get('ann_file') and '://' not in node['ann_file']:
+            truth = check_evaluated(
+                f'{path}.ann_file', node['ann_file'], read[0], dataset.metainfo['classes']
+            )
+            if not node.get('format_only'):
+                truth.check_evaluable(masks='segm' in (node.get('metric') or ()))
 
 
 def _check_folders(cfg: Config, splits: Sequence[str]) -> None:

@@ -4,7 +4,8 @@ import argparse
 import math
 import os
 import os.path as osp
-from typing import Optional
+from pathlib import Path
+from typing import Optional, Union
 
 from mmengine.config import Config
 from mmengine.registry import RUNNERS, init_default_scope
@@ -101,11 +102,11 @@ def load_config(args: argparse.Namespace, work: Optional[str] = None) -> Config:
     return cfg
 
 
-def read_config(file: str) -> Config:
+def read_config(file: Union[str, Path]) -> Config:
     """The config of a file, as it stands there.
 
     Args:
-        file (str): Its path.
+        file (str or Path): Its path.
 
     Raises:
         CommandError: There is no such file, or it cannot be read.

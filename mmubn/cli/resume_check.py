@@ -44,12 +44,12 @@ def check_resumed(cfg: Config, source: str, checkpoint: dict, model: nn.Module) 
             'momentum',
             file=sys.stderr,
         )
-    saved = checkpoint.get('optimizer', {})
-    if 'optimizer' in checkpoint and not saved:
+    elif not checkpoint['optimizer']:
         raise CommandError(
-            f'--resume: in {source} the state of the optimizer is {saved!r}, which cannot be '
-            f'resumed; {remedy}'
+            f'--resume: in {source} the state of the optimizer is {checkpoint["optimizer"]!r}, '
+            f'which cannot be resumed; {remedy}'
         )
+    saved = checkpoint.get('optimizer', {})
     # Several optimizers, or a wrapper with a constructor of its own, lay theirs out otherwise.
     if 'param_groups' in saved and 'optimizer' in (cfg.get('optim_wrapper') or {}):
         differences += _optimizer_differences(cfg, source, checkpoint, model, remedy)

@@ -66,9 +66,10 @@ def survey_config(
     if checkpoint is not None:
         check_fit('--checkpoint', checkpoint, read_checkpoint('--checkpoint', checkpoint), cfg)
     else:
-        check_pretrained(cfg)
+        checked = build_model(cfg)
+        check_pretrained(cfg, checked)
         if cfg.get('load_from'):
-            check_load_from(cfg, build_model(cfg))
+            check_load_from(cfg, checked)
     model = MODELS.build(cfg.model)
     checkpoint = checkpoint or cfg.get('load_from')
     if checkpoint is None:

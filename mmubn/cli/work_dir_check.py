@@ -1,14 +1,11 @@
 """Checks that the work directory can take what is written into it."""
 
-import errno
-import os
-import tempfile
 from typing import Optional
 
 from mmengine.config import Config
 from torch import nn
 
-from ..writing import nearest_existing
+from ..writing import OTHER_PLACE, file_fault, folder_fault
 from .checkpoint_check import build_model
 from .errors import CommandError
 from .walk import walk
@@ -35,7 +32,7 @@ def check_work_dir(cfg: Config, model: Optional[nn.Module] = None) -> None:
         folders['default_hooks.checkpoint.out_dir'] = hook['out_dir']
     size = _checkpoint_bytes(cfg, build_model(cfg) if model is None else model)
     for key, folder in folders.items():
-        _reserve(key, folder, size)
+        _fail(key, folder_fault(folder, size, _OTHER))
 
 
 def check_results(cfg: Config, model: Optional[nn.Module] = None) -> None:
@@ -65,14 +62,10 @@ def check_output(key: str, file: str) -> None:
     Raises:
         CommandError: It is a folder, may not be changed, or nothing can be written beside it.
     """
-    if os.path.isdir(file):
-        raise CommandError(f'{key}: {file} is a folder; name a file')
-    if os.path.exists(file) and not os.access(file, os.W_OK):
-        raise CommandError(f'{key}: {file} may not be changed; name another file')
-    check_writable(key, os.path.dirname(file))
+    _fail(key, file_fault(file))
 
 
-def check_writable(key: str, folder: str, remedy: str = 'name another place') -> None:
+def check_writable(key: str, folder: str, remedy: str = OTHER_PLACE) -> None:
     """Writes a file into the folder, or the nearest above it that exists, and takes it away.
 
     Args:
@@ -83,23 +76,12 @@ def check_writable(key: str, folder: str, remedy: str = 'name another place') ->
     Raises:
         CommandError: Nothing can be written there.
     """
-    _reserve(key, folder, 1, remedy)
+    _fail(key, folder_fault(folder, remedy=remedy))
 
 
-def _reserve(key: str, folder: str, size: int, remedy: str = _OTHER) -> None:
-    existing = nearest_existing(folder)
-    try:
-        with tempfile.TemporaryFile(dir=existing) as file:
-            os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise CommandError(
-                f'{key}: no room in {existing} for a checkpoint of {size / 1e6:.1f} MB '
-                f'({error.strerror}); {remedy}'
-            ) from error
-        raise CommandError(
-            f'{key}: cannot write to {existing} ({error.strerror}); {remedy}'
-        ) from error
+def _fail(key: str, fault: str) -> None:
+    if fault:
+        raise CommandError(f'{key}: {fault}')
 
 
 def _checkpoint_bytes(cfg: Config, model: nn.Module) -> int:

@@ -135,11 +135,6 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         dtype=None,
         **unknown,
     ) -> None:
-        _check_fct(fct)
-        if fct is not None and not track_running_stats:
-            raise ValueError(
-                'fct needs running statistics: set fct=None or track_running_stats=True'
-            )
         super().__init__(
             num_features,
             eps,
@@ -159,6 +154,10 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         self.fct_warmup = fct_warmup
         self.fct_interval = fct_interval
         self.fct_stride = fct_stride
+        if fct is not None and not track_running_stats:
+            raise ValueError(
+                'fct needs running statistics: set fct=None or track_running_stats=True'
+            )
         tau = torch.ones((), device=device, dtype=dtype) if track_running_stats else None
         self.register_buffer('running_similarity', tau)
         # Neither is a buffer, which would be saved, averaged over processes and copied by EMA.

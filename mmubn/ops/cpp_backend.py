@@ -286,17 +286,17 @@ def _as(parameters: Parameters, dtype: torch.dtype) -> Parameters:
 
 def _owned(buffers: Buffers, dtype: torch.dtype) -> Buffers:
     """What a step moves, as the library takes it."""
-    wanted = Buffers(dtype, dtype, torch.int64, dtype, torch.bool)
+    wanted = Buffers(dtype, dtype, torch.int64, dtype, torch.bool, torch.int64)
     fits = True
     for name, value, kind in zip(Buffers._fields, buffers, wanted):
         if value is None:
             continue
         if not value.is_cpu:
             raise RuntimeError(f'the input is on cpu, {name} on {value.device}')
-        fits = fits and (value.dtype == kind or kind is None) and value.is_contiguous()
+        fits = fits and value.dtype == kind and value.is_contiguous()
     if fits:
         return buffers
-    return Buffers(*[v if k is None else _with_dtype(v, k) for v, k in zip(buffers, wanted)])
+    return Buffers(*map(_with_dtype, buffers, wanted))
 
 
 def _dense(x: Tensor) -> Tuple[Tensor, bool]:

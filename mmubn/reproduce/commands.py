@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Dict, List, Optional
 
 from ..cli.errors import CommandError
+from ..cli.options import read_config
 from ..paths import ROOT
 from .experiments import EXPERIMENTS, select
 from .logs import read_run
@@ -16,7 +17,6 @@ from .rows import Row
 from .run import (
     Setting,
     as_arguments,
-    load_config,
     make_jobs,
     make_setting,
     run_jobs,
@@ -95,7 +95,7 @@ def run_rows(args: argparse.Namespace) -> None:
         raise CommandError('run: name the experiments, such as table3')
     rows = _rows(args)
     if args.config is not None:
-        detects = load_config(args.config).get('default_scope') == 'mmdet'
+        detects = read_config(args.config).get('default_scope') == 'mmdet'
         for row in rows:
             if detects != row.detects:
                 kinds = ('detection', 'classification')

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .. import plot_condensation
+from ..runs import TABLE
 from .experiments import EXPERIMENTS
 from .logs import Run
 from .report import Line, baseline, mean_sd, paired, several
@@ -154,7 +155,7 @@ def _condensation(lines: Sequence[Line], one_network: bool) -> Dict[str, Figure]
     runs = []
     for line in lines:
         folder = next(iter(line.done.values())).folder
-        if (folder / 'condensation.csv').is_file():
+        if (folder / TABLE).is_file():
             run = plot_condensation.Run(folder)
             run.name = _name(line, lines)
             runs.append(run)

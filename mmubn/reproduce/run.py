@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..benchmark.rows import describe_run
 from ..cli.errors import CommandError
+from ..cli.options import read_config
 from ..paths import ROOT
 from ..runs import checkpoints, replace_text
 from .logs import SETTINGS, read_run
@@ -70,7 +71,7 @@ def make_setting(row: Row, config: Optional[Path] = None) -> Setting:
 
 def _groups(config: Path) -> int:
     """32, or half of the channels of a stem that is too narrow for these."""
-    channels = load_config(config).model.backbone.get('stem_channels', 64)
+    channels = read_config(config).model.backbone.get('stem_channels', 64)
     return max(1, min(32, channels // 2))
 
 
@@ -165,7 +166,7 @@ def make_jobs(
         gpus=gpus,
     )
     for setting in settings:
-        cfg = load_config(setting.config)
+        cfg = read_config(setting.config)
         total = cfg.train_cfg.get('max_epochs')
         if total is None:
             raise CommandError(f'{setting.config}: trains by iterations, no epochs to scale')
@@ -201,17 +202,6 @@ def make_jobs(
             arguments += ['--cfg-options', *listed]
             jobs.append(Job(setting, folder, arguments, record))
     return jobs
-
-
-def load_config(path: Path) -> Config:
-    """The config of a file.
-
-    Raises:
-        CommandError: There is no such file.
-    """
-    if not path.is_file():
-        raise CommandError(f'no config {path}')
-    return Config.fromfile(path)
 
 
 def _condensation_options(cfg: Config, norm: str, wanted: bool) -> Dict[str, Any]:

@@ -177,6 +177,7 @@ def test_unsound_files(cfg, data, reason):
         (lambda a: a.pop('iscrowd'), "no 'iscrowd' in annotation 6; the evaluator needs 0 or"),
         (lambda a: a.update(iscrowd=None), 'iscrowd=None in annotation 6; the evaluator'),
         (lambda a: a.update(segmentation=[[1, 2, 3, 4]]), 'segmentation=[[1, 2, 3, 4]] in annot'),
+        (lambda a: a.update(segmentation=[]), 'segmentation=[] in annotation 6; it must be a list'),
         (lambda a: a.pop('segmentation'), 'segmentation=None in annotation 6; it must be a list'),
     ],
 )
@@ -193,7 +194,7 @@ def test_what_the_evaluator_could_not_read(cfg, change, reason):
     write('val', content(first=4))
     data = content()
     change(data['annotations'][1])
-    if 'segmentation' in data['annotations'][1]:
+    if data['annotations'][1].get('segmentation'):
         write('train', data)
         check_data(cfg, SPLITS)
 
@@ -208,6 +209,16 @@ def test_annotations_beside_crowds(cfg):
     data['annotations'][3]['ignore'] = 1  # but nothing of what it leaves out
     write('train', data)
     check_data(cfg, SPLITS)
+
+
+def test_results_that_are_only_written_need_no_crowds(cfg):
+    data = content(first=4)
+    del data['annotations'][1]['iscrowd']
+    write('val', data)
+    cfg.val_evaluator.format_only = True
+    check_data(cfg, SPLITS)
+    cfg.val_evaluator.ann_file = 'annotations/train.json'
+    assert 'has not the images of val_dataloader' in failure(cfg)
 
 
 def test_bytes_that_are_no_text(cfg):

@@ -294,14 +294,16 @@ inline void march_sums(const Strip<A, K>& strip, const T* dy, const T* ahead, in
   const A* z = strip.rows + q - P;
   if constexpr (K == 3) {
     V seen[K * K];
-    for (int t = 0; t < K * K; t++) seen[t] = t < K ? V{} : load<A>(z + (t / K - 1) * strip.pitch + t % K);
+    for (int t = 0; t < K * K; t++)
+      seen[t] = t < K ? V{} : load<A>(z + (t / K - 1) * strip.pitch + t % K);
     for (int64_t r = 0; r < count; r++) {
       UBN_PREFETCH(ahead + r * W + q);
       UBN_PREFETCH(dy + (r + count) * W + q);
       const V g = load_part<A>(dy + r * W + q, n);
       total += g;
       for (int t = 0; t < K * (K - 1); t++) seen[t] = seen[t + K];
-      for (int v = 0; v < K; v++) seen[K * (K - 1) + v] = load<A>(z + (r + K - 1) * strip.pitch + v);
+      for (int v = 0; v < K; v++)
+        seen[K * (K - 1) + v] = load<A>(z + (r + K - 1) * strip.pitch + v);
       for (int t = 0; t < K * K; t++) s[t] += seen[t] * g;
     }
   } else {

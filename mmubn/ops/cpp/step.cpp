@@ -549,7 +549,8 @@ void ubn_measure(const Layer* layer, const T* x, int similar, A* image_mean, A* 
   }
 }
 
-// Y and statistics (2 C + 1). Without rows it is evaluation, which fills image_mean if there is one.
+// Y and statistics (2 C + 1). Without rows it is evaluation, which fills image_mean if there is
+// one.
 void ubn_normalize(const Layer* layer, const State* state, const T* x, A* image_mean,
                    const A* rows, int64_t ranks, T* y, A* out) {
   const Layer& l = *layer;
