@@ -9,9 +9,10 @@ import torchvision
 from torch import nn
 
 import mmubn
-from mmubn.layers import BNET, IEBN, RBN, UBN, SyncUBN
+from mmubn import layers
+from mmubn.layers import RBN, UBN, SyncUBN
 
-TYPES = dict(UBN=UBN, RBN=RBN, BNET=BNET, IEBN=IEBN)
+TYPES = {kind: getattr(layers, kind) for kind in layers.__all__}
 
 
 @torch.no_grad()
@@ -266,7 +267,7 @@ def test_a_model_without_batch_norm_says_what_it_has():
         mmubn.convert_norm(model, dict(type='UBN'))
 
 
-@pytest.mark.parametrize('kind', ['UBN', 'SyncUBN', 'RBN', 'BNET', 'IEBN'])
+@pytest.mark.parametrize('kind', TYPES)
 def test_tensors_that_keep_their_value_are_the_very_same(kind):
     bn = nn.BatchNorm2d(4)
     bn.weight.requires_grad_(False)
@@ -372,7 +373,7 @@ def test_what_was_changed_on_the_built_layer_is_kept():
     assert sync.kernel is new.kernel
 
 
-@pytest.mark.parametrize('kind', ['UBN', 'SyncUBN', 'RBN', 'BNET', 'IEBN'])
+@pytest.mark.parametrize('kind', TYPES)
 def test_an_affine_layer_in_place_of_one_without(kind):
     model = nn.Sequential(nn.BatchNorm2d(3, affine=False)).eval()
     model[0].running_mean.normal_()

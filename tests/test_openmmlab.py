@@ -17,10 +17,12 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
 import mmubn
-from mmubn.layers import BNET, IEBN, RBN, UBN
+from mmubn import layers
+from mmubn.layers import UBN
 from mmubn.layers.base import RectifiedBatchNorm
 
-TYPES = dict(UBN=UBN, RBN=RBN, BNET=BNET, IEBN=IEBN)
+# In one process SyncUBN is UBN.
+TYPES = {kind: getattr(layers, kind) for kind in layers.__all__ if kind != 'SyncUBN'}
 BACKBONES = {
     'mmdet.ResNet': dict(depth=50),
     'mmdet.ResNeXt': dict(depth=50, groups=32, base_width=4),

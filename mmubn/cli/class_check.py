@@ -8,7 +8,7 @@ from torch import nn
 
 from .data_check import Data, datasets, is_coco, is_custom, open_dataset
 from .errors import CommandError
-from .folder_check import count_labels, read_folders
+from .folder_check import read_folders, read_labels
 from .walk import walk
 
 
@@ -57,7 +57,7 @@ def _count(data: Data) -> Optional[Tuple[int, bool, str]]:
             return len(folders.names), True, f'class folders in {folders.root}'
         classes = dataset.metainfo.get('classes')
         if classes is None and '://' not in dataset.ann_file:
-            number = count_labels(data.path, dataset)
+            number = max(read_labels(data.path, dataset).values()) + 1
             return number, False, f'labels in {dataset.ann_file}'
     else:
         classes = (data.node.get('metainfo') or {}).get('classes')

@@ -12,7 +12,16 @@ from mmengine.utils import is_seq_of
 from .coco_check import CocoFile, check_coco, check_evaluated
 from .config_check import did_you_mean, find_class
 from .errors import CommandError
-from .folder_check import Folders, check_alike, check_images, count_labels, read_folders
+from .folder_check import (
+    Folders,
+    Numbered,
+    check_alike,
+    check_images,
+    check_numbers,
+    labels_of_folders,
+    read_folders,
+    read_labels,
+)
 from .walk import walk
 
 _REMEDY = '--data-root DIR points every dataset and evaluator at another folder'
@@ -166,6 +175,7 @@ def _check_coco_files(cfg: Config, split: str) -> None:
 
 def _check_folders(cfg: Config, splits: Sequence[str]) -> None:
     found: List[Folders] = []
+    numbered: List[Numbered] = []
     for split in dict.fromkeys(('train', *splits)):
         for data in datasets(cfg, split):
             if not is_custom(data.kind):
@@ -175,14 +185,18 @@ def _check_folders(cfg: Config, splits: Sequence[str]) -> None:
                 continue  # a test does not need the training images
             if dataset.with_label and dataset.ann_file and '://' not in dataset.ann_file:
                 if split in splits:
-                    count_labels(data.path, dataset)
+                    labels = labels_of_folders(read_labels(data.path, dataset))
+                    numbered.append(Numbered(data.path, dataset.ann_file, labels))
                 continue
             folders = read_folders(data.path, data.node, dataset)
             if folders is not None:
                 found.append(folders)
+                labels = {name: label for label, name in enumerate(folders.names)}
+                numbered.append(Numbered(data.path, folders.root, labels))
                 if split in splits:
                     check_images(folders, dataset)
     check_alike(found)
+    check_numbers(numbered)
 
 
 def _check_cifar(path: str, dataset: dict, kind: type) -> None:

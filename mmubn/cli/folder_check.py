@@ -2,7 +2,7 @@
 
 import os
 import os.path as osp
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from ..datasets.class_folders import class_folders, foreign_folders, is_foreign
 from .coco_check import missing_files
@@ -18,6 +18,14 @@ class Folders(NamedTuple):
     path: str
     root: str
     names: List[str]
+
+
+class Numbered(NamedTuple):
+    """The labels that images have by their folder, and the folder or file that says so."""
+
+    path: str
+    place: str
+    labels: Dict[str, int]
 
 
 def read_folders(path: str, node: dict, dataset: Any) -> Optional[Folders]:
@@ -151,13 +159,13 @@ def _files(folder: str) -> Iterator[str]:
         yield from (osp.join(place, name) for name in names if not name.startswith('.'))
 
 
-def count_labels(path: str, dataset: Any) -> int:
-    """The least number of classes that the labels of an annotation file need.
+def read_labels(path: str, dataset: Any) -> Dict[str, int]:
+    """The label of each file in the annotation file of a data set.
 
     Raises:
         CommandError: A line is not ``FILE LABEL``, or a file is missing.
     """
-    names: Dict[str, int] = {}
+    labels: Dict[str, int] = {}
     key, file = f'{path}.ann_file', dataset.ann_file
     with open(file, encoding='utf-8') as lines:
         for number, line in enumerate(lines, 1):
@@ -167,20 +175,46 @@ def count_labels(path: str, dataset: Any) -> int:
                     f'{key}: line {number} of {file} is {line.strip()!r}, not FILE LABEL with a '
                     'number from 0 on'
                 )
-            names[name] = int(label)
-    if not names:
+            labels[name] = int(label)
+    if not labels:
         raise CommandError(f'{key}: {file} is empty')
-    missing = missing_files(dataset.img_prefix, names)
+    missing = missing_files(dataset.img_prefix, labels)
     if missing:
         raise CommandError(
             f'{path}.data_prefix: {dataset.img_prefix} has no {missing[0]}; {len(missing)} of '
-            f'{len(names)} images of {file} are missing'
+            f'{len(labels)} images of {file} are missing'
         )
     classes = dataset.metainfo.get('classes')
-    top = max(names, key=names.get)
-    if classes is not None and names[top] >= len(classes):
+    top = max(labels, key=labels.get)
+    if classes is not None and labels[top] >= len(classes):
         raise CommandError(
-            f'{key}: {file} labels {top} {names[top]}, and metainfo has {len(classes)} classes, '
+            f'{key}: {file} labels {top} {labels[top]}, and metainfo has {len(classes)} classes, '
             f'0 to {len(classes) - 1}; number the labels from 0, or name all classes'
         )
-    return names[top] + 1
+    return labels
+
+
+def labels_of_folders(labels: Dict[str, int]) -> Dict[str, int]:
+    """Of the labels of files, those of folders whose files all have one."""
+    found: Dict[str, Set[int]] = {}
+    for file, label in labels.items():
+        found.setdefault(osp.basename(osp.dirname(file)), set()).add(label)
+    return {name: min(own) for name, own in found.items() if name and len(own) == 1}
+
+
+def check_numbers(found: Sequence[Numbered]) -> None:
+    """Compares the labels of folders of one name.
+
+    Raises:
+        CommandError: They differ.
+    """
+    known: Dict[str, Tuple[int, str]] = {}
+    for data in found:
+        for name, label in data.labels.items():
+            other, place = known.setdefault(name, (label, data.place))
+            if other != label:
+                raise CommandError(
+                    f"{data.path}: '{name}' is class {label} by {data.place}, and class {other} by "
+                    f'{place}; number the classes alike in every split (folders are numbered from '
+                    '0 in the order of their names)'
+                )

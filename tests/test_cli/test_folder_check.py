@@ -271,7 +271,7 @@ def test_imagenet_of_fewer_classes(cfg):
         ('apple/0.png 0\nbear/0.png one\n', "line 2 of ./list.txt is 'bear/0.png one', not FILE"),
         ('apple/0.png 0\n\n', "line 2 of ./list.txt is '', not FILE LABEL"),
         ('apple/0.png 0\nbear/1.png 1\n', './train has no bear/1.png; 1 of 2 images of ./list.txt'),
-        ('apple/0.png 1\nbear/0.png 2\ncat/0.png 3\n', 'model.head.num_classes=3, and there are '),
+        ('apple/0.png 1\nbear/0.png 2\ncat/0.png 3\n', "'apple' is class 0 by ./val, and class 1"),
     ],
 )  # fmt: skip
 def test_lists_of_labels(cfg, lines, reason):
@@ -280,9 +280,41 @@ def test_lists_of_labels(cfg, lines, reason):
     assert reason in failure(cfg)
 
 
+def test_lists_that_begin_at_one(cfg):
+    Path('list.txt').write_text('apple/0.png 1\nbear/0.png 2\ncat/0.png 3\n')
+    cfg.train_dataloader.dataset.ann_file = cfg.val_dataloader.dataset.ann_file = 'list.txt'
+    assert 'model.head.num_classes=3, and there are 4 labels in ./list.txt' in failure(cfg)
+
+
 def test_sound_list_of_labels(cfg):
     Path('list.txt').write_text('apple/0.png 0\nbear/0.png 1\n')
     cfg.train_dataloader.dataset.ann_file = 'list.txt'
     check(cfg)
     cfg.train_dataloader.dataset.metainfo = dict(classes=('apple',))
     assert 'labels bear/0.png 1, and metainfo has 1 classes, 0 to 0' in failure(cfg)
+
+
+def test_lists_that_number_the_folders_otherwise(cfg):
+    right = ''.join(f'{name}/0.png {label}\n' for label, name in enumerate(NAMES))
+    wrong = 'apple/0.png 1\nbear/0.png 0\ncat/0.png 2\n'
+    val = cfg.val_dataloader.dataset
+    val.ann_file = 'val.txt'
+    Path('val.txt').write_text(right)
+    check(cfg)
+    Path('val.txt').write_text(wrong)
+    assert failure(cfg).startswith(
+        "val_dataloader.dataset: 'apple' is class 1 by ./val.txt, and class 0 by ./train; number "
+    )
+    cfg.train_dataloader.dataset.ann_file = 'train.txt'
+    Path('train.txt').write_text(wrong)
+    check(cfg)
+    Path('train.txt').write_text(right)
+    assert "'apple' is class 1 by ./val.txt, and class 0 by ./train.txt; number" in failure(cfg)
+    # Folders that hold several classes say nothing.
+    for split in ('train', 'val'):
+        for name in NAMES:
+            Path(split, name, '0.png').rename(Path(split, f'{name}.png'))
+        numbers = range(3) if split == 'train' else (1, 0, 2)
+        lines = [f'{name}.png {label}' for name, label in zip(NAMES, numbers)]
+        Path(f'{split}.txt').write_text('\n'.join(lines))
+    check(cfg)

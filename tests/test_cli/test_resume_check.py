@@ -50,6 +50,7 @@ def trained(cfg: Config, epochs: int = 3) -> dict:
 
 
 def told(capsys, checkpoint: dict, cfg: Config) -> str:
+    capsys.readouterr()  # what mmengine logged of the training, if a test before has set it up
     check_resumed(cfg, 'x.pth', checkpoint, model())
     return capsys.readouterr().err
 

@@ -4,7 +4,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-KINDS = ('UBN', 'SyncUBN', 'RBN', 'BNET', 'IEBN')
+from mmubn import layers
+
+KINDS = layers.__all__
 
 
 @torch.no_grad()
