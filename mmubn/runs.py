@@ -59,35 +59,64 @@ def read_scalars(work_dir: PathLike) -> Scalars:
     """Reads every ``<time stamp>/vis_data/scalars.json`` of a work directory.
 
     What a resumed training repeats replaces what was there from that step on. A training
-    that started anew in the same directory replaces all that was there.
+    that started anew in the same directory replaces all that was there, unless it was broken
+    off before its first checkpoint and an earlier one was resumed after it.
 
     Args:
         work_dir (str or Path): The work directory.
     """
-    scalars = Scalars()
-    seen: Dict[str, Dict[int, int]] = {}  # name -> step -> the last iteration logged before
-    last = 0
+    begun: List[_Training] = []
     logs = Path(work_dir).glob('*/vis_data/scalars.json')
     for log in sorted(log for log in logs if _STAMP.fullmatch(log.parts[-3])):
         lines = list(_json_lines(log))
-        if lines and _started_anew(log):
-            scalars, seen, last = Scalars(), {}, 0
+        steps = [line['step'] for line in lines if 'lr' in line]
+        if lines and (not begun or _started_anew(log)):
+            begun.append(_Training())
+        elif steps:
+            # The newest that came to where this one goes on; its checkpoint was overwritten.
+            begun.sort(key=lambda training: training.reaches(steps))
         for line in lines:
-            step = line['step']
-            if 'lr' in line:
-                if step <= last:
-                    _go_back(scalars, seen, step)
-                scalars.train.append(line)
-                last = step
-                continue
-            for name, value in line.items():
-                if _is_metric(name, value):
-                    curve = scalars.metrics.setdefault(name, {})
-                    for later in [other for other in curve if other >= step]:
-                        del curve[later]
-                    curve[step] = value
-                    seen.setdefault(name, {})[step] = last
-    return scalars
+            begun[-1].add(line)
+    return begun[-1].scalars if begun else Scalars()
+
+
+class _Training:
+    """One training from its start, through all its resumptions."""
+
+    def __init__(self) -> None:
+        self.scalars = Scalars()
+        self.last = 0
+        self._seen: Dict[str, Dict[int, int]] = {}  # name -> step -> the last iteration before
+
+    def add(self, line: Dict[str, Any]) -> None:
+        """Takes a line of the log."""
+        step = line['step']
+        if 'lr' in line:
+            if step <= self.last:
+                self._go_back(step)
+            self.scalars.train.append(line)
+            self.last = step
+            return
+        for name, value in line.items():
+            if _is_metric(name, value):
+                curve = self.scalars.metrics.setdefault(name, {})
+                for later in [other for other in curve if other >= step]:
+                    del curve[later]
+                curve[step] = value
+                self._seen.setdefault(name, {})[step] = self.last
+
+    def reaches(self, steps: List[int]) -> bool:
+        """Whether these steps follow its own, or repeat them, without a gap."""
+        own = [0, *(line['step'] for line in self.scalars.train)]
+        gaps = [b - a for part in (own, steps) for a, b in zip(part, part[1:])]
+        return own[-1] + max(gaps, default=0) >= steps[0]
+
+    def _go_back(self, step: int) -> None:
+        """Drops what was logged from an iteration on."""
+        self.scalars.train = [line for line in self.scalars.train if line['step'] < step]
+        for name, curve in self.scalars.metrics.items():
+            for epoch in [epoch for epoch in curve if self._seen[name][epoch] >= step]:
+                del curve[epoch]
 
 
 def _json_lines(path: Path) -> Iterator[Dict[str, Any]]:
@@ -105,14 +134,6 @@ def _started_anew(log: Path) -> bool:
     config = log.with_name('config.py')
     text = config.read_text(errors='replace') if config.is_file() else ''
     return bool(text.strip()) and not re.search(r'^resume = True$', text, re.MULTILINE)
-
-
-def _go_back(scalars: Scalars, seen: Dict[str, Dict[int, int]], step: int) -> None:
-    """Drops what was logged from an iteration on."""
-    scalars.train = [line for line in scalars.train if line['step'] < step]
-    for name, curve in scalars.metrics.items():
-        for epoch in [epoch for epoch in curve if seen[name][epoch] >= step]:
-            del curve[epoch]
 
 
 def _is_metric(name: str, value: Any) -> bool:

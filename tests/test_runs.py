@@ -76,6 +76,23 @@ def test_a_training_that_started_anew_replaces_all(tmp_path):
     assert scalars.metrics == {'accuracy/top1': {1: 7.0}}
 
 
+def test_a_start_by_mistake_between_a_training_and_its_resumption(tmp_path):
+    again = 'resume = True\n'
+    log(tmp_path, '20260101_000000', [train(10), train(20), val(1, 1.0), train(35)], 'lr = 1\n')
+    log(tmp_path, '20260101_000001', [train(10, loss=7.0)], 'lr = 1\n')  # without --resume
+    log(tmp_path, '20260101_000002', [train(30), train(40), val(2, 2.0)], again)
+    scalars = read_scalars(tmp_path)
+    assert steps(scalars) == [10, 20, 30, 40]
+    assert scalars.train[0]['loss'] == 1.0
+    assert scalars.metrics == {'accuracy/top1': {1: 1.0, 2: 2.0}}
+    # One that reached a checkpoint of its own was meant.
+    log(tmp_path, '20260101_000003', [train(10, loss=9.0), val(1, 3.0), train(25)], 'lr = 1\n')
+    log(tmp_path, '20260101_000004', [train(30), val(2, 4.0)], again)
+    scalars = read_scalars(tmp_path)
+    assert steps(scalars) == [10, 25, 30]
+    assert scalars.metrics == {'accuracy/top1': {1: 3.0, 2: 4.0}}
+
+
 # --- Condensation.
 
 

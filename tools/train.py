@@ -4,10 +4,9 @@ import argparse
 from typing import Optional, Sequence
 
 from mmengine.config import Config
-from mmengine.device import get_device
 
 import mmubn  # noqa: F401  registers UBN for configs without custom_imports
-from mmubn.cli.errors import CommandError, command
+from mmubn.cli.errors import command
 from mmubn.cli.options import build_runner, load_config, make_parser
 from mmubn.cli.preflight import preflight
 from mmubn.cli.processes import on_main_process, start_processes
@@ -37,14 +36,10 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
 def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     """Lays the options of training over the config."""
     if args.amp:
-        if get_device() == 'cpu':
-            raise CommandError('--amp needs a GPU')
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
-        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
-            raise CommandError('--auto-scale-lr: the config has no auto_scale_lr.base_batch_size')
-        cfg.auto_scale_lr.enable = True
+        cfg.merge_from_dict({'auto_scale_lr.enable': True})
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume

@@ -3,9 +3,11 @@
 import contextlib
 import copy
 import logging
+import os
 import pickle
 import re
-from typing import Dict, Iterator, List, Optional
+import traceback
+from typing import Dict, Iterator, List, Optional, Tuple
 
 import torch
 from mmengine.config import Config
@@ -241,11 +243,28 @@ def build_model(cfg: Config) -> nn.Module:
         if 'argument' not in str(error):
             raise
         raise CommandError(f'{_refusing(cfg, str(error))}: {error}') from error
-    except KeyError as error:
-        if 'must contain the key "type"' not in str(error):
-            raise
-        reason = str(error.args[0]).splitlines()[0]
-        raise CommandError(f'model: a type is left out: {reason}') from error
+    except (AssertionError, KeyError, ValueError) as error:
+        reason = (str(error.args[0]) if error.args else type(error).__name__).splitlines()[0]
+        if 'must contain the key "type"' in reason:
+            raise CommandError(f'model: a type is left out: {reason}') from error
+        path, place = _raised_in(error, cfg)
+        raise CommandError(f'{path}: {reason} ({place})') from error
+
+
+def _raised_in(error: Exception, cfg: Config) -> Tuple[str, str]:
+    """The path of the part of the model whose constructor raised, and the place in the code."""
+    path = place = 'model'
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        place = f'{"/".join(frame.f_code.co_filename.split(os.sep)[-2:])}, line {line}'
+        kind = type(frame.f_locals.get('self'))
+        if issubclass(kind, nn.Module):
+            found = (where for where, node in walk(cfg.model, 'model') if _is_of(node, kind))
+            path = next(found, path)
+    return path, place
+
+
+def _is_of(node: dict, kind: type) -> bool:
+    return 'type' in node and find_class(node, MODELS) is kind
 
 
 def _lacks_norm(node: dict) -> bool:

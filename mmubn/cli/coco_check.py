@@ -197,7 +197,7 @@ def check_evaluated(key: str, file: str, coco: CocoFile, classes: Sequence[str])
         CocoFile: What the evaluator reads.
 
     Raises:
-        CommandError: It lacks an image, or numbers the classes otherwise.
+        CommandError: It is of other images, or numbers the classes otherwise.
     """
     if osp.realpath(file) == osp.realpath(coco.file):
         return coco
@@ -208,6 +208,13 @@ def check_evaluated(key: str, file: str, coco: CocoFile, classes: Sequence[str])
             f'has not the images of {coco.key}, {coco.file}: {len(strange)} of '
             f'{len(coco.images)} ids are missing, as {strange[0]!r}; name the same file in both'
         )
+    for identity, image in coco.images.items():
+        names = [osp.basename(found['file_name']) for found in (other.images[identity], image)]
+        if names[0] != names[1]:
+            other.fail(
+                f'has image {identity!r} as {names[0]}, and {coco.key}, {coco.file}, as '
+                f'{names[1]}: it is of other images; name the same file in both'
+            )
     numbered = [[n for n in c.categories.values() if n in classes] for c in (coco, other)]
     if numbered[0] != numbered[1]:
         other.fail(

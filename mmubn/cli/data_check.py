@@ -181,7 +181,7 @@ def _check_folders(cfg: Config, splits: Sequence[str]) -> None:
             if folders is not None:
                 found.append(folders)
                 if split in splits:
-                    check_images(folders, dataset.extensions)
+                    check_images(folders, dataset)
     check_alike(found)
 
 

@@ -103,20 +103,30 @@ def check_alike(found: Sequence[Folders]) -> None:
         )
 
 
-def check_images(folders: Folders, suffixes: Sequence[str]) -> None:
+def check_images(folders: Folders, dataset: Any) -> None:
     """Looks for images in the class folders. A folder may be empty, as long as not all are.
 
     Args:
         folders (Folders): The class folders of a data set.
-        suffixes (sequence[str]): Of the files that the data set reads, in lower case.
+        dataset (CustomDataset): The data set.
 
     Raises:
-        CommandError: A folder has files and no image, all are empty, or an image has no bytes.
+        CommandError: A folder has files and no image, all are empty, an image has no bytes, or
+            images would be read that a program left there.
     """
-    number = 0
+    number, suffixes = 0, dataset.extensions
+    skips = _skips_foreign(dataset)
     for name in folders.names:
         place, before, other = osp.join(folders.root, name), number, None
         for file in _files(place):
+            inner = osp.relpath(osp.dirname(file), place).split(os.sep)
+            if inner != ['.'] and any(map(is_foreign, inner)):
+                if skips or not file.lower().endswith(tuple(suffixes)):
+                    continue
+                raise CommandError(
+                    f'{folders.path}: {type(dataset).__name__} reads {file} as an image of '
+                    f"'{name}'; delete the folder {osp.dirname(file)}"
+                )
             if not file.lower().endswith(tuple(suffixes)):
                 other = file
                 continue
@@ -137,8 +147,7 @@ def check_images(folders: Folders, suffixes: Sequence[str]) -> None:
 
 
 def _files(folder: str) -> Iterator[str]:
-    for place, inner, names in os.walk(folder, followlinks=True):
-        inner[:] = [name for name in inner if not is_foreign(name)]
+    for place, _, names in os.walk(folder, followlinks=True):
         yield from (osp.join(place, name) for name in names if not name.startswith('.'))
 
 

@@ -9,7 +9,9 @@ from .checkpoint_check import build_model, check_pretrained, check_start, check_
 from .class_check import check_classes
 from .data_check import check_data
 from .hook_check import check_hooks
+from .metric_check import check_metrics
 from .norm_check import check_norms
+from .value_check import check_training, check_values
 from .work_dir_check import check_results, check_work_dir
 
 Check = Callable[[Config, nn.Module], None]
@@ -27,8 +29,17 @@ def _check_test_data(cfg: Config, model: nn.Module) -> None:
 
 # In the order in which they are made. All get the same model, built for them.
 CHECKS: Dict[str, Sequence[Check]] = dict(
-    train=(_check_training_data, check_hooks, check_start, check_pretrained, check_work_dir),
-    test=(_check_test_data, check_weights, check_results),
+    train=(
+        check_values,
+        check_training,
+        _check_training_data,
+        check_hooks,
+        check_metrics,
+        check_start,
+        check_pretrained,
+        check_work_dir,
+    ),
+    test=(check_values, _check_test_data, check_weights, check_results),
 )
 
 

@@ -1,5 +1,6 @@
 """The file that CondensationHook writes, kept apart from the tables of other trainings."""
 
+import contextlib
 import csv
 import io
 import os
@@ -51,8 +52,13 @@ class CondensationTable:
                 )
             elif iteration:
                 found = read_condensation(path)
-                self.rows = [row for row in found if row['iter'] <= iteration]
-                if len(self.rows) < len(found):
+                source, self.rows = _table_of(path, found, iteration)
+                if source != path:
+                    self.notes.append(
+                        f'{path} is of another training: kept as {_put_aside(path)}; this one goes '
+                        f'on from {source}'
+                    )
+                elif len(self.rows) < len(found):
                     self.notes.append(
                         f'{path} went beyond iteration {iteration}: kept as {_put_aside(path)}'
                     )
@@ -79,6 +85,22 @@ class CondensationTable:
     def close(self) -> None:
         """Ends the writing, and with it the claim on the file."""
         self._file.close()
+
+
+def _table_of(path: Path, found: List[Dict[str, Any]], iteration: int) -> tuple:
+    """The table of the training that goes on, and its rows up to there.
+
+    A training that was started anew in the work directory, and broken off before its first
+    checkpoint, has put aside the table of the one that is resumed now. That one came nearest.
+    """
+    tables = {path: found}
+    for aside in sorted(path.parent.glob(f'{path.stem}_*.csv')):
+        with contextlib.suppress(ValueError):
+            tables[aside] = read_condensation(aside)
+    kept = {
+        table: [row for row in rows if row['iter'] <= iteration] for table, rows in tables.items()
+    }
+    return max(kept.items(), key=lambda entry: max((row['iter'] for row in entry[1]), default=-1))
 
 
 def _lock(file: IO) -> bool:

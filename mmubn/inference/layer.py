@@ -43,21 +43,21 @@ class Constants:
     r"""What a layer computes with, float64; None is what it does without.
 
     :math:`Y = \mathrm{dwconv}_k(g (V - q); T) + \beta` with
-    :math:`q = \text{shift\_weight} \, p + \text{shift\_bias}` and
+    :math:`q = \text{shift} - \text{center\_weight} \, p` and
     :math:`g = \mathrm{sigmoid}(\text{scale\_weight} \, p + \text{scale\_bias})`.
     """
 
     taps: Tensor  # T, (C, k, k)
     bias: Optional[Tensor]  # beta, (C,)
-    shift_weight: Optional[Tensor]  # -w_m, (C,)
-    shift_bias: Optional[Tensor]  # d, (C,)
+    center_weight: Optional[Tensor]  # w_m, (C,)
+    shift: Optional[Tensor]  # d, (C,)
     scale_weight: Optional[Tensor]  # a, (C,)
     scale_bias: Optional[Tensor]  # b, (C,)
 
     @property
     def per_image(self) -> bool:
         """Whether anything depends on the image."""
-        return self.shift_weight is not None or self.scale_weight is not None
+        return self.center_weight is not None or self.scale_weight is not None
 
     @property
     def kernel_size(self) -> int:
@@ -106,8 +106,8 @@ def constants_of(norm: nn.Module) -> Constants:
     return Constants(
         taps=taps,
         bias=_unless_zero(read('bias')),
-        shift_weight=None if center_weight is None else -center_weight,
-        shift_bias=_unless_zero(mean),
+        center_weight=center_weight,
+        shift=_unless_zero(mean),
         scale_weight=scale_weight,
         scale_bias=scale_bias,
     )
@@ -129,16 +129,16 @@ def fold(norm: nn.Module) -> Tuple[Fold, Optional[Constants]]:
     scale = _rstd(norm) if c.kernel_size > 1 else c.taps[:, 0, 0]
     # s is 0 where gamma is. X has no way into Y there, and nothing may be divided by s.
     inverse = torch.where(scale.abs() > _TINY, 1 / scale, 0.0)
-    offset, shift_bias = -scale * mean, None
-    if c.shift_weight is not None:
+    offset, shift = -scale * mean, None
+    if c.center_weight is not None:
         # With e / (1 + w_m) no d is left; but where 1 + w_m is about 0, digits would cancel.
-        gain = 1 - c.shift_weight
+        gain = 1 + c.center_weight
         safe = gain.abs() > 0.5
         offset = torch.where(safe, offset / gain, offset)
-        shift_bias = _unless_zero(torch.where(safe, 0.0, gain * offset + scale * mean))
+        shift = _unless_zero(torch.where(safe, 0.0, gain * offset + scale * mean))
     if c.kernel_size == 1 and not c.per_image:
         return Fold(scale, offset if c.bias is None else offset + c.bias), None
-    rest = replace(c, taps=c.taps * inverse[:, None, None], shift_bias=shift_bias)
+    rest = replace(c, taps=c.taps * inverse[:, None, None], shift=shift)
     if c.kernel_size == 1:
         rest = replace(rest, taps=torch.ones_like(c.taps))
     if c.scale_weight is not None:  # a m + b of X is this of V, as m = (p - e) / s
@@ -168,97 +168,135 @@ class InferenceNorm(nn.Module):
     def __init__(self, constants: Constants, dtype: torch.dtype, owns_input: bool) -> None:
         super().__init__()
         self.owns_input = owns_input
-        self.affine: Optional[nn.Conv2d] = None
+        self.affine: Optional[DepthwiseConv2d] = None
         taps, bias = constants.taps, constants.bias
         if constants.kernel_size > 1:
-            self.affine, bias = depthwise(constants, dtype), None
+            self.affine, bias = DepthwiseConv2d(constants, dtype), None
         one = constants.kernel_size > 1 or bool((taps == 1).all())
-        for name, value, shape in (
-            ('shift_weight', constants.shift_weight, (-1, 1, 1, 1)),  # a depthwise kernel
-            ('shift_bias', constants.shift_bias, (-1,)),
-            ('scale_weight', constants.scale_weight, (-1, 1, 1, 1)),
-            ('scale_bias', constants.scale_bias, (-1,)),
-            ('weight', None if one else taps, (1, -1, 1, 1)),
-            ('bias', bias, (1, -1, 1, 1)),
+        for name, value in (
+            ('center_weight', constants.center_weight),
+            ('shift', constants.shift),
+            ('scale_weight', constants.scale_weight),
+            ('scale_bias', constants.scale_bias),
+            ('weight', None if one else taps.view(-1)),
+            ('bias', bias),
         ):
-            self.register_buffer(name, None if value is None else value.to(dtype).view(shape))
-        # What says to a backend that mu is in the offset and sigma^2 is 1.
-        like = taps.new_ones(len(taps), dtype=dtype)
-        self.register_buffer('_ones', like, persistent=False)
-        self.register_buffer('_zeros', torch.zeros_like(like), persistent=False)
+            self.register_buffer(name, None if value is None else value.to(dtype))
+        _add_neutral(self, taps, dtype)
 
     def forward(self, input: Tensor) -> Tensor:  # BatchNorm's name, which some give
-        v = input
-        # A backend's convolution is faster than torch's; what is left otherwise is made in place.
-        if self.affine is not None and not tracing() and v.numel() and not v.requires_grad:
-            backend = backends.choose('auto', v, self.affine.kernel_size[0])
-            if backend is not backends.TORCH:
-                return self._by(backend, v)
+        v, affine = input, self.affine
         in_place = self.owns_input and not v.requires_grad
+        # Without a convolution, a large image is better changed in place, by torch.
+        aside = affine is None and in_place and v.numel() >= _LARGE
+        backend = None if aside else _backend(v, affine)
+        if backend is not None:
+            weight, kernel, bias = self.weight, None, self.bias
+            if affine is not None:
+                kernel, bias = affine.weight, affine.bias
+            parameters = Parameters(
+                self._ones if weight is None else weight,
+                kernel,
+                bias,
+                self.center_weight,
+                self.scale_weight,
+                self.scale_bias,
+            )
+            return _evaluate(backend, v, parameters, self.shift, self)
         pooled = _pool(v)
-        factor, shift = self.weight, self.shift_bias
+        shift, factor = self.shift, self.weight
+        if self.center_weight is not None:
+            shift = _per_channel(pooled, -self.center_weight, shift)
         if self.scale_weight is not None:
             factor = torch.sigmoid(_per_channel(pooled, self.scale_weight, self.scale_bias))
-            factor = factor if self.weight is None else factor * self.weight
-        if self.shift_weight is not None:
-            shift = _per_channel(pooled, self.shift_weight, self.shift_bias)
-        elif shift is not None:
-            shift = shift.view(1, -1, 1, 1)
+            factor = factor if self.weight is None else factor * _channels(self.weight)
         # A subtraction: onnxruntime would make an addition in its blocked format, slowly.
         if shift is not None:
-            v = v.sub_(shift) if in_place else v - shift
+            v = v.sub_(_channels(shift)) if in_place else v - _channels(shift)
         if factor is not None:
-            v = v.mul_(factor) if in_place else v * factor
-        if self.affine is not None:
-            return self.affine(v)
+            v = v.mul_(_channels(factor)) if in_place else v * _channels(factor)
+        if affine is not None:
+            return affine(v)
         if self.bias is None:
             return v
-        return v.add_(self.bias) if in_place else v + self.bias
-
-    @torch.no_grad()
-    def _by(self, backend: Backend, v: Tensor) -> Tensor:
-        """In one call of a backend's own code: as a step of UBN in evaluation."""
-
-        def channels(value: Optional[Tensor]) -> Optional[Tensor]:
-            return None if value is None else value.view(-1)
-
-        parameters = Parameters(
-            weight=self._ones if self.weight is None else channels(self.weight),
-            kernel=self.affine.weight,
-            bias=self.affine.bias,
-            center_weight=None if self.shift_weight is None else -channels(self.shift_weight),
-            scale_weight=channels(self.scale_weight),
-            scale_bias=channels(self.scale_bias),
-        )
-        mean = self._zeros if self.shift_bias is None else self.shift_bias
-        settings = Settings(eps=0.0, training=False, scale_from_input=True)
-        return backend.normalize(v, None, None, parameters, Buffers(mean, self._ones), settings)[0]
+        return v.add_(_channels(self.bias)) if in_place else v + _channels(self.bias)
 
     def extra_repr(self) -> str:
         """What is computed of each image."""
-        offset = None if self.shift_weight is None else 'offset'
+        offset = None if self.center_weight is None else 'offset'
         factor = None if self.scale_weight is None else 'factor'
         return ', '.join(filter(None, (offset, factor)))
 
 
-def depthwise(constants: Constants, dtype: torch.dtype) -> nn.Conv2d:
-    """The depthwise convolution with T and beta."""
-    channels, size = len(constants.taps), constants.kernel_size
-    conv = nn.utils.skip_init(  # initial values would move the random generator
-        nn.Conv2d,
-        channels,
-        channels,
-        size,
-        padding=size // 2,
-        groups=channels,
-        bias=constants.bias is not None,
-        device=constants.taps.device,
-        dtype=dtype,
-    ).requires_grad_(False)
-    conv.weight.copy_(constants.taps[:, None])
-    if constants.bias is not None:
-        conv.bias.copy_(constants.bias)
-    return conv.eval()
+class DepthwiseConv2d(nn.Conv2d):
+    """The depthwise convolution with T and beta, by a backend's own code where there is one.
+
+    Args:
+        constants (Constants): T and beta among them.
+        dtype (torch.dtype): Of weight and bias.
+    """
+
+    def __init__(self, constants: Constants, dtype: torch.dtype) -> None:
+        channels, size = len(constants.taps), constants.kernel_size
+        # Initial values, which are none on meta, would move the random generator.
+        super().__init__(
+            channels,
+            channels,
+            size,
+            padding=size // 2,
+            groups=channels,
+            bias=constants.bias is not None,
+            device='meta',
+            dtype=dtype,
+        )
+        self.to_empty(device=constants.taps.device).requires_grad_(False).eval()
+        with torch.no_grad():
+            self.weight.copy_(constants.taps[:, None])
+            if constants.bias is not None:
+                self.bias.copy_(constants.bias)
+        _add_neutral(self, constants.taps, dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        backend = _backend(input, self)
+        if backend is None:
+            return super().forward(input)
+        parameters = Parameters(self._ones, self.weight, self.bias)
+        return _evaluate(backend, input, parameters, None, self)
+
+
+def _add_neutral(module: nn.Module, taps: Tensor, dtype: torch.dtype) -> None:
+    """What says to a backend that mu is in the offset, sigma^2 is 1, and gamma in the taps."""
+    ones = taps.new_ones(len(taps), dtype=dtype)
+    module.register_buffer('_ones', ones, persistent=False)
+    module.register_buffer('_zeros', torch.zeros_like(ones), persistent=False)
+
+
+def _backend(v: Tensor, affine: Optional[nn.Conv2d]) -> Optional[Backend]:
+    """The backend whose own code can serve, which torch's operations are slower than."""
+    if tracing() or not v.numel() or v.requires_grad:
+        return None
+    if affine is not None and affine.weight.requires_grad:
+        return None
+    backend = backends.choose('auto', v, 1 if affine is None else affine.kernel_size[0])
+    return None if backend is backends.TORCH else backend
+
+
+# Numbers in a tensor from which on new memory costs more than a few calls of torch.
+_LARGE = 1 << 20
+# eps=0 with a variance of 1, and the sigmoid sees the mean of the input, as constants want it.
+_EVALUATION = Settings(eps=0.0, training=False, scale_from_input=True)
+
+
+def _evaluate(
+    backend: Backend,
+    v: Tensor,
+    parameters: Parameters,
+    shift: Optional[Tensor],
+    module: nn.Module,
+) -> Tensor:
+    """One call of a backend, as a step of UBN in evaluation."""
+    running = Buffers(module._zeros if shift is None else shift, module._ones)
+    return backend.normalize(v, None, None, parameters, running, _EVALUATION)[0]
 
 
 def _to_onnx() -> bool:
@@ -275,13 +313,18 @@ def _pool(v: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(v, 1)
 
 
+def _channels(value: Tensor) -> Tensor:
+    """(C,), or (N, C, 1, 1) as it is, against (N, C, H, W)."""
+    return value.view(-1, 1, 1) if value.dim() == 1 else value
+
+
 def _per_channel(pooled: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-    """``weight * pooled + bias`` of (N, C, 1, 1), with a weight of (C, 1, 1, 1)."""
+    """``weight * pooled + bias`` of (N, C, 1, 1), with (C,) each."""
     if _to_onnx():
         # One node in place of two, which runtimes fuse with the sigmoid. Torch is slow at it.
-        return F.conv2d(pooled, weight, bias, groups=weight.shape[0])
-    weight = weight.transpose(0, 1)
-    return pooled * weight if bias is None else torch.addcmul(bias.view_as(weight), pooled, weight)
+        return F.conv2d(pooled, weight.view(-1, 1, 1, 1), bias, groups=len(weight))
+    weight = _channels(weight)
+    return pooled * weight if bias is None else torch.addcmul(_channels(bias), pooled, weight)
 
 
 # A scale below it counts as 0: float32 has no reciprocal of it worth the name.

@@ -13,7 +13,7 @@ from .. import layers
 from ..convert import _drop_and_activate
 from ..layers.base import RectifiedBatchNorm
 from .graph import Calls, read_forward, watch_run
-from .layer import Constants, Fold, InferenceNorm, constants_of, depthwise, fold
+from .layer import Constants, DepthwiseConv2d, Fold, InferenceNorm, constants_of, fold
 
 logger = logging.getLogger('mmubn')
 
@@ -178,14 +178,14 @@ def _replacement(norm: nn.Module, conv: Optional[nn.Module]) -> Tuple[nn.Module,
         constants = constants_of(norm)
     if constants is None:
         new, left = nn.Identity(), 'nothing'
-    elif constants.per_image or (constants.kernel_size > 1 and constants.shift_bias is not None):
+    elif constants.per_image or (constants.kernel_size > 1 and constants.shift is not None):
         new = InferenceNorm(constants, dtype, owns_input=conv is not None)
         parts = dict(
-            offset=constants.shift_weight, factor=constants.scale_weight, convolution=new.affine
+            offset=constants.center_weight, factor=constants.scale_weight, convolution=new.affine
         )
         left = ', '.join(name for name, value in parts.items() if value is not None)
     elif constants.kernel_size > 1:
-        new, left = depthwise(constants, dtype), 'convolution'
+        new, left = DepthwiseConv2d(constants, dtype), 'convolution'
     else:
         new, left = _batch_norm(norm, constants), 'BatchNorm2d'
     hooks = norm._forward_hooks

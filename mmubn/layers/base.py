@@ -149,7 +149,7 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
         """Whether this step belongs into the running statistics."""
         if self.momentum is None and self.num_batches_tracked is None:
             return False  # no average without a count
-        return self.training and self.track_running_stats and self.running_mean is not None
+        return bool(self.training and self.track_running_stats and self.running_mean is not None)
 
     def _group(self) -> Optional[Any]:
         """The processes whose batches are one, None where it is this one alone."""
@@ -180,14 +180,12 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
             raise RuntimeError('running_mean and running_var take no gradient: detach them')
         channels, dtype, device = x.shape[1], x.dtype, x.device
         wider = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+        vector, kernel = (channels,), parameters.kernel
         for name, value in zip(_CHECKED, (*parameters, *running)):
             if value is None:
                 continue
-            if value.shape[0] != channels:
-                raise ValueError(
-                    f'expected {value.shape[0]} channels, got input size {tuple(x.shape)}: '
-                    f'{name} has {value.shape[0]}'
-                )
+            if value.shape != (vector if value is not kernel else _taps_shape(kernel, channels)):
+                _refuse_shape(name, value, x)
             if value.dtype != dtype and value.dtype != wider:
                 raise TypeError(f'mixed dtypes: the input is {dtype}, {name} {value.dtype}')
             if value.device != device:
@@ -268,6 +266,21 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
         shown += ('kernel_size', 'center', 'scale')
         settings = ', '.join(f'{name}={getattr(self, name)}' for name in shown)
         return f'{self.num_features}, {settings}'
+
+
+def _taps_shape(kernel: Tensor, channels: int) -> tuple:
+    side = (1, *kernel.shape)[-1] | 1  # never that of an even one
+    return channels, 1, side, side
+
+
+def _refuse_shape(name: str, value: Tensor, x: Tensor) -> None:
+    channels = len(value) if value.dim() else 1
+    if channels != x.shape[1]:
+        raise ValueError(
+            f'expected {channels} channels, got input size {tuple(x.shape)}: {name} has {channels}'
+        )
+    wanted = '(C, 1, k, k) with an odd k' if name == 'kernel' else '(C,)'
+    raise ValueError(f'{name} must have the shape {wanted}, got {tuple(value.shape)}')
 
 
 def _set_identity(kernel: Tensor) -> Tensor:

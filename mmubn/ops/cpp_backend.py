@@ -265,7 +265,15 @@ def _state(buffers: Buffers, settings: Settings) -> bytes:
 
 
 def _pointer(value: Optional[Tensor]) -> int:
-    return 0 if value is None else value.data_ptr()
+    return 0 if value is None else value.data_ptr() or _refuse(value)
+
+
+def _refuse(value: Tensor) -> None:
+    """A tensor that keeps its numbers elsewhere; 0 would be read as none at all."""
+    raise RuntimeError(
+        f'got mixed torch.Tensor and {type(value).__name__}: the input is plain, '
+        'a parameter or buffer is not'
+    )
 
 
 def _gradient(parameter: Optional[Tensor]) -> Optional[Tensor]:

@@ -326,6 +326,16 @@ def test_evaluator_of_other_data(cfg):
     write('other', content(names=('other', 'thing'), first=4))
     cfg.val_evaluator.ann_file = 'annotations/other.json'
     assert "numbers the classes 'other', 'thing', and val_dataloader.dataset.ann" in failure(cfg)
+    write('other', renamed(content(first=4), 'there/'))
+    check_data(cfg, SPLITS)  # the same images in another folder
+    write('other', renamed(content(first=4), 'other_'))
+    assert 'has image 4 as other_4.png, and val_dataloader.dataset.ann_file' in failure(cfg)
+
+
+def renamed(data: dict, prefix: str) -> dict:
+    for image in data['images']:
+        image['file_name'] = prefix + image['file_name']
+    return data
 
 
 @pytest.mark.parametrize(

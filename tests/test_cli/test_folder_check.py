@@ -131,6 +131,19 @@ def test_foreign_folders_are_no_classes(cfg, name):
     assert sorted(dataset.get_gt_labels()) == [0, 1, 2]
 
 
+def test_foreign_folders_that_would_be_read(cfg):
+    shutil.copytree('val/cat', 'val/cat/deep/.ipynb_checkpoints')
+    if cfg.train_dataloader.dataset.type == 'CachedImageFolder':
+        check(cfg)
+        return
+    assert failure(cfg) == (
+        'val_dataloader.dataset: CustomDataset reads ./val/cat/deep/.ipynb_checkpoints/0.png as an '
+        "image of 'cat'; delete the folder ./val/cat/deep/.ipynb_checkpoints"
+    )
+    Path('val/cat/deep/.ipynb_checkpoints/0.png').rename('val/cat/deep/.ipynb_checkpoints/0.txt')
+    check(cfg)
+
+
 def test_foreign_folders_inside_of_a_class():
     for folder in ('train/a', 'train/a/.ipynb_checkpoints', 'train/a/deep'):
         Path(folder).mkdir(parents=True)

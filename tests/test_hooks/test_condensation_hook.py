@@ -225,6 +225,22 @@ def test_rows_beyond_an_earlier_checkpoint_are_kept_aside(tmp_path):
     assert old.read_bytes() == before
 
 
+def test_a_start_by_mistake_between_a_training_and_its_resumption(tmp_path):
+    make_runner(tmp_path, hooks=[HOOK], epochs=2).train()
+    before = table(tmp_path)
+    begun = make_runner(tmp_path, hooks=[HOOK], epochs=3)  # without resume=True, and broken off
+    next(hook for hook in begun.hooks if isinstance(hook, CondensationHook)).before_train(begun)
+    runner = make_runner(tmp_path, hooks=[HOOK], epochs=3, resume=True)
+    runner.train()
+    rows = table(tmp_path)
+    assert rows[: len(before)] == before
+    assert column(rows, 'epoch', layer='norm', where='fixed/input') == [0, 1, 2, 3]
+    assert 'condensation.csv is of another training: kept as' in log_of(runner)
+    assert {row['epoch'] for path in other_tables(tmp_path) for row in read_condensation(path)} == {
+        *(0, 1, 2)
+    }
+
+
 def test_a_foreign_file_is_kept(tmp_path):
     (tmp_path / 'condensation.csv').write_text('mine')
     make_runner(tmp_path, hooks=[HOOK], epochs=1).train()

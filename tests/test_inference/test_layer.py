@@ -95,7 +95,7 @@ def test_what_does_nothing_is_left_out():
     with torch.no_grad():
         norm.center_weight.zero_()
     constants = constants_of(norm)
-    assert constants.shift_weight is None
+    assert constants.center_weight is None
     assert constants.scale_weight is not None
     with torch.no_grad():
         norm.scale_weight.zero_()

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from mmubn import layers
+from mmubn.ops import Parameters
 from mmubn.ops.backend import CPP
 
 CHANNELS = 4
@@ -324,6 +325,36 @@ def test_tensors_elsewhere_and_sparse_ones_are_refused(kind):
         copy.deepcopy(layer).to('meta')(torch.randn(2, CHANNELS, 3, 3))
     with pytest.raises(TypeError, match='expected a dense float input'):
         layer(torch.randn(2, CHANNELS, 3, 3).to_sparse())
+
+
+@pytest.mark.parametrize('name', [*Parameters._fields, 'running_mean', 'running_var'])
+@pytest.mark.parametrize('shape', [(CHANNELS, 2), (CHANNELS, 1, 1, 3), (CHANNELS, 1, 2, 2), ()])
+def test_tensors_of_another_shape_are_refused(kind, name, shape):
+    layer = getattr(layers, kind)(CHANNELS).eval()
+    if getattr(layer, name) is None:
+        return
+    wrong = torch.ones(shape)
+    setattr(layer, name, nn.Parameter(wrong) if name in Parameters._fields else wrong)
+    with pytest.raises(ValueError, match=f'{name} (must have the shape|has 1)'):
+        layer(torch.randn(2, CHANNELS, 5, 5))
+
+
+def test_distributed_parameters_with_a_plain_input_are_refused(kind):
+    tensor = pytest.importorskip('torch.distributed.tensor')
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
+    try:
+        mesh = tensor.init_device_mesh('cpu', (1,))
+        layer = getattr(layers, kind)(CHANNELS)
+        for name, value in list(layer.named_parameters()):
+            there = tensor.distribute_tensor(value.detach(), mesh, [tensor.Replicate()])
+            layer.register_parameter(name, nn.Parameter(there))
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r'mixed torch\.Tensor and DTensor'):
+                layer(torch.randn(2, CHANNELS, 5, 5))
+            layer.eval()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_one_value_a_channel_has_no_statistics(kind):

@@ -220,8 +220,10 @@ def test_weights_cannot_be_resumed(project, fails):
 
 
 def test_other_options(project, fails):
-    line = 'error: --auto-scale-lr: the config has no auto_scale_lr.base_batch_size'
-    assert fails('train', *DATA, '--auto-scale-lr') == line
+    line = 'error: auto_scale_lr.enable=True: the config has no auto_scale_lr.base_batch_size'
+    assert fails('train', *DATA, '--auto-scale-lr').startswith(line)
+    line = 'error: model.backbone: invalid depth 17 for resnet (backbones/resnet.py, line '
+    assert fails('train', *DATA, '--cfg-options', 'model.backbone.depth=17').startswith(line)
     line = 'error: --out x.json: predictions go into a .pkl file'
     assert fails('test', 'tiny.py', 'x.pth', '--out', 'x.json') == line
     line = 'error: --launcher pytorch: start by torchrun or tools/dist_train.sh'
@@ -423,8 +425,15 @@ def test_as_a_process(project):
     assert done.stderr == 'error: config: no file none.py; the project has its own in configs/\n'
 
 
-def test_other_errors_keep_their_traceback(project):
+def test_other_errors_keep_their_traceback(project, fails, monkeypatch):
+    option = '--cfg-options', 'model.backbone.type=NoBackbone'
+    assert fails('train', *DATA, *option).startswith('error: model: NoBackbone is not in the ')
     # mmengine tells the runs of one second apart by the config's name.
     (project / 'tiny.py').rename(project / 'other.py')
-    with pytest.raises(KeyError, match='NoBackbone'):
-        run_tool('train', 'other.py', *DATA[1:], '--cfg-options', 'model.backbone.type=NoBackbone')
+
+    def broken(*arguments, **settings):
+        raise RuntimeError('a bug')
+
+    monkeypatch.setattr('mmpretrain.models.ImageClassifier.__init__', broken)
+    with pytest.raises(RuntimeError, match='a bug'):
+        run_tool('train', 'other.py', *DATA[1:])

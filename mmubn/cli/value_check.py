@@ -1,0 +1,82 @@
+"""Checks numbers and names in a config that are refused after the work directory is made."""
+
+import logging
+import numbers
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.device import get_device
+from torch import nn
+
+from .errors import CommandError
+
+
+def check_values(cfg: Config, model: nn.Module) -> None:
+    """Looks at what Runner, the data loaders and the loops refuse once they are built.
+
+    Args:
+        cfg (Config): The resolved config.
+        model (Module): Not used.
+
+    Raises:
+        CommandError: The first value that cannot be.
+    """
+    for split in ('train', 'val', 'test'):
+        _check_loader(f'{split}_dataloader', cfg.get(f'{split}_dataloader') or {})
+    lengths = cfg.get('train_cfg') or {}
+    for key in ('max_epochs', 'max_iters', 'val_interval'):
+        if lengths.get(key) is not None:
+            _check_count(f'train_cfg.{key}', lengths[key], least=1)
+    level = cfg.get('log_level', 'INFO')
+    if isinstance(level, str) and not isinstance(logging.getLevelName(level), int):
+        raise CommandError(
+            f'log_level: there is no level {level!r}; take DEBUG, INFO, WARNING or ERROR'
+        )
+    if cfg.get('load_from') == '':
+        raise CommandError('load_from: names no file; write None to start without a checkpoint')
+
+
+def check_training(cfg: Config, model: nn.Module) -> None:
+    """Looks at what the optimizer's wrapper refuses.
+
+    Args:
+        cfg (Config): The resolved config.
+        model (Module): Not used.
+
+    Raises:
+        CommandError: Mixed precision without a GPU, or no batch size to scale from.
+    """
+    kind = (cfg.get('optim_wrapper') or {}).get('type') or ''
+    name = kind if isinstance(kind, str) else kind.__name__
+    if name.endswith('AmpOptimWrapper') and get_device() == 'cpu':
+        raise CommandError(
+            'optim_wrapper.type=AmpOptimWrapper needs a GPU; on a CPU, train without --amp, with '
+            '--cfg-options optim_wrapper.type=OptimWrapper'
+        )
+    scaling = cfg.get('auto_scale_lr') or {}
+    if scaling.get('enable') and not scaling.get('base_batch_size'):
+        raise CommandError(
+            'auto_scale_lr.enable=True: the config has no auto_scale_lr.base_batch_size, the batch '
+            'size that its learning rate is for'
+        )
+
+
+def _check_loader(key: str, loader: dict) -> None:
+    if loader.get('batch_size') is not None:
+        _check_count(f'{key}.batch_size', loader['batch_size'], least=1)
+    workers = loader.get('num_workers', 0)
+    _check_count(f'{key}.num_workers', workers, least=0)
+    if workers:
+        return
+    for name, off in (('persistent_workers', False), ('prefetch_factor', None)):
+        if loader.get(name):
+            raise CommandError(
+                f'{key}.num_workers=0: {name}={loader[name]} needs workers; give --cfg-options '
+                f'{key}.{name}={off} too'
+            )
+
+
+def _check_count(key: str, value: Any, least: int) -> None:
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < least:
+        raise CommandError(f'{key}: must be an integer from {least} on, got {value!r}')

@@ -1,0 +1,63 @@
+"""Numbers and names that mmengine or torch would refuse after the work directory is made."""
+
+import pytest
+import torch
+from mmengine.config import Config
+from torch import nn
+
+from mmubn.cli.errors import CommandError
+from mmubn.cli.value_check import check_training, check_values
+
+SOUND = dict(
+    train_dataloader=dict(batch_size=2, num_workers=2, persistent_workers=True),
+    val_dataloader=dict(num_workers=0, persistent_workers=False, prefetch_factor=None),
+    train_cfg=dict(max_epochs=1, val_interval=1),
+    optim_wrapper=dict(type='OptimWrapper'),
+    auto_scale_lr=dict(enable=True, base_batch_size=16),
+)
+
+
+def check(**changes) -> None:
+    cfg = Config(SOUND)
+    cfg.merge_from_dict(changes)
+    check_values(cfg, nn.Module())
+    check_training(cfg, nn.Module())
+
+
+def test_sound_values():
+    check()
+    check(log_level=10, load_from=None)
+    check(log_level='DEBUG', load_from='a.pth')
+
+
+@pytest.mark.parametrize(
+    ('key', 'value', 'reason'),
+    [
+        ('train_dataloader.batch_size', 0, 'must be an integer from 1 on, got 0'),
+        ('train_dataloader.batch_size', 2.0, 'must be an integer from 1 on, got 2.0'),
+        ('val_dataloader.num_workers', -1, 'must be an integer from 0 on, got -1'),
+        (
+            'train_dataloader.num_workers',
+            0,
+            '=0: persistent_workers=True needs workers; give --cfg-options '
+            'train_dataloader.persistent_workers=False too',
+        ),
+        ('train_cfg.max_epochs', 0, 'must be an integer from 1 on, got 0'),
+        ('train_cfg.max_epochs', '12', "must be an integer from 1 on, got '12'"),
+        ('train_cfg.val_interval', 0.5, 'must be an integer from 1 on, got 0.5'),
+        ('log_level', 'LOUD', "there is no level 'LOUD'; take DEBUG, INFO"),
+        ('load_from', '', 'names no file; write None'),
+        ('auto_scale_lr.base_batch_size', None, 'the config has no auto_scale_lr.base_batch_size'),
+    ],
+)
+def test_error_names_the_key(key, value, reason):
+    with pytest.raises(CommandError) as caught:
+        check(**{key: value})
+    assert str(caught.value).startswith(key.split('.')[0])
+    assert reason in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_mixed_precision_needs_a_gpu():
+    with pytest.raises(CommandError, match=r'^optim_wrapper\.type=AmpOptimWrapper needs a GPU'):
+        check(**{'optim_wrapper.type': 'AmpOptimWrapper'})
