@@ -57,3 +57,17 @@ def on_kernel_device(kernel_device):
     """Makes tensors there unless a test says otherwise."""
     with torch.device(kernel_device):
         yield
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> dict:
+    """The figures that the test saves, by the names of their files."""
+    figure = pytest.importorskip('matplotlib.figure').Figure
+    saved, save = {}, figure.savefig
+
+    def savefig(self, path, *arguments, **settings):
+        save(self, path, *arguments, **settings)
+        saved[Path(path).name] = self
+
+    monkeypatch.setattr(figure, 'savefig', savefig)
+    return saved

@@ -235,7 +235,7 @@ def test_plot_holds_the_ratios(tmp_path):
     append_csv(path, rows, COLUMNS)
     picture = tmp_path / 'ratios.png'
     run_tool('benchmark_norm', '--plot-only', '--csv', path, '--plot', picture)
-    assert picture.stat().st_size > 5000
+    assert picture.is_file()
     axes = draw_ratios(read_last_run(path)).axes[0]
     points = {c.get_label(): c.get_offsets().tolist() for c in axes.collections}
     assert points == {'ubn': [[1.5, 0], [1.75, 1]], 'rbn': [[1.25, 0]]}

@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import pytest
 from hand_made import small, write_run
 from tool import run_tool
 
@@ -84,12 +85,28 @@ def test_an_unfinished_run_counts_for_nothing(logs):
     assert '43.00 ± 2.83 | 2 done, 1 part | +2.00 [' in Path('out/report.md').read_text()
 
 
-def test_pictures_of_the_report(logs, capsys):
+def test_pictures_of_the_report(logs, capsys, drawn):
     run_tool('reproduce', *REPORT)
-    pictures = [Path(line).name for line in capsys.readouterr().out.splitlines()]
-    for name in ('table3_epochs', 'table3_time', 'table3_differences', 'table8_time'):
-        assert f'{name}.png' in pictures
-        assert (logs / 'out' / f'{name}.png').stat().st_size > 5000
+    assert {Path(line).name for line in capsys.readouterr().out.splitlines()} >= set(drawn)
+    assert all((logs / 'out' / name).is_file() for name in drawn)
+    assert {'table3_differences.png', 'table8_time.png'} <= set(drawn)
+
+    def curves(picture):
+        axis = drawn[picture].axes[0]
+        return {
+            line.get_label(): [[round(float(v), 2) for v in point] for point in line.get_xydata()]
+            for line in axis.lines
+        }
+
+    bn, ubn = (30.0, 41.67, 42.0), (34.33, 41.67, 44.67)  # means of the seeds
+    epochs = dict(BN=list(map(list, enumerate(bn, 1))), UBN=list(map(list, enumerate(ubn, 1))))
+    assert curves('table3_epochs.png') == epochs
+    assert [y for _, y in curves('table3_time.png')['UBN']] == list(ubn)
+    # 15 iterations an epoch, of 0.2 seconds with UBN.
+    assert [x for x, _ in curves('table3_time.png')['UBN']] == [3.0, 6.0, 9.0]
+    axis = drawn['table3_differences.png'].axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ['UBN']
+    assert axis.containers[0].lines[0].get_xdata() == pytest.approx([8 / 3])
 
 
 def test_our_own_rows_are_set_against_each_other(logs):

@@ -10,18 +10,23 @@ from tool import ROOT, run_tool
 
 def survey(*argv) -> dict:
     run_tool('survey_similarity', *map(str, argv), '--out', 'out')
-    assert Path('out/similarity_survey.png').stat().st_size > 5000
     with Path('out/similarity_survey.csv').open(newline='') as file:
         return {row['layer']: row for row in csv.DictReader(file)}
 
 
 @pytest.mark.parametrize('norm', ['BN', 'UBN'])
-def test_a_classifier(project, capsys, norm):
+def test_a_classifier(project, capsys, drawn, norm):
     arguments = ['--cfg-options', 'model.backbone.norm_cfg._delete_=True']
     arguments += [f'model.backbone.norm_cfg.type={norm}']
     rows = survey('tiny.py', '--data-root', 'images', '--batches', 2, *arguments)
     assert len(rows) == 20
     assert all(-1 <= float(row['similarity']) <= 1 for row in rows.values())
+    layers, gates = drawn['similarity_survey.png'].axes
+    similarities = [float(row['similarity']) for row in rows.values()]
+    assert layers.lines[0].get_xdata() == pytest.approx(similarities, abs=1e-4)
+    shut = [key for key in next(iter(rows.values())) if key.startswith('shut_at_')]
+    counts = [sum(row[key] == 'True' for row in rows.values()) for key in shut]
+    assert list(gates.lines[0].get_ydata()) == counts
     out = capsys.readouterr().out
     assert 'ImageClassifier, 2 training batches' in out
     assert 'backbone.layer4.1.bn2' in out
