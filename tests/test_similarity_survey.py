@@ -162,10 +162,13 @@ def test_of_no_run(tmp_path):
         mmubn.read_survey(path)
 
 
-def test_picture_and_rows(tmp_path):
+def test_picture_and_rows(tmp_path, drawn):
     found = survey(0.02, 0.12, 0.2)
     found.plot(tmp_path / 'picture.png')
-    assert (tmp_path / 'picture.png').read_bytes().startswith(b'\x89PNG')
+    assert (tmp_path / 'picture.png').is_file()
+    layers, gates = drawn['picture.png'].axes
+    assert layers.lines[0].get_xdata() == pytest.approx([0.02, 0.12, 0.2])
+    assert list(gates.lines[0].get_ydata()) == [len(found.shut(t)) for t in found.thresholds]
     row = found.to_list()[1]
     assert row['layer'] == 'n1'
     assert (row['shut_at_0.1'], row['shut_at_0.15']) == (False, True)
