@@ -62,7 +62,16 @@ setup(
             'onedl-mmpretrain>=1.3.6',
             'pycocotools>=2.0.11',
         ],
-        'test': ['pytest', 'hypothesis', 'ruff', 'timm', 'onnx', 'onnxscript', 'onnxruntime'],
+        'test': [
+            'pytest',
+            'pytest-xdist',
+            'hypothesis',
+            'ruff',
+            'timm',
+            'onnx',
+            'onnxscript',
+            'onnxruntime',
+        ],
     },
     cmdclass={'build_py': BuildWithConfigs},
 )
