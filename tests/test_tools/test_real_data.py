@@ -57,5 +57,5 @@ def test_both_norms_of_table_6_in_the_small_detector():
     run_tool('reproduce', 'run', *rows, *arguments, '--cfg-options', *options)
     run_tool('reproduce', 'report', *rows, '--out', 'out')
     text = Path('out/report.md').read_text()
-    assert re.search(r'\| UBN \| loss \|  \|  \| \d\.\d\d \| 1 done \|', text)
+    assert re.search(r'\| UBN \| loss \|  \|  \|  \| \d\.\d\d \| 1 done \|', text)
     assert Path('out/table6_loss.png').is_file()
