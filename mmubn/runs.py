@@ -85,8 +85,12 @@ class _Training:
 
     def __init__(self) -> None:
         self.scalars = Scalars()
-        self.last = 0
         self._seen: Dict[str, Dict[int, int]] = {}  # name -> step -> the last iteration before
+
+    @property
+    def last(self) -> int:
+        """The last iteration that was logged; 0 before the first."""
+        return self.scalars.train[-1]['step'] if self.scalars.train else 0
 
     def add(self, line: Dict[str, Any]) -> None:
         """Takes a line of the log."""
@@ -95,7 +99,6 @@ class _Training:
             if step <= self.last:
                 self._go_back(step)
             self.scalars.train.append(line)
-            self.last = step
             return
         for name, value in line.items():
             if _is_metric(name, value):
@@ -109,7 +112,7 @@ class _Training:
         """Whether these steps follow its own, or repeat them, without a gap."""
         own = [0, *(line['step'] for line in self.scalars.train)]
         gaps = [b - a for part in (own, steps) for a, b in zip(part, part[1:])]
-        return own[-1] + max(gaps, default=0) >= steps[0]
+        return self.last + max(gaps, default=0) >= steps[0]
 
     def _go_back(self, step: int) -> None:
         """Drops what was logged from an iteration on."""

@@ -123,21 +123,17 @@ def check_images(folders: Folders, dataset: Any) -> None:
             images would be read that a program left there.
     """
     number, suffixes = 0, dataset.extensions
-    skips = _skips_foreign(dataset)
     for name in folders.names:
         place, before, other = osp.join(folders.root, name), number, None
-        for file in _files(place):
-            inner = osp.relpath(osp.dirname(file), place).split(os.sep)
-            if inner != ['.'] and any(map(is_foreign, inner)):
-                if skips or not file.lower().endswith(tuple(suffixes)):
-                    continue
+        for file, foreign in _files(place, _skips_foreign(dataset)):
+            if not file.lower().endswith(tuple(suffixes)):
+                other = other if foreign else file
+                continue
+            if foreign:
                 raise CommandError(
                     f'{folders.path}: {type(dataset).__name__} reads {file} as an image of '
                     f"'{name}'; delete the folder {osp.dirname(file)}"
                 )
-            if not file.lower().endswith(tuple(suffixes)):
-                other = file
-                continue
             number += 1
             # To ask for the size of a million files takes minutes where they lie on a network.
             if number <= _MOST_SIZES and osp.isfile(file) and osp.getsize(file) == 0:
@@ -154,9 +150,16 @@ def check_images(folders: Folders, dataset: Any) -> None:
         )
 
 
-def _files(folder: str) -> Iterator[str]:
-    for place, _, names in os.walk(folder, followlinks=True):
-        yield from (osp.join(place, name) for name in names if not name.startswith('.'))
+def _files(folder: str, skips_foreign: bool) -> Iterator[Tuple[str, bool]]:
+    """The files that are not hidden, and whether they lie in a folder that a program made."""
+    for place, inner, names in os.walk(folder, followlinks=True):
+        if skips_foreign:
+            inner[:] = [name for name in inner if not is_foreign(name)]
+        # Told once for each folder: there may be millions of files.
+        foreign = place != folder and any(map(is_foreign, osp.relpath(place, folder).split(os.sep)))
+        for name in names:
+            if not name.startswith('.'):
+                yield osp.join(place, name), foreign
 
 
 def read_labels(path: str, dataset: Any) -> Dict[str, int]:
