@@ -32,10 +32,24 @@ KERNEL_SIZES = (1, 3, 5, 7)
 # The oldest that was seen to compile them: they carry tuples through loops.
 _TRITON_VERSION = (3, 3)
 # Programs that fill a large GPU; where an image and channel block each give fewer, they
-# are split further.
+# are split further. Those of the convolutions are in Tiles.
 _ENOUGH_PROGRAMS = 1024
 # Small numbers that a program reads at once. One for all shapes, as each takes a compilation.
 _BLOCK = 1024
+
+
+class Tiles(NamedTuple):
+    """How programs share out the convolutions. ``tools/tune_kernels.py`` times others."""
+
+    # Of a row in a program. Each costs 2 k^2 registers in the first backward pass, shared by the
+    # threads: more would leave too few threads on the GPU to hide its latency. Halved for k > 3.
+    values: int = 256
+    warps: int = 4
+    channels: int = 64  # at most, where neighbours in memory are channels
+    columns: int = 128  # at most, where they are columns
+    # At least, times k: the k - 1 that two tiles read must not weigh much.
+    rows: int = 8
+    programs: int = _ENOUGH_PROGRAMS
 
 
 class _Rest(NamedTuple):
@@ -49,9 +63,16 @@ class _Rest(NamedTuple):
 
 
 class TritonBackend:
-    """The :class:`mmubn.ops.interface.Backend` for GPUs, and for Triton's interpreter."""
+    """The :class:`mmubn.ops.interface.Backend` for GPUs, and for Triton's interpreter.
+
+    Args:
+        tiles (Tiles, optional): Of the convolutions.
+    """
 
     name = 'triton'
+
+    def __init__(self, tiles: Optional[Tiles] = None) -> None:
+        self.tiles = tiles or Tiles()
 
     @functools.cached_property
     def _kernels(self) -> ModuleType:
@@ -91,7 +112,7 @@ class TritonBackend:
         settings: Settings,
     ) -> Tuple[Tensor, Optional[Tensor], Tensor]:
         """See :meth:`mmubn.ops.interface.Backend.normalize`."""
-        batch, channels, height, width = x.shape
+        _, channels, height, width = x.shape
         with torch.cuda.device_of(x):
             if image_mean is None and settings.needs_image_mean(parameters):
                 moments = self._moments(x, 0)
@@ -100,7 +121,7 @@ class TritonBackend:
                     image_mean = self._finish(x, moments, None, None)[0]
             statistics = self._decide(x, rows, buffers, settings)
             y = torch.empty_like(x)
-            tiling = _tile(batch, *x.shape[1:], _channels_last(x), parameters.kernel_size)
+            tiling = _tile(self.tiles, *x.shape, _channels_last(x), parameters.kernel_size)
             self._kernels.write_output[tiling.grid](
                 x,
                 y,
@@ -119,6 +140,7 @@ class TritonBackend:
                 settings.scale_from_input,
                 *tiling.blocks,
                 parameters.kernel_size,
+                num_warps=self.tiles.warps,
             )
         return y, image_mean, statistics
 
@@ -135,7 +157,7 @@ class TritonBackend:
         batch, channels, height, width = x.shape
         size = parameters.kernel_size
         dy = _readable(dy, x)
-        groups, share, tiling = _tile_groups(batch, *x.shape[1:], _channels_last(x), size)
+        groups, share, tiling = _tile_groups(self.tiles, *x.shape, _channels_last(x), size)
         parts = groups * tiling.grid[1]
         new = statistics.new_empty
         with torch.cuda.device_of(x):
@@ -166,6 +188,7 @@ class TritonBackend:
                 settings.scale_from_input,
                 *tiling.blocks,
                 size,
+                num_warps=self.tiles.warps,
             )
             weight, calibrated = parameters.weight, parameters.scale_weight is not None
             gradients = Parameters(
@@ -222,10 +245,10 @@ class TritonBackend:
         sums: Sums,
     ) -> Tuple[Tensor, Optional[Tensor]]:
         """See :meth:`mmubn.ops.interface.Backend.backward_input`."""
-        batch, channels, height, width = x.shape
+        _, channels, height, width = x.shape
         rest = sums.rest
         dx, d_center_weight = torch.empty_like(x), _like(parameters.center_weight)
-        tiling = _tile(batch, *x.shape[1:], _channels_last(x), parameters.kernel_size)
+        tiling = _tile(self.tiles, *x.shape, _channels_last(x), parameters.kernel_size)
         with torch.cuda.device_of(x):
             self._kernels.write_input_gradient[tiling.grid](
                 x,
@@ -251,6 +274,7 @@ class TritonBackend:
                 settings.scale_from_input,
                 *tiling.blocks,
                 parameters.kernel_size,
+                num_warps=self.tiles.warps,
             )
         return dx, d_center_weight
 
@@ -433,32 +457,34 @@ class _Tiling(NamedTuple):
 
 @functools.cache
 def _tile(
-    images: int, channels: int, height: int, width: int, channels_last: bool, kernel_size: int
+    tiles: Tiles,
+    images: int,
+    channels: int,
+    height: int,
+    width: int,
+    channels_last: bool,
+    kernel_size: int,
 ) -> _Tiling:
-    # Values of a row in a program of 128 threads. Each costs 2 k^2 registers in the first
-    # backward pass: more would leave too few threads on the GPU to hide its latency.
-    values = 256 if kernel_size <= 3 else 128
+    values = tiles.values if kernel_size <= 3 else tiles.values // 2
     if channels_last:
-        block_c = min(_power(channels), 64)
+        block_c = min(_power(channels), tiles.channels)
         block_w = min(_power(width), values // block_c)
     else:
-        block_w = min(_power(width), 128)
+        block_w = min(_power(width), tiles.columns)
         block_c = min(_power(channels), values // block_w)
     blocks_c, blocks_w = _cdiv(channels, block_c), _cdiv(width, block_w)
-    # Rows read twice, kernel_size - 1 a tile, must not weigh much.
-    wanted = _cdiv(_ENOUGH_PROGRAMS, blocks_c * blocks_w * images)
-    rows = max(_cdiv(height, wanted), min(height, 8 * kernel_size))
-    tiles = _cdiv(height, rows) * blocks_w
-    return _Tiling((images * blocks_c, tiles), rows, (block_c, block_w))
+    wanted = _cdiv(tiles.programs, blocks_c * blocks_w * images)
+    rows = max(_cdiv(height, wanted), min(height, tiles.rows * kernel_size))
+    return _Tiling((images * blocks_c, _cdiv(height, rows) * blocks_w), rows, (block_c, block_w))
 
 
 @functools.cache
-def _tile_groups(batch: int, *plane: Any) -> Tuple[int, int, _Tiling]:
+def _tile_groups(tiles: Tiles, batch: int, *plane: Any) -> Tuple[int, int, _Tiling]:
     """Groups of images, images of each, tiling: a program of the sums takes one after the other."""
-    groups = min(batch, _cdiv(_ENOUGH_PROGRAMS, _tile(1, *plane).grid[0]))
+    groups = min(batch, _cdiv(tiles.programs, _tile(tiles, 1, *plane).grid[0]))
     share = _cdiv(batch, groups)
     groups = _cdiv(batch, share)
-    return groups, share, _tile(groups, *plane)
+    return groups, share, _tile(tiles, groups, *plane)
 
 
 @functools.cache

@@ -480,17 +480,18 @@ def _program(channels, width, rows, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr
 def _load_taps(
     weight_ptr,
     kernel_ptr,
+    scale,
     c,
     channels,
     DTYPE: tl.constexpr,
     K: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """The k^2 taps of (BLOCK_C, 1) each, row by row; REVERSE begins with the last."""
+    """``scale`` times the k^2 taps, (BLOCK_C, 1) each, row by row; REVERSE begins with the last."""
     mask = c < channels
-    weight = tl.full(c.shape, 1.0, DTYPE)
+    weight = tl.zeros(c.shape, DTYPE) + scale
     if weight_ptr is not None:
-        weight = _load(weight_ptr + c, mask, DTYPE)
+        weight *= _load(weight_ptr + c, mask, DTYPE)
     taps = ()
     for index in tl.static_range(K * K):
         place = K * K - 1 - index if REVERSE else index
@@ -509,55 +510,36 @@ def _load_row(
     width,
     stride_w,
     shift,
-    scale,
-    RECTIFY: tl.constexpr,
+    SHIFTED: tl.constexpr,
     DTYPE: tl.constexpr,
     K: tl.constexpr,
 ):
-    """A row shifted by -p to p columns, zero outside of the image; as X_r where RECTIFY.
+    """A row from -p to p columns aside, zero outside of the image; plus ``shift`` where SHIFTED.
 
     ``inside`` masks channels, columns and the row.
     """
     shifted = ()
+    place = row_ptr + w[None, :].to(tl.int64) * stride_w
     for j in tl.static_range(K):
         column = w[None, :] + (j - K // 2)
         mask = inside & (column >= 0) & (column < width)
-        x = _load(row_ptr + column.to(tl.int64) * stride_w, mask, DTYPE)
-        if RECTIFY:
-            x = tl.where(mask, (x + shift) * scale, 0.0)
+        # Added last: where the stride is 1, no instruction but a part of the load's address.
+        x = _load(place + (j - K // 2) * stride_w, mask, DTYPE)
+        if SHIFTED:
+            x = tl.where(mask, x + shift, 0.0)
         shifted = shifted + (x,)
     return shifted
 
 
 @triton.jit
-def _convolve_row(
-    shifted,
-    taps,
-    DTYPE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    K: tl.constexpr,
-):
-    """What a row adds to the k rows of the output that it touches, the lowest first."""
-    new = (tl.zeros([BLOCK_C, BLOCK_W], DTYPE),) * K
+def _add_row(sums, shifted, taps, K: tl.constexpr):
+    """Adds a row to the k rows of the output that it touches, ``sums``, the lowest first."""
     for j in tl.static_range(K):
         added = ()
         for i in tl.static_range(K):
-            added = added + (new[i] + taps[i * K + j] * shifted[j],)
-        new = added
-    return new
-
-
-@triton.jit
-def _finish_row(carried, new, K: tl.constexpr):
-    """Adds the k contributions of a row; returns the row that has all, and the carried rest."""
-    if K == 1:
-        done, rest = new[0], carried
-    else:
-        done, rest = carried[K - 2] + new[K - 1], (new[0],)
-        for i in tl.static_range(1, K - 1):
-            rest = rest + (carried[i - 1] + new[i],)
-    return done, rest
+            added = added + (sums[i] + taps[i * K + j] * shifted[j],)
+        sums = added
+    return sums
 
 
 @triton.jit
@@ -605,27 +587,28 @@ def write_output(
         SCALE_FROM_INPUT,
         DTYPE,
     )
-    shift, scale = shift[:, None], (factor * rstd)[:, None]
-    taps = _load_taps(weight_ptr, kernel_ptr, c, channels, DTYPE, K, REVERSE=False)
-    bias = tl.zeros([BLOCK_C], DTYPE)
+    shift = shift[:, None]
+    scale = factor * rstd
+    taps = _load_taps(weight_ptr, kernel_ptr, scale, c, channels, DTYPE, K, REVERSE=False)
+    bias = tl.zeros([BLOCK_C, BLOCK_W], DTYPE)
     if bias_ptr is not None:
-        bias = _load(bias_ptr + c, c < channels, DTYPE)
+        bias += _load(bias_ptr + c, c < channels, DTYPE)[:, None]
     columns = (c[:, None] < channels) & (w[None, :] < width)
     image = x_ptr + n * stride_n + c[:, None].to(tl.int64) * stride_c
     place = c[:, None].to(tl.int64) * y_stride_c + w[None, :].to(tl.int64) * y_stride_w
     out = y_ptr + n * y_stride_n + place
-    carried = (tl.zeros([BLOCK_C, BLOCK_W], DTYPE),) * (K - 1)
+    sums = (bias,) * K
     last = tl.minimum(first + rows, height)
     for step in range(last - first + 2 * (K // 2)):
         q = first - K // 2 + step
         inside = columns & (q >= 0) & (q < height)
         row_ptr = image + q * stride_h
-        x_r = _load_row(row_ptr, inside, w, width, stride_w, shift, scale, True, DTYPE, K)
-        new = _convolve_row(x_r, taps, DTYPE, BLOCK_C, BLOCK_W, K)
-        y, carried = _finish_row(carried, new, K)
+        shifted = _load_row(row_ptr, inside, w, width, stride_w, shift, True, DTYPE, K)
+        sums = _add_row(sums, shifted, taps, K)
         h = q - K // 2
-        y = (y + bias[:, None]).to(y_ptr.dtype.element_ty)
+        y = sums[K - 1].to(y_ptr.dtype.element_ty)
         tl.store(out + h * y_stride_h, y, mask=columns & (h >= first))
+        sums = (bias,) + sums[: K - 1]
 
 
 @triton.jit
@@ -716,7 +699,7 @@ def sum_pixels(
     last = tl.minimum(first + rows, height)
     columns = (c[:, None] < channels) & (w[None, :] < width)
     zero = tl.zeros([BLOCK_C, BLOCK_W], DTYPE)
-    taps = _load_taps(weight_ptr, kernel_ptr, c, channels, DTYPE, K, REVERSE=False)
+    taps = _load_taps(weight_ptr, kernel_ptr, 1.0, c, channels, DTYPE, K, REVERSE=False)
     tap_rows = _tap_rows(taps, w, width, DTYPE, K)
     inner_taps = _add_rows(tap_rows, 0, height, False, K)
     d_taps = (zero,) * (K * K)
@@ -755,14 +738,12 @@ def sum_pixels(
             h = q - K // 2
             inside = columns & (h >= 0) & (h < height)
             row_ptr = image + h * stride_h
-            shifted = _load_row(
-                row_ptr, inside, w, width, stride_w, shift[:, None], 1.0, True, DTYPE, K
-            )
+            shifted = _load_row(row_ptr, inside, w, width, stride_w, shift[:, None], True, DTYPE, K)
             if (h < K // 2) | (h + K // 2 >= height):
                 products = _multiply_rows(products, shifted, dys, h, height, True, K)
             else:
                 products = _multiply_rows(products, shifted, dys, h, height, False, K)
-        taps = _load_taps(weight_ptr, kernel_ptr, c, channels, DTYPE, K, REVERSE=False)
+        taps = _load_taps(weight_ptr, kernel_ptr, 1.0, c, channels, DTYPE, K, REVERSE=False)
         d_scale = zero
         added = ()
         for at in tl.static_range(K * K):
@@ -1017,24 +998,25 @@ def write_input_gradient(
     if d_gap_ptr is not None:
         level += _load(d_gap_ptr + n * channels + c, known, DTYPE) / (height * width)
     # dX_r[h, w] sums K[i, j] dY[h - i + p, w - j + p]: the forward with K reversed.
-    taps = _load_taps(weight_ptr, kernel_ptr, c, channels, DTYPE, K, REVERSE=True)
+    taps = _load_taps(weight_ptr, kernel_ptr, 1.0, c, channels, DTYPE, K, REVERSE=True)
     columns = known[:, None] & (w[None, :] < width)
     wide = w[None, :].to(tl.int64)
     image = x_ptr + n * stride_n + c[:, None].to(tl.int64) * stride_c + wide * stride_w
     dy_image = dy_ptr + n * dy_stride_n + c[:, None].to(tl.int64) * dy_stride_c
     out = dx_ptr + n * dx_stride_n + c[:, None].to(tl.int64) * dx_stride_c + wide * dx_stride_w
-    carried = (tl.zeros([BLOCK_C, BLOCK_W], DTYPE),) * (K - 1)
+    zero = tl.zeros([BLOCK_C, BLOCK_W], DTYPE)
+    sums = (zero,) * K
     last = tl.minimum(first + rows, height)
     for step in range(last - first + 2 * (K // 2)):
         q = first - K // 2 + step
         inside = columns & (q >= 0) & (q < height)
         row_ptr = dy_image + q * dy_stride_h
-        dy = _load_row(row_ptr, inside, w, width, dy_stride_w, 0.0, 1.0, False, DTYPE, K)
-        new = _convolve_row(dy, taps, DTYPE, BLOCK_C, BLOCK_W, K)
-        d_x_r, carried = _finish_row(carried, new, K)
+        shifted = _load_row(row_ptr, inside, w, width, dy_stride_w, 0.0, False, DTYPE, K)
+        sums = _add_row(sums, shifted, taps, K)
         h = q - K // 2
         mask = columns & (h >= first)
         centred = _load(image + h * stride_h, mask, DTYPE) - image_mean[:, None]
         through_var = tl.where(moving, (2 * d_var)[:, None] * centred, 0.0)
-        dx = scale * d_x_r + (through_var + level[:, None])
+        dx = scale * sums[K - 1] + (through_var + level[:, None])
         tl.store(out + h * dx_stride_h, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        sums = (zero,) + sums[: K - 1]

@@ -102,12 +102,56 @@ def test_more_than_31_bits_of_elements():
     assert torch.equal(dx[-1], dx[0])
 
 
+def small_network():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), UBN(8), nn.ReLU(), nn.Conv2d(8, 4, 3), UBN(4)
+    return nn.Sequential(*layers).cuda()
+
+
 def test_autocast_network_trains():
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), UBN(8), nn.ReLU(), nn.Conv2d(8, 4, 3), UBN(4)).cuda()
+    net = small_network()
     with torch.autocast('cuda', dtype=torch.bfloat16):
         loss = net(torch.randn(4, 3, 16, 16, device='cuda')).square().mean()
     loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
+
+
+def test_compiled_network_equals_the_eager_one():
+    eager = small_network()
+    compiled = torch.compile(small_network())
+    x = torch.randn(4, 3, 16, 16, device='cuda')
+    for _ in range(2):
+        losses = [network(x).square().mean() for network in (eager, compiled)]
+        torch.testing.assert_close(*losses)
+        for loss in losses:
+            loss.backward()
+    for wanted, got in zip(eager.parameters(), compiled.parameters()):
+        torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-3, atol=1e-4)
+    for wanted, got in zip(eager.buffers(), compiled.buffers()):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_float16_training_with_a_gradient_scaler():
+    """A step whose scaled gradients overflow leaves the parameters; every other one moves them."""
+    network = small_network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler('cuda', init_scale=2.0**40)
+    x, losses, skipped = torch.randn(4, 3, 16, 16, device='cuda'), [], 0
+    for _ in range(60):
+        before = [parameter.detach().clone() for parameter in network.parameters()]
+        with torch.autocast('cuda', dtype=torch.float16):
+            loss = (network(x) - 1).square().mean()
+        optimizer.zero_grad()
+        scale = scaler.get_scale()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        same = all(map(torch.equal, before, network.parameters()))
+        assert same == (scaler.get_scale() < scale)
+        skipped += same
+        losses.append(loss.item())
+    assert 0 < skipped < 40
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_autocast_leaves_the_similarity_in_full_precision():

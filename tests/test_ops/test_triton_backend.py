@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmubn.layers import BNET, IEBN, RBN, UBN, SyncUBN
 from mmubn.ops import Buffers, Parameters, Settings, reference, triton_backend
 from mmubn.ops.backend import TORCH, TRITON
+from mmubn.ops.triton_backend import Tiles
 
 pytest.importorskip('triton', minversion='3.3')
 kernels = pytest.importorskip('mmubn.ops.triton_kernels', exc_type=ImportError)
@@ -36,13 +37,11 @@ def _poisoned_memory():
 @pytest.fixture(params=[1, 1024], ids='programs{}'.format)
 def _programs(request, monkeypatch):
     """With 1 a program takes all images, channels and rows, with 1024 as few as it may."""
-    plans = triton_backend._tile, triton_backend._tile_groups, triton_backend._split_pixels
+    monkeypatch.setattr(TRITON, 'tiles', Tiles(programs=request.param))
     monkeypatch.setattr(triton_backend, '_ENOUGH_PROGRAMS', request.param)
-    for plan in plans:
-        plan.cache_clear()
+    triton_backend._split_pixels.cache_clear()
     yield
-    for plan in plans:
-        plan.cache_clear()
+    triton_backend._split_pixels.cache_clear()
 
 
 def arrange(x, layout):
