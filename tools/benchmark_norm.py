@@ -23,7 +23,7 @@ from typing import Optional, Sequence
 
 import torch
 
-from mmubn.benchmark.norm import LAYOUTS, Bench, Shape, fill_in, run_all
+from mmubn.benchmark.norm import LAYOUTS, Bench, fill_in, parse_shape, run_all
 from mmubn.benchmark.plot import check_picture, plot
 from mmubn.benchmark.report import goals, resnet50_totals
 from mmubn.benchmark.rows import COLUMNS, check_csv, read_last_run
@@ -48,7 +48,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     parser.add_argument('--norms', nargs='+', choices=NORMS, metavar='NORM', help=', '.join(NORMS))
     parser.add_argument(
-        '--shapes', nargs='+', type=_shape, metavar='N,C,H,W', help='of layers, or the model input'
+        '--shapes',
+        nargs='+',
+        type=parse_shape,
+        metavar='N,C,H,W',
+        help='of layers, or the model input',
     )
     parser.add_argument(
         '--dtypes',
@@ -78,16 +82,6 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         parser.error('--device cuda: torch sees no CUDA device')
     fill_in(args)
     return args
-
-
-def _shape(text: str) -> Shape:
-    try:
-        shape = tuple(int(number) for number in text.split(','))
-    except ValueError:
-        shape = ()
-    if len(shape) != 4 or min(shape) < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not N,C,H,W')
-    return shape
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

@@ -1,46 +1,49 @@
 """What a GPU can show of mmubn, in one call of ten minutes: kernel tests, then benchmarks.
 
-    python tools/gpu_check.py                 # rows go to tools/benchmarks/benchmark_norm.csv
+    python tools/gpu_check.py                 # rows go to the CSVs of tools/benchmarks
     python tools/gpu_check.py --minutes 30    # where kernels compile slowly
 
 It needs torch, triton, torchvision and pytest, and no installation of mmubn: its steps get the
-checkout by PYTHONPATH. The steps run in the order
-of STEPS; what the time does not reach is named. Exits with 1 where there is no GPU, a test
-failed or a step was not done.
+checkout by PYTHONPATH. With pytest-xdist the tests run side by side, on a GPU mostly compilations.
+The benchmarks run in the order of BENCHMARKS, each after its kernels are compiled; what the time
+does not reach is named. Exits with 1 where there is no GPU, a test failed or a step was not done.
 """
 
 import argparse
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from itertools import product
 from pathlib import Path
-from typing import List, Optional, Sequence
+from typing import Optional, Sequence
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-# Side by side: on a GPU each is mostly the compilation of kernels, on a core of its own.
 TESTS = [
-    ['tests/test_ops/test_triton_backend.py', '-k', 'step_by_shape'],
-    ['tests/test_ops/test_triton_backend.py', '-k', 'step_by_layer'],
-    ['tests/test_ops/test_triton_backend.py', '-k', 'gate_and'],
-    ['tests/test_ops/test_triton_backend.py', '-k', 'not step_by and not gate_and'],
-    ['tests/test_ops/test_cuda.py'],
-    ['tests/test_layers/test_backend.py'],
+    'tests/test_ops/test_triton_backend.py',
+    'tests/test_ops/test_cuda.py',
+    'tests/test_layers/test_backend.py',
 ]
-_ALL = ['--dtypes', 'bfloat16', 'float32', '--layouts', 'channels_last', 'contiguous']
+_DTYPES, _LAYOUTS = ('bfloat16', 'float32'), ('channels_last', 'contiguous')
+_ALL = ['--dtypes', *_DTYPES, '--layouts', *_LAYOUTS]
+_NORMS = ['bn', 'ubn', 'rbn', 'bnet', 'literal']
 _LAYERS = ['32,64,56,56', '32,256,14,14', '128,64,32,32', '2,256,100,152']
 _R50 = ['--model', 'resnet50', '--norms', 'bn', 'ubn', '--shapes']
 _MASK_RCNN = ['--model', 'mask_rcnn_r50', '--norms', 'bn', 'ubn', '--shapes']
-# Arguments of tools/benchmark_norm.py, one run after the other.
-STEPS = [
-    ['--norms', 'bn', 'ubn', 'rbn', 'bnet', 'literal', '--shapes', *_LAYERS, *_ALL],
-    [*_R50, '32,3,224,224', *_ALL],
-    [*_MASK_RCNN, '2,3,800,1344', *_ALL],
-    [*_R50, '256,3,224,224', *_ALL],
-    [*_MASK_RCNN, '8,3,800,1344', *_ALL],
+# Tools with their arguments, one run after the other.
+BENCHMARKS = [
+    ('benchmark_kernels', ['--shapes', *_LAYERS]),
+    ('benchmark_norm', ['--norms', *_NORMS, '--shapes', *_LAYERS, *_ALL]),
+    ('benchmark_norm', [*_R50, '32,3,224,224', *_ALL]),
+    ('benchmark_norm', [*_MASK_RCNN, '2,3,800,1344', *_ALL]),
+    ('benchmark_kernels', ['--tiles', '--shapes', *_LAYERS[:2]]),
+    ('benchmark_norm', [*_R50, '256,3,224,224', *_ALL]),
+    ('benchmark_norm', [*_MASK_RCNN, '8,3,800,1344', *_ALL]),
 ]
 
 
@@ -50,29 +53,49 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--minutes', type=float, default=10, help='of the call (%(default)s)')
-    parser.add_argument('--csv', type=Path, help="the rows' file (benchmark_norm.py's own)")
+    parser.add_argument('--out', type=Path, help="folder of the CSVs (the tools' own)")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print('gpu_check: torch sees no GPU, so there is nothing to check', file=sys.stderr)
         sys.exit(1)
     end = time.monotonic() + 60 * args.minutes - 15  # to stop in
-    pytest = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider']
-    tests = [_start([*pytest, '-m', 'not slow', *arguments]) for arguments in TESTS]
-    undone = [test.args for test in tests if not _finish(test, end)]
-    benchmark = [sys.executable, str(ROOT / 'tools' / 'benchmark_norm.py'), '--repeats', '15']
-    benchmark += ['--csv', str(args.csv.resolve())] if args.csv else []
-    for arguments in STEPS:
-        step = _start([*benchmark, *arguments])
-        if not _finish(step, end):
-            undone.append(step.args)
+    pytest = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider']
+    if importlib.util.find_spec('xdist'):
+        pytest += ['-n', str(min(os.cpu_count() or 1, 12))]
+    pytest += ['-m', 'not slow', *TESTS]
+    undone = [] if _finish(_start(pytest), end) else [pytest]
+    for tool, arguments in BENCHMARKS:
+        command = [sys.executable, str(ROOT / 'tools' / f'{tool}.py'), *arguments]
+        if tool == 'benchmark_norm':
+            command += ['--repeats', '15']
+            _compile([*command, '--repeats', '1'], end)
+        if args.out:
+            command += ['--csv', str(args.out.resolve() / f'{tool}.csv')]
+        if not _finish(_start(command), end):
+            undone.append(command)
     for command in undone:
         print('failed or out of time:', ' '.join(command))
     sys.exit(1 if undone else 0)
 
 
-def _start(command: List[str]) -> subprocess.Popen:
+def _compile(command: Sequence[str], end: float) -> None:
+    """Fills Triton's cache, a dtype and layout a process: one alone would compile for minutes."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = [
+            _start(
+                [*command, '--dtypes', dtype, '--layouts', layout, '--csv', f'{folder}/{i}.csv'],
+                quiet=True,
+            )
+            for i, (dtype, layout) in enumerate(product(_DTYPES, _LAYOUTS))
+        ]
+        for process in started:
+            _finish(process, end)
+
+
+def _start(command: Sequence[str], quiet: bool = False) -> subprocess.Popen:
     environment = {**os.environ, 'TRITON_INTERPRET': '0', 'PYTHONPATH': str(ROOT)}
-    return subprocess.Popen(command, cwd=ROOT, env=environment)
+    output = subprocess.DEVNULL if quiet else None
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
 
 
 def _finish(process: subprocess.Popen, end: float) -> bool:

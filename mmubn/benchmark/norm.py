@@ -42,6 +42,17 @@ SIMILARITY_NUMBERS = 1 << 23  # N * D
 WARMUP, WARMUP_MODEL = 3, 1  # rounds, after a first run
 
 
+def parse_shape(text: str) -> Shape:
+    """Reads ``N,C,H,W``, for argparse."""
+    try:
+        shape = tuple(int(number) for number in text.split(','))
+    except ValueError:
+        shape = ()
+    if len(shape) != 4 or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not N,C,H,W')
+    return shape
+
+
 def fill_in(args: argparse.Namespace) -> None:
     """Gives the options that were not named the defaults of the device and the subject."""
     kind = args.device.type

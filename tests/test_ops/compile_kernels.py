@@ -16,13 +16,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from mmubn.benchmark.kernels import PASSES
 from mmubn.ops import Buffers, Parameters, Settings, triton_kernels
 from mmubn.ops.triton_backend import TritonBackend
 
-KERNELS = (
-    *('moments', 'squared_sums', 'finish_row', 'decide', 'write_output'),
-    *('sum_pixels', 'reduce_sums', 'write_input_gradient'),
-)
 CUOBJDUMP = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'cuobjdump'
 TYPES = {
     torch.float16: 'fp16',
@@ -119,7 +116,7 @@ def main(architecture, dtype, *kernel_sizes, every_layer=False):
     target = GPUTarget('hip', architecture, 64)
     if architecture.isdecimal():
         target = GPUTarget('cuda', int(architecture), 32)
-    kernels = {name: getattr(triton_kernels, name) for name in KERNELS}
+    kernels = {name: getattr(triton_kernels, name) for name in PASSES}
     x = torch.empty(SHAPE, dtype=getattr(torch, dtype))
     wide = torch.promote_types(x.dtype, torch.float32)
     for size in map(int, kernel_sizes):

@@ -1,0 +1,69 @@
+"""The kernels' benchmark: other tiles compute the same; rows and table say what was measured."""
+
+import pytest
+import torch
+from tool import names_of, run_tool
+
+from mmubn.benchmark.kernels import COLUMNS, OTHER_TILES, PASSES, table, time_kernels, ubn_step
+from mmubn.ops.backend import TORCH
+from mmubn.ops.triton_backend import Tiles, TritonBackend
+
+pytest.importorskip('triton', minversion='3.3')
+
+
+@pytest.mark.usefixtures('on_kernel_device')
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=str)
+# Those that share out an image of this size otherwise.
+@pytest.mark.parametrize(
+    'tiles', [t for t in OTHER_TILES if t.warps == 4 and t.programs == 1024], ids=str
+)
+def test_a_step_is_the_same_with_other_tiles(tiles, layout):
+    """More channels, columns and rows than a tile."""
+    shape = (2, 2, 14, 140) if layout == torch.contiguous_format else (2, 70, 14, 3)
+    x, dy = (torch.randn(shape).contiguous(memory_format=layout) for _ in range(2))
+    results = [ubn_step(backend, x, dy) for backend in (TORCH, TritonBackend(tiles))]
+    (y, dx, sums), (y_tiles, dx_tiles, sums_tiles) = results
+    torch.testing.assert_close(y_tiles, y, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dx_tiles, dx, rtol=1e-4, atol=1e-4)
+    for wanted, got in zip(sums.gradients[:3], sums_tiles.gradients[:3]):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-2)
+
+
+def test_rows_and_table():
+    """A copy of 10 us is 2 passes, so 30 us for write_output's 2 is a third of its speed."""
+    wide = Tiles(values=512)
+    backends = iter([Tiles(), wide])
+
+    def kernel_us(step, device):
+        owner = step.__qualname__.split('.')[0]
+        if owner == 'time_kernels':
+            return {'copy': 10.0}
+        if owner == '_bn_step':
+            return {'statistics': 15.0, 'rest': 25.0}
+        us = 30.0 if next(backends) == Tiles() else 20.0
+        return {'fill': 1.0, **dict.fromkeys(PASSES, us)}
+
+    setting = (2, 3, 4, 4), 'float32', 'contiguous'
+    run = dict.fromkeys(COLUMNS[:6], 'x')
+    rows = time_kernels(run, setting, [wide], torch.device('cpu'), kernel_us)
+    assert [row['kernel'] for row in rows[:2]] == ['copy', 'bn']
+    assert rows[1]['median_us'] == '40'
+    assert len(rows) == 2 + len(PASSES) + 3
+    assert all(set(row) == set(COLUMNS) for row in rows)
+    assert {row['of_copy'] for row in rows if row['kernel'] == 'write_output'} == {'0.333', '0.500'}
+    lines = [line.split() for line in table(rows).splitlines()]
+    assert ['write_output', '30.0', '0.333', '20.0', 'values=512'] in lines
+    assert ['decide', '30.0'] in lines
+    assert lines[-1] == ['ubn,', 'all', 'kernels', '240.0', '6.00', 'x', 'bn']
+
+
+def test_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(SystemExit, match='benchmark_kernels: torch sees no GPU cuda'):
+        run_tool('benchmark_kernels')
+
+
+def test_settings_by_default():
+    args = names_of('benchmark_kernels')['parse_args']([])
+    assert {(64, 512, 4, 4), (2, 256, 100, 152)} <= set(args.shapes)
+    assert (args.dtypes, args.layouts) == (['bfloat16', 'float32'], ['contiguous', 'channels_last'])
