@@ -467,13 +467,21 @@ def decide(
 def _program(channels, width, rows, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr):
     """Image (or group of them), channels, columns and first row of this program.
 
-    The first and the last of 64 bits, as what is multiplied with strides must be.
+    The first is of 64 bits, as what is multiplied with strides must be. Rows are of 32 bits: the loops
+    compare them often, and go from row to row by pointers.
     """
     blocks_c, blocks_w = tl.cdiv(channels, BLOCK_C), tl.cdiv(width, BLOCK_W)
     n = (tl.program_id(0) // blocks_c).to(tl.int64)
     c = (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
     w = (tl.program_id(1) % blocks_w) * BLOCK_W + tl.arange(0, BLOCK_W)
-    return n, c, w, (tl.program_id(1) // blocks_w).to(tl.int64) * rows
+    return n, c, w, tl.program_id(1) // blocks_w * rows
+
+
+@triton.jit
+def _place(ptr, n, c, row, w, stride_n, stride_c, stride_h, stride_w):
+    """Pointers to the channels and columns of a row, which may be outside of the image."""
+    image = ptr + n * stride_n + row.to(tl.int64) * stride_h
+    return image + c[:, None].to(tl.int64) * stride_c + w[None, :].to(tl.int64) * stride_w
 
 
 @triton.jit
@@ -504,7 +512,7 @@ def _load_taps(
 
 @triton.jit
 def _load_row(
-    row_ptr,
+    place,
     inside,
     w,
     width,
@@ -519,7 +527,6 @@ def _load_row(
     ``inside`` masks channels, columns and the row.
     """
     shifted = ()
-    place = row_ptr + w[None, :].to(tl.int64) * stride_w
     for j in tl.static_range(K):
         column = w[None, :] + (j - K // 2)
         mask = inside & (column >= 0) & (column < width)
@@ -594,21 +601,21 @@ def write_output(
     if bias_ptr is not None:
         bias += _load(bias_ptr + c, c < channels, DTYPE)[:, None]
     columns = (c[:, None] < channels) & (w[None, :] < width)
-    image = x_ptr + n * stride_n + c[:, None].to(tl.int64) * stride_c
-    place = c[:, None].to(tl.int64) * y_stride_c + w[None, :].to(tl.int64) * y_stride_w
-    out = y_ptr + n * y_stride_n + place
+    place = _place(x_ptr, n, c, first - K // 2, w, stride_n, stride_c, stride_h, stride_w)
+    out = _place(y_ptr, n, c, first - K // 2 * 2, w, y_stride_n, y_stride_c, y_stride_h, y_stride_w)
     sums = (bias,) * K
     last = tl.minimum(first + rows, height)
     for step in range(last - first + 2 * (K // 2)):
         q = first - K // 2 + step
         inside = columns & (q >= 0) & (q < height)
-        row_ptr = image + q * stride_h
-        shifted = _load_row(row_ptr, inside, w, width, stride_w, shift, True, DTYPE, K)
+        shifted = _load_row(place, inside, w, width, stride_w, shift, True, DTYPE, K)
         sums = _add_row(sums, shifted, taps, K)
         h = q - K // 2
         y = sums[K - 1].to(y_ptr.dtype.element_ty)
-        tl.store(out + h * y_stride_h, y, mask=columns & (h >= first))
+        tl.store(out, y, mask=columns & (h >= first))
         sums = (bias,) + sums[: K - 1]
+        place += stride_h
+        out += y_stride_h
 
 
 @triton.jit
@@ -625,32 +632,36 @@ def _tap_rows(taps, w, width, DTYPE: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def _add_rows(tap_rows, q, height, EDGE: tl.constexpr, K: tl.constexpr):
-    """Those of them that find X from row q; near an EDGE some do not."""
-    total = tl.zeros_like(tap_rows[0])
+def _add_input_gradient(total, tap_rows, dy, q, height, K: tl.constexpr):
+    """Adds row q of dY times the taps that find X from there: its share of the sum of dX_r."""
     for i in tl.static_range(K):
-        row = tap_rows[i]
-        if EDGE:
-            h = q + i - K // 2
-            row = tl.where((h >= 0) & (h < height), row, 0.0)
-        total += row
+        h = q + i - K // 2
+        if (h >= 0) & (h < height):
+            total += tap_rows[i] * dy
     return total
 
 
 @triton.jit
-def _multiply_rows(products, shifted, dys, h, height, EDGE: tl.constexpr, K: tl.constexpr):
+def _multiply_rows(products, shifted, dys, h, height, K: tl.constexpr):
     """Adds row h of X times the k rows of dY that it touches.
 
-    Near an EDGE some of these are outside of the image: zeros, which an X that is not finite
-    may not meet.
+    Not those outside of the image: zeros, which an X that is not finite may not meet.
     """
     added = ()
-    for at in tl.static_range(K * K):
-        x = shifted[at % K]
-        if EDGE:
-            q = h - at // K + K // 2
-            x = tl.where((q >= 0) & (q < height), x, 0.0)
-        added = added + (products[at] + x * dys[at // K],)
+    for i in tl.static_range(K):
+        q = h - i + K // 2
+        row = products[i * K : (i + 1) * K]
+        if (q >= 0) & (q < height):
+            row = _multiply_row(row, shifted, dys[i], K)
+        added = added + row
+    return added
+
+
+@triton.jit
+def _multiply_row(products, shifted, dy, K: tl.constexpr):
+    added = ()
+    for j in tl.static_range(K):
+        added = added + (products[j] + shifted[j] * dy,)
     return added
 
 
@@ -701,7 +712,6 @@ def sum_pixels(
     zero = tl.zeros([BLOCK_C, BLOCK_W], DTYPE)
     taps = _load_taps(weight_ptr, kernel_ptr, 1.0, c, channels, DTYPE, K, REVERSE=False)
     tap_rows = _tap_rows(taps, w, width, DTYPE, K)
-    inner_taps = _add_rows(tap_rows, 0, height, False, K)
     d_taps = (zero,) * (K * K)
     d_bias = zero
     for index in range(tl.minimum(share, batch - group * share)):
@@ -720,29 +730,25 @@ def sum_pixels(
             DTYPE,
         )
         scale = (factor * rstd)[:, None]
-        image = x_ptr + n * stride_n + c[:, None].to(tl.int64) * stride_c
-        place = c[:, None].to(tl.int64) * dy_stride_c + w[None, :].to(tl.int64) * dy_stride_w
-        dy_image = dy_ptr + n * dy_stride_n + place
+        place = _place(x_ptr, n, c, first - K // 2, w, stride_n, stride_c, stride_h, stride_w)
+        dy_place = _place(
+            dy_ptr, n, c, first, w, dy_stride_n, dy_stride_c, dy_stride_h, dy_stride_w
+        )
         products = (zero,) * (K * K)
         d_x_r = zero
         dys = (zero,) * K  # rows h + p, ..., h - p of dY, zero outside of the tile
         for step in range(last - first + 2 * (K // 2)):
             q = first + step
-            dy = _load(dy_image + q * dy_stride_h, columns & (q < last), DTYPE)
+            dy = _load(dy_place, columns & (q < last), DTYPE)
             d_bias += dy
-            covered = inner_taps
-            if (q < K // 2) | (q + K // 2 >= height):
-                covered = _add_rows(tap_rows, q, height, True, K)
-            d_x_r += covered * dy
+            d_x_r = _add_input_gradient(d_x_r, tap_rows, dy, q, height, K)
             dys = (dy,) + dys[: K - 1]
             h = q - K // 2
             inside = columns & (h >= 0) & (h < height)
-            row_ptr = image + h * stride_h
-            shifted = _load_row(row_ptr, inside, w, width, stride_w, shift[:, None], True, DTYPE, K)
-            if (h < K // 2) | (h + K // 2 >= height):
-                products = _multiply_rows(products, shifted, dys, h, height, True, K)
-            else:
-                products = _multiply_rows(products, shifted, dys, h, height, False, K)
+            shifted = _load_row(place, inside, w, width, stride_w, shift[:, None], True, DTYPE, K)
+            products = _multiply_rows(products, shifted, dys, h, height, K)
+            place += stride_h
+            dy_place += dy_stride_h
         taps = _load_taps(weight_ptr, kernel_ptr, 1.0, c, channels, DTYPE, K, REVERSE=False)
         d_scale = zero
         added = ()
@@ -1000,23 +1006,26 @@ def write_input_gradient(
     # dX_r[h, w] sums K[i, j] dY[h - i + p, w - j + p]: the forward with K reversed.
     taps = _load_taps(weight_ptr, kernel_ptr, 1.0, c, channels, DTYPE, K, REVERSE=True)
     columns = known[:, None] & (w[None, :] < width)
-    wide = w[None, :].to(tl.int64)
-    image = x_ptr + n * stride_n + c[:, None].to(tl.int64) * stride_c + wide * stride_w
-    dy_image = dy_ptr + n * dy_stride_n + c[:, None].to(tl.int64) * dy_stride_c
-    out = dx_ptr + n * dx_stride_n + c[:, None].to(tl.int64) * dx_stride_c + wide * dx_stride_w
+    top = first - K // 2
+    dy_place = _place(dy_ptr, n, c, top, w, dy_stride_n, dy_stride_c, dy_stride_h, dy_stride_w)
+    top -= K // 2
+    place = _place(x_ptr, n, c, top, w, stride_n, stride_c, stride_h, stride_w)
+    out = _place(dx_ptr, n, c, top, w, dx_stride_n, dx_stride_c, dx_stride_h, dx_stride_w)
     zero = tl.zeros([BLOCK_C, BLOCK_W], DTYPE)
     sums = (zero,) * K
     last = tl.minimum(first + rows, height)
     for step in range(last - first + 2 * (K // 2)):
         q = first - K // 2 + step
         inside = columns & (q >= 0) & (q < height)
-        row_ptr = dy_image + q * dy_stride_h
-        shifted = _load_row(row_ptr, inside, w, width, dy_stride_w, 0.0, False, DTYPE, K)
+        shifted = _load_row(dy_place, inside, w, width, dy_stride_w, 0.0, False, DTYPE, K)
         sums = _add_row(sums, shifted, taps, K)
         h = q - K // 2
         mask = columns & (h >= first)
-        centred = _load(image + h * stride_h, mask, DTYPE) - image_mean[:, None]
+        centred = _load(place, mask, DTYPE) - image_mean[:, None]
         through_var = tl.where(moving, (2 * d_var)[:, None] * centred, 0.0)
         dx = scale * sums[K - 1] + (through_var + level[:, None])
-        tl.store(out + h * dx_stride_h, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         sums = (zero,) + sums[: K - 1]
+        dy_place += dy_stride_h
+        place += stride_h
+        out += dx_stride_h
