@@ -94,7 +94,10 @@ def moments(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Mean of one share of the pixels, and the sum of squares about it, by Chan's update.
+    """Mean of one share of the pixels, and the sum of squares about it.
+
+    Each place of the tile follows its own, by Welford's update; Chan's puts them together at the
+    end, so the loop has no sum over threads.
 
     A program takes ``together`` blocks of channels of an image. It also writes their part of
     the image's squared norm over every STRIDE-th row and column. FLAT is one stride for all
@@ -110,8 +113,9 @@ def moments(
     for block in range(group * together, tl.minimum((group + 1) * together, blocks_c)):
         c = block * BLOCK_C + tl.arange(0, BLOCK_C)
         image = x_ptr + n.to(tl.int64) * stride_n + c[:, None].to(tl.int64) * stride_c
-        mean = tl.zeros([BLOCK_C], DTYPE)
-        square = tl.zeros([BLOCK_C], DTYPE)
+        means = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
+        squares = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
+        norms = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
         for first in range(start, end, BLOCK_P):
             p = first + tl.arange(0, BLOCK_P)
             mask = (c[:, None] < channels) & (p[None, :] < end)
@@ -119,22 +123,25 @@ def moments(
             if not FLAT:
                 place = (p // width).to(tl.int64) * stride_h + (p % width).to(tl.int64) * stride_w
             x = _load(image + place[None, :], mask, DTYPE)
-            before = first - start
-            here = tl.minimum(end - first, BLOCK_P)
-            weight = here.to(DTYPE) / (before + here)
-            here_mean = tl.sum(x, 1) / here
-            centred = tl.where(mask, x - here_mean[:, None], 0.0)
-            step = here_mean - mean
-            mean += step * weight
-            square += tl.sum(centred * centred, 1) + step * step * (before * weight)
+            step = tl.where(mask, x - means, 0.0)
+            means += step * (1.0 / ((first - start) // BLOCK_P + 1).to(DTYPE))
+            squares += step * (x - means)
             if STRIDE > 1:
                 sampled = (p // width % STRIDE == 0) & (p % width % STRIDE == 0)
-                norm += tl.sum(tl.where(sampled[None, :], x * x, 0.0), 1)
+                norms += tl.where(sampled[None, :], x * x, 0.0)
+        total = end - start
+        counts = tl.maximum((total - tl.arange(0, BLOCK_P) + BLOCK_P - 1) // BLOCK_P, 0)[None, :]
+        weights = counts.to(DTYPE) / total
+        mean = tl.sum(means * weights, 1)
+        mean += tl.sum((means - mean[:, None]) * weights, 1)  # what the first sum rounded off
+        step = means - mean[:, None]
+        square = tl.sum(squares + step * step * counts, 1)
+        norm += tl.sum(norms, 1)
         out = (split * batch + n).to(tl.int64) * channels + c
         tl.store(mean_ptr + out, mean, mask=c < channels)
         tl.store(square_ptr + out, square, mask=c < channels)
         if STRIDE == 1:
-            norm += square + mean * mean * (end - start)
+            norm += square + mean * mean * total
     if norm_ptr is not None:
         part = tl.program_id(0) * tl.num_programs(1) + split
         tl.store(norm_ptr + part, tl.sum(norm, 0))
@@ -467,8 +474,8 @@ def decide(
 def _program(channels, width, rows, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr):
     """Image (or group of them), channels, columns and first row of this program.
 
-    The first is of 64 bits, as what is multiplied with strides must be. Rows are of 32 bits: the loops
-    compare them often, and go from row to row by pointers.
+    The first is of 64 bits, as what is multiplied with strides must be. Rows are of 32 bits: the
+    loops compare them often, and go from row to row by pointers.
     """
     blocks_c, blocks_w = tl.cdiv(channels, BLOCK_C), tl.cdiv(width, BLOCK_W)
     n = (tl.program_id(0) // blocks_c).to(tl.int64)

@@ -286,20 +286,24 @@ def test_half_parameters_and_buffers():
 @pytest.mark.usefixtures('_programs')
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 def test_error_is_at_most_twice_that_of_torch(dtype, kernel_device):
-    """Both beside float64 on the same rounded input."""
+    """Both beside float64 on the same rounded input, over eight of them: rounding is luck."""
     if dtype == torch.bfloat16 and kernel_device == 'cpu':
         pytest.skip('the interpreter cuts off to bfloat16 where a GPU rounds')
-    x, dy = random_input((2, 3, 4, 25), dtype=dtype), torch.randn(2, 3, 4, 25).to(dtype)
-    parameters, buffers = random_parameters(3, 3, torch.float32), random_buffers(3, torch.float32)
-    settings = Settings(fct=0.35)
-    double = Parameters(*[value.double() for value in parameters])
-    oracle = run_step(TORCH, x.double(), dy.double(), double, copy(buffers), settings)
-    eager = run_step(TORCH, x, dy, parameters, copy(buffers), settings)
-    fused = run_step(TRITON, x, dy, parameters, copy(buffers), settings)
-    for expected, by_torch, by_triton in zip(oracle, eager, fused):
-        assert by_triton.dtype == by_torch.dtype
-        allowed = 2 * (by_torch - expected).abs().max() + 2e-6 * expected.abs().max()
-        assert (by_triton - expected).abs().max() <= allowed
+    settings, errors = Settings(fct=0.35), []
+    for _ in range(8):
+        x, dy = random_input((2, 3, 4, 25), dtype=dtype), torch.randn(2, 3, 4, 25).to(dtype)
+        parameters = random_parameters(3, 3, torch.float32)
+        buffers = random_buffers(3, torch.float32)
+        double = Parameters(*[value.double() for value in parameters])
+        oracle = run_step(TORCH, x.double(), dy.double(), double, copy(buffers), settings)
+        eager = run_step(TORCH, x, dy, parameters, copy(buffers), settings)
+        fused = run_step(TRITON, x, dy, parameters, copy(buffers), settings)
+        for expected, by_torch, by_triton in zip(oracle, eager, fused):
+            assert by_triton.dtype == by_torch.dtype
+            largest = expected.abs().max()
+            errors += [(value - expected).abs().max() / largest for value in (by_torch, by_triton)]
+    by_torch, by_triton = torch.stack(errors).view(8, -1, 2).square().mean(0).sqrt().unbind(-1)
+    assert (by_triton <= 2 * by_torch + 2e-6).all(), by_triton / by_torch
 
 
 def test_a_step_has_the_same_bits_every_time():
