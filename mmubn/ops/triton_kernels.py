@@ -709,7 +709,7 @@ def sum_pixels(
     """A program's pixels of dY meet all of X within p of them, image after image of its share.
 
     With P the k^2 sums of (X + h) and dY shifted, those of (X + h) dX_r and of the taps are
-    sums of K P and of a P: the loop needs neither taps nor dX_r.
+    sums of K P and of a P: the loop needs no dX_r, and of the taps their sums by rows alone.
     """
     DTYPE: tl.constexpr = statistics_ptr.dtype.element_ty
     group, c, w, first = _program(channels, width, rows, BLOCK_C, BLOCK_W)
