@@ -493,8 +493,8 @@ def _split_pixels(
 ) -> Tuple[int, int, int, int, int]:
     """Pixels of a split, splits, channel blocks of a program, channels and pixels at once."""
     block_c = min(_power(channels), 64) if channels_last else 1
-    block_p = min(_power(pixels), 2048 // block_c)
-    block_c = min(_power(channels), 2048 // block_p)
+    block_p = min(_power(pixels), 1024 // block_c)
+    block_c = min(_power(channels), 1024 // block_p)
     blocks_p = _cdiv(pixels, block_p)
     programs = batch * _cdiv(channels, block_c)
     splits = min(blocks_p, _cdiv(_ENOUGH_PROGRAMS, programs)) if may_split else 1
