@@ -10,15 +10,14 @@ from multiprocessing import get_context
 from typing import Callable, Dict, Iterator, List, Sequence, Tuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..ops import Buffers, Parameters, Settings
-from ..ops.interface import Backend, Sums
-from ..ops.triton_backend import Tiles, TritonBackend
-from ..ops.utils import statistics_dtype
+from ..ops.backend import TRITON
+from ..ops.triton_backend import Tiles
 from . import measure
-from .norm import LAYOUTS
+from .norm import random_inputs
 from .rows import Row
+from .subjects import layer_step, with_norm
 
 COLUMNS = (
     *('date', 'commit', 'device', 'torch', 'triton', 'mmubn'),
@@ -43,39 +42,9 @@ _CONVOLUTIONS = ('write_output', 'sum_pixels', 'write_input_gradient')
 Setting = Tuple[Tuple[int, ...], str, str]  # shape, dtype, layout
 
 
-def ubn_step(backend: Backend, x: Tensor, dy: Tensor) -> Tuple[Tensor, Tensor, Sums]:
-    """A training step of UBN by a backend, k = 3: Y, dX and what holds the other gradients."""
-    channels = x.shape[1]
-    zeros = x.new_zeros(channels, dtype=statistics_dtype(x.dtype))
-    kernel = torch.full_like(zeros, 0.1)[:, None, None, None].repeat(1, 1, 3, 3)
-    parameters = Parameters(zeros + 1, kernel, zeros, zeros, zeros, zeros)
-    count, gate = zeros.new_zeros((), dtype=torch.int64), zeros.new_zeros((), dtype=torch.bool)
-    buffers = Buffers(zeros.clone(), zeros + 1, count, zeros[0].clone(), gate)
-    settings = Settings(fct=0.15, warmup=10**9)
-    image_mean, row = backend.measure(x, parameters.center_weight, 1)
-    y, image_mean, statistics = backend.normalize(
-        x, image_mean, row[None], parameters, buffers, settings
-    )
-    sums = backend.backward_sums(x, dy, image_mean, statistics, parameters, settings)
-    d_statistics = sums.d_statistics
-    dx, _ = backend.backward_input(x, dy, statistics, d_statistics, parameters, settings, sums)
-    return y, dx, sums
-
-
-def _step(setting: Setting, tiles: Tiles, device: torch.device) -> measure.Step:
-    backend, inputs = TritonBackend(tiles), [_random(setting, device, seed) for seed in range(2)]
-
-    def step() -> Iterator[str]:
-        ubn_step(backend, *inputs)
-        yield 'step'
-
-    return step
-
-
-def _random(setting: Setting, device: torch.device, seed: int) -> Tensor:
-    shape, dtype, layout = setting
-    value = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + 0.5
-    return value.to(device, getattr(torch, dtype)).contiguous(memory_format=LAYOUTS[layout])
+def _step(setting: Setting, norm: str, device: torch.device) -> measure.Step:
+    layer = with_norm(nn.BatchNorm2d(setting[0][1], device=device), norm)
+    return layer_step(layer, *random_inputs(*setting, device))
 
 
 def compile_all(every: Sequence[Setting], tiles: Sequence[Tiles], device: torch.device) -> None:
@@ -86,7 +55,8 @@ def compile_all(every: Sequence[Setting], tiles: Sequence[Tiles], device: torch.
 
 
 def _compile(setting: Setting, tiles: Tiles, device: torch.device) -> None:
-    for _ in _step(setting, tiles, device)():
+    TRITON.tiles = tiles
+    for _ in _step(setting, 'ubn_triton', device)():
         pass
 
 
@@ -111,11 +81,11 @@ def time_kernels(
         1 is the best that can be hoped for.
     """
     shape, dtype, layout = setting
-    x = _random(setting, device, 0)
+    _, dy = random_inputs(*setting, device)
 
     def copy() -> Iterator[str]:
-        x.clone()
-        yield 'step'
+        dy.clone()
+        yield 'copy'
 
     copy_us = sum(kernel_us(copy, device).values())
     same = dict(run, shape=','.join(map(str, shape)), dtype=dtype, layout=layout)
@@ -126,26 +96,15 @@ def time_kernels(
         known = dict(zip(Tiles._fields, map(str, tiles)))
         return dict(same, **known, kernel=kernel, median_us=f'{us:.4g}', of_copy=share)
 
-    bn_us = sum(kernel_us(_bn_step(setting, device), device).values())
+    bn_us = sum(kernel_us(_step(setting, 'bn', device), device).values())
     rows = [row('copy', copy_us), row('bn', bn_us)]
-    for choice in (Tiles(), *tiles):
-        times = kernel_us(_step(setting, choice, device), device)
+    step = _step(setting, 'ubn_triton', device)
+    for choice in (*tiles, Tiles()):  # which are left in place
+        TRITON.tiles = choice
+        times = kernel_us(step, device)
         names = PASSES if choice == Tiles() else _CONVOLUTIONS
         rows += [row(name, times[name], choice) for name in names if name in times]
     return rows
-
-
-def _bn_step(setting: Setting, device: torch.device) -> measure.Step:
-    x, dy = (_random(setting, device, seed) for seed in range(2))
-    norm = nn.BatchNorm2d(x.shape[1], device=device)
-    x.requires_grad_()
-
-    def step() -> Iterator[str]:
-        y = norm(x)
-        torch.autograd.grad(y, [x, *norm.parameters()], dy)
-        yield 'step'
-
-    return step
 
 
 def table(rows: List[Row]) -> str:

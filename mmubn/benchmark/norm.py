@@ -68,6 +68,21 @@ def fill_in(args: argparse.Namespace) -> None:
         args.layouts = args.layouts or list(LAYOUTS)[: 2 if kind == 'cuda' else 1]
 
 
+def random_inputs(
+    shape: Shape, dtype: str, layout: str, device: torch.device
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """X, which requires a gradient, and dY; the same for every run."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random() -> torch.Tensor:
+        # Off zero mean, as the input of most layers is.
+        value = torch.randn(shape, generator=generator) + 0.5
+        value = value.to(device, getattr(torch, dtype))
+        return value.contiguous(memory_format=LAYOUTS[layout])
+
+    return random().requires_grad_(), random()
+
+
 class Bench:
     """One run: measures settings and gives their rows.
 
@@ -93,15 +108,8 @@ class Bench:
 
     def layer(self, shape: Shape, dtype: str, layout: str) -> List[Row]:
         """Forward and backward of the norm layers at one shape."""
-        device, generator = self.args.device, torch.Generator().manual_seed(0)
-
-        def random() -> torch.Tensor:
-            # Off zero mean, as the input of most layers is.
-            value = torch.randn(shape, generator=generator) + 0.5
-            value = value.to(device, getattr(torch, dtype))
-            return value.contiguous(memory_format=LAYOUTS[layout])
-
-        x, dy = random().requires_grad_(), random()
+        device = self.args.device
+        x, dy = random_inputs(shape, dtype, layout, device)
         norms = {
             name: with_norm(nn.BatchNorm2d(shape[1], device=device), name)
             for name in self.args.norms

@@ -39,7 +39,7 @@ _BLOCK = 1024
 
 
 class Tiles(NamedTuple):
-    """How programs share out the convolutions. ``tools/tune_kernels.py`` times others."""
+    """How programs share out the convolutions. ``tools/benchmark_kernels.py`` times others."""
 
     # Of a row in a program. Each costs 2 k^2 registers in the first backward pass, shared by the
     # threads: more would leave too few threads on the GPU to hide its latency. Halved for k > 3.
@@ -63,16 +63,10 @@ class _Rest(NamedTuple):
 
 
 class TritonBackend:
-    """The :class:`mmubn.ops.interface.Backend` for GPUs, and for Triton's interpreter.
-
-    Args:
-        tiles (Tiles, optional): Of the convolutions.
-    """
+    """The :class:`mmubn.ops.interface.Backend` for GPUs, and for Triton's interpreter."""
 
     name = 'triton'
-
-    def __init__(self, tiles: Optional[Tiles] = None) -> None:
-        self.tiles = tiles or Tiles()
+    tiles = Tiles()
 
     @functools.cached_property
     def _kernels(self) -> ModuleType:

@@ -4,9 +4,10 @@ import pytest
 import torch
 from tool import names_of, run_tool
 
-from mmubn.benchmark.kernels import COLUMNS, OTHER_TILES, PASSES, table, time_kernels, ubn_step
-from mmubn.ops.backend import TORCH
-from mmubn.ops.triton_backend import Tiles, TritonBackend
+from mmubn.benchmark.kernels import COLUMNS, OTHER_TILES, PASSES, table, time_kernels
+from mmubn.layers import UBN
+from mmubn.ops.backend import TRITON
+from mmubn.ops.triton_backend import Tiles
 
 pytest.importorskip('triton', minversion='3.3')
 
@@ -17,31 +18,33 @@ pytest.importorskip('triton', minversion='3.3')
 @pytest.mark.parametrize(
     'tiles', [t for t in OTHER_TILES if t.warps == 4 and t.programs == 1024], ids=str
 )
-def test_a_step_is_the_same_with_other_tiles(tiles, layout):
+def test_a_step_is_the_same_with_other_tiles(tiles, layout, monkeypatch):
     """More channels, columns and rows than a tile."""
     shape = (2, 2, 14, 140) if layout == torch.contiguous_format else (2, 70, 14, 3)
     x, dy = (torch.randn(shape).contiguous(memory_format=layout) for _ in range(2))
-    results = [ubn_step(backend, x, dy) for backend in (TORCH, TritonBackend(tiles))]
-    (y, dx, sums), (y_tiles, dx_tiles, sums_tiles) = results
+    monkeypatch.setattr(TRITON, 'tiles', tiles)
+    results = []
+    for backend in ('torch', 'triton'):
+        layer, value = UBN(shape[1], backend=backend), x.clone().requires_grad_()
+        y = layer(value)
+        affine = layer.weight, layer.kernel, layer.bias
+        results.append((y, *torch.autograd.grad(y, [value, *affine], dy)))
+    (y, dx, *gradients), (y_tiles, dx_tiles, *gradients_tiles) = results
     torch.testing.assert_close(y_tiles, y, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(dx_tiles, dx, rtol=1e-4, atol=1e-4)
-    for wanted, got in zip(sums.gradients[:3], sums_tiles.gradients[:3]):
+    for wanted, got in zip(gradients, gradients_tiles):
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-2)
 
 
 def test_rows_and_table():
     """A copy of 10 us is 2 passes, so 30 us for write_output's 2 is a third of its speed."""
     wide = Tiles(values=512)
-    backends = iter([Tiles(), wide])
+    copy, bn = {'copy': 10.0}, {'statistics': 15.0, 'rest': 25.0}
+    ubn, ubn_wide = ({'fill': 1.0, **dict.fromkeys(PASSES, us)} for us in (30.0, 20.0))
+    measured = iter([copy, bn, ubn_wide, ubn])
 
     def kernel_us(step, device):
-        owner = step.__qualname__.split('.')[0]
-        if owner == 'time_kernels':
-            return {'copy': 10.0}
-        if owner == '_bn_step':
-            return {'statistics': 15.0, 'rest': 25.0}
-        us = 30.0 if next(backends) == Tiles() else 20.0
-        return {'fill': 1.0, **dict.fromkeys(PASSES, us)}
+        return next(measured)
 
     setting = (2, 3, 4, 4), 'float32', 'contiguous'
     run = dict.fromkeys(COLUMNS[:6], 'x')
