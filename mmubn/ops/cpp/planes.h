@@ -1,9 +1,8 @@
 // The passes over X with pixels in the lanes: planes of H*W numbers, one after the other (NCHW).
 //
-// A strip of rows is copied into a scratch in the first level cache, converted, with zeros where
-// taps leave the plane. A convolution then marches down the rows of a vector or two of columns:
-// a row is read k times, once a column shift, and added to the k output rows that it touches,
-// which stay in registers. p is k / 2.
+// A convolution marches down the rows of a few vectors of columns: a row is read k times, once a
+// column shift, and added to the k output rows that it touches, which stay in registers. It does
+// so strip by strip of rows, so that what it reads again is in the first level cache. p is k / 2.
 #pragma once
 #include "vec.h"
 
@@ -48,187 +47,214 @@ A plane_mean(const T* x, int64_t hw) {
   return sum<A>((s[0] + s[1]) + (s[2] + s[3]) + load_some<A>(x + q, hw - q)) / A(hw);
 }
 
-// R rows of a plane and p more on each side.
-template <class A, int K>
-class Strip {
- public:
-  static constexpr int P = K / 2, N = Vec<A>::n;
-  static constexpr int64_t NUMBERS = 4096;  // 16 KB of float
+// H rows of W numbers. A vector before them and behind them can be read.
+template <class T>
+struct Plane {
+  const T* pixels;
+  int64_t H, W;
 
-  int64_t R;      // rows of a strip
-  int64_t pitch;  // from row to row: at least p zeros behind each
-  A* rows;        // row 0 is p above the first output row
-
-  Strip(int64_t H, int64_t W, int which = 0) : H_(H), W_(W) {
-    pitch = (W + P + N - 1) / N * N;
-    R = std::max<int64_t>(1, std::min(H, NUMBERS / pitch - 2 * P));
-    static thread_local Buffer memory[2];
-    const int64_t numbers = (R + 2 * P) * pitch + 2 * N;
-    A* base = memory[which].template get<A>(numbers);
-    std::memset(base, 0, numbers * sizeof(A));
-    rows = base + N;
+  // f(first row, how many) for strips of about 16 KB: they stay in the first level cache.
+  template <class F>
+  void each_strip(F f) const {
+    const int64_t rows = std::max<int64_t>(1, 16384 / int64_t(sizeof(T)) / W);
+    for (int64_t i = 0; i < H; i += rows) f(i, std::min(rows, H - i));
   }
+  // What the strip after this one adds begins here, to be prefetched while this is worked on.
+  const T* after(int64_t first, int64_t count, int64_t p) const {
+    return pixels + std::min(H, first + count + p) * W;
+  }
+};
 
-  // Takes rows r0 - p ... r0 + count + p of plane x, plus a shift.
-  template <class T>
-  void fill(const T* x, A shift, int64_t r0, int64_t count) {
-    const int64_t full = W_ / N * N, tail = W_ - full;
-    const auto lanes = first_lanes<A>(tail);
-    for (int64_t i = 0; i < count + 2 * P; i++) {
-      const int64_t r = r0 - P + i;
-      A* target = rows + i * pitch;
-      if (r < 0 || r >= H_) {
-        std::memset(target, 0, W_ * sizeof(A));
-        continue;
-      }
-      const T* source = x + r * W_;
-      for (int64_t q = 0; q < full; q += N) store<A>(target + q, load_as<A>(source + q) + shift);
-      if (tail)  // a whole vector, which can be read again at once
-        store<A>(target + full, only<A>(lanes, load_some<A>(source + full, tail) + shift));
+// Calls f(vectors of a chunk), which is what pays for rows of W numbers.
+template <class T, class A, class F>
+inline void with_chunk(int64_t W, F f) {
+  if constexpr (std::is_same<T, bf16>::value)
+    if (W > Vec<A>::n) return f(Fixed<2>{});
+  f(Fixed<1>{});
+}
+
+// What the taps of B chunks of outputs see of a row, from column q on, zeros outside of it. Tap v of
+// vector m of a chunk sees vector m + v of these. `inside`: nothing is outside.
+template <class T, class A, int K, int M, int B, bool inside>
+class Window {
+ public:
+  static constexpr int P = K / 2, N = Vec<A>::n, SEEN = K + M - 1;
+  typedef typename Vec<A>::type V;
+
+  Window(const Plane<T>& plane, int64_t q) : first_(plane.pixels + q - P), W_(plane.W) {
+    for (int i = 0; !inside && i < B * SEEN; i++) {
+      const auto column = lane_numbers<A>() * M + int(q + i / SEEN * M * N + i % SEEN - P);
+      lanes_[i] = (column >= 0) & (column < int(W_));
     }
   }
 
-  // Where what the strip after this one adds begins, to be prefetched while this is worked on.
-  template <class T>
-  const T* next(const T* x, int64_t r0, int64_t count) const {
-    return x + std::min(H_, r0 + count + P) * W_;
+  // Row i; f is applied to what is not outside.
+  template <class F>
+  void read(int64_t i, F f, V (&seen)[B][SEEN]) const {
+    for (int b = 0; b < B; b++)
+      for (int t = 0; t < SEEN; t += M) {
+        const auto chunk = load_chunk<A, M>(first_ + i * W_ + b * M * N + t);
+        for (int m = 0; m < M; m++)
+          seen[b][t + m] = only_inside(b * SEEN + t + m, f(chunk.v[m]));
+      }
+  }
+  // v where vector t of `seen` is not outside.
+  V only_inside(int t, V v) const {
+    if constexpr (inside)
+      return v;
+    else
+      return only<A>(lanes_[t], v);
   }
 
  private:
-  int64_t H_, W_;
+  const T* first_;
+  const int64_t W_;
+  typename Mask<A>::type lanes_[inside ? 1 : B * SEEN];
 };
 
-// Whether vector b of a group begins another line of the cache than the one before.
-template <class T, class A>
-constexpr bool starts_line(int b) {
-  return b * Vec<A>::n * sizeof(T) % 64 == 0;
+// Calls f(first column, how many chunks, whether no tap leaves the row, numbers of a chunk) for all
+// columns.
+template <class A, int K, int M, class F>
+inline void each_columns(int64_t W, F f) {
+  constexpr int64_t P = K / 2, size = M * Vec<A>::n;
+  constexpr std::false_type edge{};
+  constexpr std::true_type inside{};
+  const auto numbers = [=](int64_t q) { return int(std::min(size, W - q)); };
+  int64_t q = 0;
+  f(q, Fixed<1>{}, edge, numbers(q));
+  q += size;
+  if constexpr (M == 1)
+    for (; q + 4 * size + P <= W; q += 4 * size) f(q, Fixed<4>{}, inside, Fixed<size>{});
+  for (; q + 2 * size + P <= W; q += 2 * size) f(q, Fixed<2>{}, inside, Fixed<size>{});
+  for (; q + size + P <= W; q += size) f(q, Fixed<1>{}, inside, Fixed<size>{});
+  for (; q < W; q += size) f(q, Fixed<1>{}, edge, numbers(q));
 }
 
-// f(row, which of B vectors, sum of K z) for `count` rows of outputs, B vectors from column q on.
-template <class A, int K, int B, class F>
-inline void march(const Strip<A, K>& strip, const A (&taps)[K * K], int64_t q, int64_t count, F f) {
-  constexpr int P = K / 2, N = Vec<A>::n;
-  typedef typename Vec<A>::type V;
-  V open[B][K] = {};  // outputs of rows s - k + 1 ... s
-  for (int64_t s = 0; s < count + 2 * P; s++) {
-    const A* row = strip.rows + s * strip.pitch + q - P;
-    for (int b = 0; b < B; b++) {
-      V z[K];
-      for (int v = 0; v < K; v++) z[v] = load<A>(row + b * N + v);
-      for (int t = 0; t < K; t++) {
-        const A* tap = taps + (K - 1 - t) * K;
-        V sum = z[0] * tap[0];
-        for (int v = 1; v < K; v++) sum += z[v] * tap[v];
-        open[b][t] += sum;
+// Whether chunk b of a group begins another line of the cache than the one before.
+template <class T, int size>
+constexpr bool starts_line(int b) {
+  return b * size * sizeof(T) % 64 == 0;
+}
+
+// store(row, column, which chunk of a group, sum of K f(z), how many) for the outputs of a strip.
+template <int K, int M, class A, class T, class F, class Store>
+inline void march(const Plane<T>& plane, const A (&taps)[K * K], int64_t first, int64_t count, F f,
+                  Store store) {
+  constexpr int P = K / 2, size = Chunk<A, M>::size;
+  const int64_t begin = std::max<int64_t>(0, first - P), end = first + count + P;
+  each_columns<A, K, M>(plane.W, [&](int64_t q, auto chunks, auto inside, auto n) {
+    constexpr int B = chunks;
+    typedef Window<T, A, K, M, B, inside> Seen;
+    const Seen window(plane, q);
+    Chunk<A, M> open[B][K] = {};  // outputs of rows i - p ... i + p
+    for (int64_t i = begin; i < end; i++) {
+      if (i < plane.H) {
+        typename Vec<A>::type seen[B][Seen::SEEN];
+        window.read(i, f, seen);
+        for (int b = 0; b < B; b++)
+          for (int t = 0; t < K; t++)
+            for (int v = 0; v < K; v++)
+              for (int m = 0; m < M; m++)
+                open[b][t].v[m] += seen[b][m + v] * taps[(K - 1 - t) * K + v];
+      }
+      for (int b = 0; b < B; b++) {
+        if (i - P >= first) store(i - P, q + b * size, b, open[b][0], n);
+        for (int t = 0; t + 1 < K; t++) open[b][t] = open[b][t + 1];
+        open[b][K - 1] = {};
       }
     }
-    for (int b = 0; b < B; b++) {
-      if (s >= K - 1) f(s - (K - 1), b, open[b][0]);
-      for (int t = 0; t + 1 < K; t++) open[b][t] = open[b][t + 1];
-      open[b][K - 1] = V{};
-    }
-  }
-}
-
-// Calls store(row, column, which vector of a group, value, how many) for all outputs of a strip.
-template <class A, int K, class F>
-inline void march_all(const Strip<A, K>& strip, const A (&taps)[K * K], int64_t count, int64_t W,
-                      F store) {
-  constexpr int N = Vec<A>::n;
-  int64_t q = 0;
-  for (; q + 4 * N <= W; q += 4 * N)
-    march<A, K, 4>(strip, taps, q, count, [&](int64_t r, int b, typename Vec<A>::type value) {
-      store(r, q + b * N, b, value, Fixed<N>{});
-    });
-  for (; q + 2 * N <= W; q += 2 * N)
-    march<A, K, 2>(strip, taps, q, count, [&](int64_t r, int b, typename Vec<A>::type value) {
-      store(r, q + b * N, b, value, Fixed<N>{});
-    });
-  for (; q + N <= W; q += N)
-    march<A, K, 1>(strip, taps, q, count, [&](int64_t r, int, typename Vec<A>::type value) {
-      store(r, q, 0, value, Fixed<N>{});
-    });
-  if (q < W)
-    march<A, K, 1>(strip, taps, q, count, [&](int64_t r, int, typename Vec<A>::type value) {
-      store(r, q, 0, value, int(W - q));
-    });
+  });
 }
 
 // Y = dwconv(a (X + h); K) + beta of one plane; taps hold a already.
-template <class T, class A, int K>
-void plane_forward(Strip<A, K>* strip, const T* x, T* y, A shift, const A (&taps)[K * K], A bias,
-                   int64_t H, int64_t W) {
+template <class A, int K, class T>
+void plane_forward(const Plane<T>& plane, T* y, A shift, const A (&taps)[K * K], A bias) {
   constexpr int N = Vec<A>::n;
   typedef typename Vec<A>::type V;
+  const T* x = plane.pixels;
+  const int64_t W = plane.W;
   const V beta = spread(bias);
   if constexpr (K == 1) {
-    const int64_t hw = H * W, full = hw / N * N;
+    const int64_t hw = plane.H * W, full = hw / N * N;
     for (int64_t q = 0; q < full; q += N)
       store_as<A>(y + q, (load_as<A>(x + q) + shift) * taps[0] + beta);
     for (int64_t q = full; q < hw; q++) narrow((widen(x[q]) + shift) * taps[0] + bias, y[q]);
   } else {
-    for (int64_t r0 = 0; r0 < H; r0 += strip->R) {
-      const int64_t count = std::min(strip->R, H - r0);
-      strip->fill(x, shift, r0, count);
-      T* out = y + r0 * W;
-      const T* ahead = strip->next(x, r0, count);
-      march_all<A, K>(*strip, taps, count, W, [&](int64_t r, int64_t q, int b, V value, auto n) {
-        if (starts_line<T, A>(b)) UBN_PREFETCH(ahead + r * W + q);
-        store_part<A>(out + r * W + q, value + beta, n);
+    with_chunk<T, A>(W, [&](auto vectors) {
+      constexpr int M = vectors;
+      const auto shifted = [=](V v) { return v + shift; };
+      plane.each_strip([&](int64_t first, int64_t count) {
+        const T* ahead = plane.after(first, count, K / 2) - first * W;
+        march<K, M>(plane, taps, first, count, shifted,
+                    [=](int64_t i, int64_t j, int b, Chunk<A, M> value, auto n) {
+                      if (starts_line<T, M * N>(b)) UBN_PREFETCH(ahead + i * W + j);
+                      for (V& v : value.v) v += beta;
+                      store_chunk<A, M>(y + i * W + j, value, n);
+                    });
       });
-    }
+    });
   }
 }
 
 // dX = a dX_r + slope (X - m) + level of one plane; taps are reversed and hold a already. Where
 // there is no slope X is not read: what is not finite in it does not reach the gradient.
-template <class T, class A, int K>
-void plane_input(Strip<A, K>* strip, const T* x, const T* dy, T* dx, const A (&taps)[K * K],
-                 A mean, A slope, A level, int64_t H, int64_t W) {
+template <class A, int K, class T>
+void plane_input(const Plane<T>& dy, const T* x, T* dx, const A (&taps)[K * K], A mean, A slope,
+                 A level) {
   constexpr int N = Vec<A>::n;
   typedef typename Vec<A>::type V;
   const V base = spread(level);
+  const int64_t W = dy.W;
   if constexpr (K == 1) {
-    const int64_t hw = H * W, full = hw / N * N;
+    const int64_t hw = dy.H * W, full = hw / N * N;
     for (int64_t q = 0; q < full; q += N) {
-      V value = load_as<A>(dy + q) * taps[0] + base;
+      V value = load_as<A>(dy.pixels + q) * taps[0] + base;
       if (slope != 0) value += (load_as<A>(x + q) - mean) * slope;
       store_as<A>(dx + q, value);
     }
     for (int64_t q = full; q < hw; q++) {
-      A value = widen(dy[q]) * taps[0] + level;
+      A value = widen(dy.pixels[q]) * taps[0] + level;
       if (slope != 0) value += (widen(x[q]) - mean) * slope;
       narrow(value, dx[q]);
     }
   } else {
-    for (int64_t r0 = 0; r0 < H; r0 += strip->R) {
-      const int64_t count = std::min(strip->R, H - r0);
-      strip->fill(dy, A(0), r0, count);
-      const T *source = x + r0 * W, *ahead = strip->next(dy, r0, count);
-      T* out = dx + r0 * W;
-      if (slope != 0)
-        march_all<A, K>(*strip, taps, count, W, [&](int64_t r, int64_t q, int b, V value, auto n) {
-          if (starts_line<T, A>(b)) {
-            UBN_PREFETCH(ahead + r * W + q);
-            UBN_PREFETCH(source + (r + count) * W + q);
-          }
-          const V apart = load_part<A>(source + r * W + q, n) - mean;
-          store_part<A>(out + r * W + q, value + (apart * slope + base), n);
-        });
-      else
-        march_all<A, K>(*strip, taps, count, W, [&](int64_t r, int64_t q, int, V value, auto n) {
-          store_part<A>(out + r * W + q, value + base, n);
-        });
-    }
+    with_chunk<T, A>(W, [&](auto vectors) {
+      constexpr int M = vectors;
+      const auto same = [](V v) { return v; };
+      dy.each_strip([&](int64_t first, int64_t count) {
+        const T* ahead = dy.after(first, count, K / 2) - first * W;
+        if (slope != 0)
+          march<K, M>(dy, taps, first, count, same,
+                      [=](int64_t i, int64_t j, int b, Chunk<A, M> value, auto n) {
+                        const T* source = x + i * W + j;
+                        if (starts_line<T, M * N>(b)) {
+                          UBN_PREFETCH(ahead + i * W + j);
+                          UBN_PREFETCH(source + count * W);
+                        }
+                        const auto apart = load_chunk<A, M>(source, n);
+                        for (int m = 0; m < M; m++)
+                          value.v[m] += (apart.v[m] - mean) * slope + base;
+                        store_chunk<A, M>(dx + i * W + j, value, n);
+                      });
+        else
+          march<K, M>(dy, taps, first, count, same,
+                      [=](int64_t i, int64_t j, int, Chunk<A, M> value, auto n) {
+                        for (V& v : value.v) v += base;
+                        store_chunk<A, M>(dx + i * W + j, value, n);
+                      });
+      });
+    });
   }
 }
 
-// Sums of one plane without a product or a difference that the equations do not have, so that
-// what is not finite reaches what it should and no more. `step` is the stride of a pixel.
+// Sums of one plane, as plane_sums returns them, without a product or a difference that the equations
+// do not have, so that what is not finite reaches what it should and no more. `step` is the stride
+// of a pixel.
 template <class T, class A, int K>
-void exact_sums(const T* x, const T* dy, A shift, int64_t H, int64_t W, int64_t step, A (&P)[K * K],
-                A (&inside)[K * K]) {
+void exact_sums(const T* x, const T* dy, A shift, const A (&taps)[K * K], int64_t H, int64_t W,
+                int64_t step, A (&P)[K * K], A& d) {
   constexpr int p = K / 2;
+  d = 0;
   for (int u = 0; u < K; u++)
     for (int v = 0; v < K; v++) {
       A product = 0, plain = 0;
@@ -239,93 +265,72 @@ void exact_sums(const T* x, const T* dy, A shift, int64_t H, int64_t W, int64_t 
           plain += g;
         }
       P[u * K + v] = product;
-      inside[u * K + v] = plain;
+      d += plain * taps[u * K + v];
     }
 }
 
-// Sum of n numbers.
-template <class T, class A>
-inline A sum_of(const T* x, int64_t n) {
-  constexpr int N = Vec<A>::n;
-  typename Vec<A>::type s{};
-  int64_t q = 0;
-  for (; q + N <= n; q += N) s += load_as<A>(x + q);
-  if (q < n) s += load_some<A>(x + q, n - q);
-  return sum<A>(s);
-}
-
-// Sums of a plane of dY over the outputs whose tap (u, v) lies inside the plane: the sum of all,
-// less border rows and columns, and the corners once more. The sum of each column is known.
-template <class T, class A, int K>
-void inside_sums(const T* dy, A total, const A* column_sums, int64_t H, int64_t W,
-                 A (&inside)[K * K]) {
-  constexpr int p = K / 2;
-  A rows[K] = {}, columns[K] = {};
-  for (int e = 1; e <= p; e++) {
-    rows[p - e] = rows[p - e + 1] + (e <= H ? sum_of<T, A>(dy + (e - 1) * W, W) : A(0));
-    rows[p + e] = rows[p + e - 1] + (e <= H ? sum_of<T, A>(dy + (H - e) * W, W) : A(0));
-    columns[p - e] = columns[p - e + 1] + (e <= W ? column_sums[e - 1] : A(0));
-    columns[p + e] = columns[p + e - 1] + (e <= W ? column_sums[W - e] : A(0));
-  }
-  for (int u = 0; u < K; u++)
-    for (int v = 0; v < K; v++) {
-      A corner = 0;
-      if (u != p && v != p) {
-        const int64_t high = std::min<int64_t>(std::abs(u - p), H);
-        const int64_t wide = std::min<int64_t>(std::abs(v - p), W);
-        const int64_t r0 = u < p ? 0 : H - high, c0 = v < p ? 0 : W - wide;
-        for (int64_t r = r0; r < r0 + high; r++)
-          for (int64_t j = c0; j < c0 + wide; j++) corner += widen(dy[r * W + j]);
-      }
-      inside[u * K + v] = total - rows[u] - columns[v] + corner;
-    }
-}
-
-// Adds the products of a vector of columns, row by row: (X + h) of k rows stays in registers. And
-// dY to the sums of the columns.
-template <class T, class A, int K, class Count>
-inline void march_sums(const Strip<A, K>& strip, const T* dy, const T* ahead, int64_t q,
-                       int64_t count, int64_t W, Count n, typename Vec<A>::type (&sums)[K * K],
-                       A* column_sums) {
+// Adds up a chunk of columns of a strip: products of each tap; K times dY where the tap is inside of
+// the plane; dY. `ahead`: X of the strip after this one.
+template <int K, int M, class A, class T, class Inside, class Count>
+inline void march_sums(const Plane<T>& plane, const T* dy, const T* ahead, A shift,
+                       const A (&taps)[K * K], int64_t q, int64_t first, int64_t count,
+                       Inside inside, Count n, typename Vec<A>::type (&products)[K * K],
+                       typename Vec<A>::type& d, typename Vec<A>::type& total) {
   constexpr int P = K / 2;
   typedef typename Vec<A>::type V;
-  V s[K * K], total{};
-  for (int t = 0; t < K * K; t++) s[t] = V{};
-  const A* z = strip.rows + q - P;
-  if constexpr (K == 3) {
-    V seen[K * K];
-    for (int t = 0; t < K * K; t++)
-      seen[t] = t < K ? V{} : load<A>(z + (t / K - 1) * strip.pitch + t % K);
-    for (int64_t r = 0; r < count; r++) {
-      UBN_PREFETCH(ahead + r * W + q);
-      UBN_PREFETCH(dy + (r + count) * W + q);
-      const V g = load_part<A>(dy + r * W + q, n);
-      total += g;
-      for (int t = 0; t < K * (K - 1); t++) seen[t] = seen[t + K];
-      for (int v = 0; v < K; v++)
-        seen[K * (K - 1) + v] = load<A>(z + (r + K - 1) * strip.pitch + v);
-      for (int t = 0; t < K * K; t++) s[t] += seen[t] * g;
+  typedef Window<T, A, K, M, 1, inside> Seen;
+  const int64_t W = plane.W, end = first + count;
+  const Seen window(plane, q);
+  const auto shifted = [=](V v) { return v + shift; };
+  V s[K * K] = {}, seen[1][Seen::SEEN];
+  Chunk<A, M> rows[K] = {};  // dY where row u of the taps is inside
+  if constexpr (K == 3) {    // dY of the k outputs that a row touches stays in registers
+    Chunk<A, M> g[K] = {};
+    for (int64_t i = first - P; i < end + P; i++) {
+      UBN_PREFETCH(ahead + (i - first) * W + q);
+      UBN_PREFETCH(dy + (i + count) * W + q);
+      for (int t = 0; t + 1 < K; t++) g[t] = g[t + 1];
+      g[K - 1] = {};
+      if (i + P < end) g[K - 1] = load_chunk<A, M>(dy + (i + P) * W + q, n);
+      if (i < 0 || i >= plane.H) continue;
+      window.read(i, shifted, seen);
+      for (int u = 0; u < K; u++)
+        for (int m = 0; m < M; m++) {
+          const V here = g[K - 1 - u].v[m];
+          rows[u].v[m] += here;
+          for (int v = 0; v < K; v++) s[u * K + v] += seen[0][m + v] * here;
+        }
     }
   } else {
-    for (int64_t r = 0; r < count; r++) total += load_part<A>(dy + r * W + q, n);
-    for (int u = 0; u < K; u++)
-      for (int64_t r = 0; r < count; r++) {
-        const V g = load_part<A>(dy + r * W + q, n);
-        for (int v = 0; v < K; v++) s[u * K + v] += load<A>(z + (r + u) * strip.pitch + v) * g;
+    for (int u = 0; u < K; u++) {
+      const int64_t to = std::min(end, plane.H + P - u);
+      for (int64_t i = std::max<int64_t>(first, P - u); i < to; i++) {
+        const auto g = load_chunk<A, M>(dy + i * W + q, n);
+        window.read(i + u - P, shifted, seen);
+        for (int m = 0; m < M; m++) {
+          rows[u].v[m] += g.v[m];
+          for (int v = 0; v < K; v++) s[u * K + v] += seen[0][m + v] * g.v[m];
+        }
       }
+    }
   }
-  for (int t = 0; t < K * K; t++) sums[t] += s[t];
-  store<A>(column_sums + q, load<A>(column_sums + q) + total);
+  for (int t = 0; t < K * K; t++) products[t] += s[t];
+  for (int m = 0; m < M; m++) {
+    for (int t = 0; t < K * K; t++) d += window.only_inside(m + t % K, rows[t / K].v[m]) * taps[t];
+    total += rows[P].v[m];
+  }
 }
 
-// Of one plane: P_uv = sum of (X + h) seen by tap (u, v), times dY; the sum of dY over the outputs
-// whose tap (u, v) lies inside; the sum of dY. The sum of (X + h) D is that of K P and the sum
-// of D that of K inside, so D = dX_r itself is not needed.
-template <class T, class A, int K>
-void plane_sums(Strip<A, K>* strip, const T* x, const T* dy, A shift, int64_t H, int64_t W,
-                A (&P)[K * K], A (&inside)[K * K], A& total) {
+// Of one plane: P_uv = sum of (X + h) seen by tap (u, v), times dY; d = the sum of K dY over the taps
+// inside of the plane; the sum of dY. With D = dX_r, the sum of (X + h) D is that of K P and the
+// sum of D is d, so D itself is not needed.
+template <class A, int K, class T>
+void plane_sums(const Plane<T>& plane, const T* dy, A shift, const A (&taps)[K * K], A (&P)[K * K],
+                A& d, A& total) {
   constexpr int N = Vec<A>::n;
   typedef typename Vec<A>::type V;
+  const T* x = plane.pixels;
+  const int64_t H = plane.H, W = plane.W;
   if constexpr (K == 1) {
     const int64_t hw = H * W;
     V product[2] = {}, plain[2] = {};
@@ -342,29 +347,26 @@ void plane_sums(Strip<A, K>* strip, const T* x, const T* dy, A shift, int64_t H,
       rest_plain += widen(dy[q]);
     }
     P[0] = sum<A>(product[0] + product[1]) + rest;
-    inside[0] = total = sum<A>(plain[0] + plain[1]) + rest_plain;
+    total = sum<A>(plain[0] + plain[1]) + rest_plain;
+    d = total * taps[0];
   } else {
-    V sums[K * K] = {}, plain{};
-    static thread_local Buffer buffer;
-    A* column_sums = buffer.get<A>(W + N);
-    for (int64_t q = 0; q < W; q += N) store<A>(column_sums + q, plain);
-    for (int64_t r0 = 0; r0 < H; r0 += strip->R) {
-      const int64_t count = std::min(strip->R, H - r0);
-      strip->fill(x, shift, r0, count);
-      const T *d = dy + r0 * W, *ahead = strip->next(x, r0, count);
-      int64_t q = 0;
-      for (; q + N <= W; q += N)
-        march_sums<T, A, K>(*strip, d, ahead, q, count, W, Fixed<N>{}, sums, column_sums);
-      if (q < W) march_sums<T, A, K>(*strip, d, ahead, q, count, W, int(W - q), sums, column_sums);
-    }
-    bool finite = true;
-    for (int t = 0; t < K * K; t++) finite &= bool(std::isfinite(P[t] = sum<A>(sums[t])));
-    for (int64_t q = 0; q < W; q += N) plain += load<A>(column_sums + q);
-    total = sum<A>(plain);
-    if (finite && std::isfinite(total))
-      inside_sums<T, A, K>(dy, total, column_sums, H, W, inside);
-    else
-      exact_sums<T, A, K>(x, dy, shift, H, W, 1, P, inside);
+    V products[K * K] = {}, sum_d{}, sum_dy{};
+    with_chunk<T, A>(W, [&](auto vectors) {
+      constexpr int M = vectors;
+      plane.each_strip([&](int64_t first, int64_t count) {
+        const T* ahead = plane.after(first, count, K / 2);
+        each_columns<A, K, M>(W, [&](int64_t q, auto chunks, auto inside, auto n) {
+          for (int b = 0; b < chunks; b++)
+            march_sums<K, M>(plane, dy, ahead, shift, taps, q + b * M * N, first, count, inside, n,
+                             products, sum_d, sum_dy);
+        });
+      });
+    });
+    d = sum<A>(sum_d);
+    total = sum<A>(sum_dy);
+    bool finite = std::isfinite(d) && std::isfinite(total);
+    for (int t = 0; t < K * K; t++) finite &= bool(std::isfinite(P[t] = sum<A>(products[t])));
+    if (!finite) exact_sums<T, A, K>(x, dy, shift, taps, H, W, 1, P, d);
   }
 }
 

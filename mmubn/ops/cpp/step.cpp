@@ -82,6 +82,17 @@ struct Plan {
   }
   T* image(T* x, int64_t n, int64_t c) const { return x + n * C * hw + (pixels ? c : c * hw); }
 
+  Plane<T> plane(const T* x, int64_t n, int64_t c) const {
+    const T* pixels = image(x, n, c);
+    if (K > 1 && (pixels == x || pixels + hw == x + B * C * hw)) {  // at an end of the tensor
+      static thread_local Buffer buffer;
+      constexpr int64_t margin = 2 * N;
+      T* copy = buffer.get<T>(hw + 2 * margin);
+      pixels = static_cast<T*>(std::memcpy(copy + margin, pixels, hw * sizeof(T)));
+    }
+    return {pixels, H, W};
+  }
+
   // f(n, first channel, end) for all tasks.
   template <class F>
   void each(F f) const {
@@ -155,7 +166,7 @@ struct Plan {
     else
       unpack(tile, image(y, n, c), hw, count,
              [&](int64_t i, int64_t q, typename Vec<A>::type v, auto pixels) {
-               return v + (load_part<A>(source + i * hw + q, pixels) - mean[i]) * slope[i];
+               return v + (load_chunk<A, 1>(source + i * hw + q, pixels).v[0] - mean[i]) * slope[i];
              });
   }
   A* tiles(int count) const {
@@ -333,12 +344,10 @@ void statistics(const Layer& l, const State& s, const A* rows, int64_t ranks, A*
 void forward(const Plan& p, const T* x, T* y, int64_t n, int64_t c0, int64_t c1, const A* shift,
              const A* scale, const A* taps, const A* bias) {
   if (!p.lanes) {
-    Strip<A, K> strip(K > 1 ? p.H : 1, K > 1 ? p.W : 1);
     for (int64_t c = c0; c < c1; c++) {
       A scaled[KK];
       for (int t = 0; t < KK; t++) scaled[t] = taps[c * KK + t] * scale[c - c0];
-      plane_forward<T, A, K>(&strip, p.image(x, n, c), p.image(y, n, c), shift[c - c0], scaled,
-                             bias[c], p.H, p.W);
+      plane_forward<A, K>(p.plane(x, n, c), p.image(y, n, c), shift[c - c0], scaled, bias[c]);
     }
     return;
   }
@@ -406,23 +415,19 @@ void block_sums(const Plan& p, const T* x, const T* dy, int64_t n, int64_t c, co
 // hold nothing yet; pitch is that of the block, its first channel is c0.
 void image_sums(const Plan& p, const T* x, const T* dy, int64_t n, int64_t c0, int64_t c1,
                 const A* shift, const A* taps, A* products, A* d_sum, int64_t pitch) {
-  auto set = [&](int64_t c, const A(&sums)[KK], const A(&inside)[KK]) {
-    A d = 0;
-    for (int t = 0; t < KK; t++) {
-      products[t * pitch + c - c0] = sums[t];
-      d += inside[t] * taps[p.lanes ? t * p.Cp + c : c * KK + t];
-    }
-    d_sum[c - c0] = d;
+  A sums[KK], own_taps[KK];
+  const auto read_taps = [&](int64_t c) {
+    for (int t = 0; t < KK; t++) own_taps[t] = taps[p.lanes ? t * p.Cp + c : c * KK + t];
   };
-  A sums[KK], inside[KK];
+  const auto write_products = [&](int64_t c) {
+    for (int t = 0; t < KK; t++) products[t * pitch + c - c0] = sums[t];
+  };
   if (!p.lanes) {
-    Strip<A, K> strip(K > 1 ? p.H : 1, K > 1 ? p.W : 1);
     for (int64_t c = c0; c < c1; c++) {
-      A total;
-      plane_sums<T, A, K>(&strip, p.image(x, n, c), p.image(dy, n, c), shift[c - c0], p.H, p.W,
-                          sums, inside, total);
-      set(c, sums, inside);
-      products[KK * pitch + c - c0] = total;
+      read_taps(c);
+      plane_sums<A, K>(p.plane(x, n, c), p.image(dy, n, c), shift[c - c0], own_taps, sums,
+                       d_sum[c - c0], products[KK * pitch + c - c0]);
+      write_products(c);
     }
     return;
   }
@@ -440,9 +445,10 @@ void image_sums(const Plan& p, const T* x, const T* dy, int64_t n, int64_t c0, i
     bool finite = std::isfinite(d_sum[c - c0]);
     for (int t = 0; t < KK; t++) finite &= bool(std::isfinite(products[t * pitch + c - c0]));
     if (finite) continue;
-    exact_sums<T, A, K>(p.image(x, n, c), p.image(dy, n, c), shift[c - c0], p.H, p.W,
-                        p.pixels ? p.C : 1, sums, inside);
-    set(c, sums, inside);
+    read_taps(c);
+    exact_sums<T, A, K>(p.image(x, n, c), p.image(dy, n, c), shift[c - c0], own_taps, p.H, p.W,
+                        p.pixels ? p.C : 1, sums, d_sum[c - c0]);
+    write_products(c);
   }
 }
 
@@ -450,12 +456,11 @@ void input(const Plan& p, const T* x, const T* dy, T* dx, int64_t n, int64_t c0,
            const A* mean, const A* scale, const A* slope, const A* level, bool has_slope,
            const A* taps) {
   if (!p.lanes) {
-    Strip<A, K> strip(K > 1 ? p.H : 1, K > 1 ? p.W : 1);
     for (int64_t c = c0; c < c1; c++) {
       A scaled[KK];
       for (int t = 0; t < KK; t++) scaled[t] = taps[c * KK + KK - 1 - t] * scale[c - c0];
-      plane_input<T, A, K>(&strip, p.image(x, n, c), p.image(dy, n, c), p.image(dx, n, c), scaled,
-                           mean[c - c0], slope[c], level[c - c0], p.H, p.W);
+      plane_input<A, K>(p.plane(dy, n, c), p.image(x, n, c), p.image(dx, n, c), scaled,
+                        mean[c - c0], slope[c], level[c - c0]);
     }
     return;
   }

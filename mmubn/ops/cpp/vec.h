@@ -68,6 +68,9 @@ inline A sum(typename Vec<A>::type v) {
   return sum_halves<A, Vec<A>::n>(reinterpret_cast<const A*>(&v));
 }
 
+typedef uint32_t Bits32 __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t Bits16 __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+
 inline float widen(bf16 x) {
   uint32_t bits = uint32_t(x.bits) << 16;
   float value;
@@ -92,7 +95,6 @@ inline typename Vec<A>::type load_as(const T* p) {
     return load<A>(p);
   } else {
     static_assert(std::is_same<T, bf16>::value && sizeof(A) == 4, "float from bfloat16");
-    typedef uint32_t Bits32 __attribute__((vector_size(VECTOR_BYTES)));
 #if defined(__AVX512F__)  // what GCC makes of the general conversion goes by halves
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return (typename Vec<A>::type)((Bits32)_mm512_cvtepu16_epi32(half) << 16);
@@ -100,27 +102,31 @@ inline typename Vec<A>::type load_as(const T* p) {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return (typename Vec<A>::type)((Bits32)_mm256_cvtepu16_epi32(half) << 16);
 #else
-    typedef uint16_t Bits16 __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
     const Bits32 bits = __builtin_convertvector(*reinterpret_cast<const Bits16*>(p), Bits32);
     return (typename Vec<A>::type)(bits << 16);
 #endif
   }
 }
 
-// bfloat16 of a vector, in half a vector: to nearest, ties to even, as torch rounds.
-typedef uint16_t Bits16 __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
-template <class A>
-inline Bits16 narrowed(typename Vec<A>::type v) {
-  typedef uint32_t Bits32 __attribute__((vector_size(VECTOR_BYTES)));
-  const Bits32 bits = (Bits32)v, rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  const Bits32 quiet = v != v ? (Bits32{} + 0x7fc00000) : rounded;
+// Floats whose upper half is the bfloat16: to nearest, ties to even, as torch rounds.
+inline Bits32 rounded(Vec<float>::type v) {
+  const Bits32 bits = (Bits32)v;
+  return v != v ? (Bits32{} + 0x7fc00000) : bits + 0x7fff + ((bits >> 16) & 1);
+}
+// In half a vector.
+inline Bits16 narrowed(Vec<float>::type v) {
 #if defined(__AVX512BW__)  // one permutation, and none of the slow stores of half vectors
   typedef uint16_t Words __attribute__((vector_size(64)));
   const Words high = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
-  return (Bits16)_mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)high, (__m512i)quiet));
+  return (Bits16)_mm512_castsi512_si256(
+      _mm512_permutexvar_epi16((__m512i)high, (__m512i)rounded(v)));
 #else
-  return __builtin_convertvector(quiet >> 16, Bits16);
+  return __builtin_convertvector(rounded(v) >> 16, Bits16);
 #endif
+}
+// Of two vectors, number after number.
+inline Bits32 narrowed_pairs(Vec<float>::type first, Vec<float>::type second) {
+  return rounded(first) >> 16 | (rounded(second) & 0xffff0000);
 }
 
 template <class A, class T>
@@ -128,7 +134,7 @@ inline void store_as(T* p, typename Vec<A>::type v) {
   if constexpr (std::is_same<A, T>::value)
     store<A>(p, v);
   else
-    *reinterpret_cast<Bits16*>(p) = narrowed<A>(v);
+    *reinterpret_cast<Bits16*>(p) = narrowed(v);
 }
 
 // Past the caches, where the processor can: for tensors that do not fit in them, so that memory
@@ -139,12 +145,12 @@ inline void store_past(T* p, typename Vec<A>::type v) {
   if constexpr (std::is_same<A, T>::value)
     _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
   else
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrowed<A>(v));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrowed(v));
 #elif defined(__AVX2__)
   if constexpr (std::is_same<A, T>::value)
     _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
   else
-    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)narrowed<A>(v));
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)narrowed(v));
 #else
   store_as<A>(p, v);
 #endif
@@ -163,7 +169,6 @@ inline typename Vec<A>::type load_some(const T* p, int64_t n) {
   const uint32_t mask = (uint32_t(1) << n) - 1;
   if constexpr (std::is_same<T, bf16>::value) {
     const __m256i half = _mm256_maskz_loadu_epi16(__mmask16(mask), p);
-    typedef uint32_t Bits32 __attribute__((vector_size(VECTOR_BYTES)));
     return (typename Vec<A>::type)((Bits32)_mm512_cvtepu16_epi32(half) << 16);
   } else if constexpr (sizeof(A) == 4) {
     return (typename Vec<A>::type)_mm512_maskz_loadu_ps(__mmask16(mask), p);
@@ -181,7 +186,7 @@ inline void store_some(T* p, typename Vec<A>::type v, int64_t n) {
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
   const uint32_t mask = (uint32_t(1) << n) - 1;
   if constexpr (std::is_same<T, bf16>::value) {
-    _mm256_mask_storeu_epi16(p, __mmask16(mask), (__m256i)narrowed<A>(v));
+    _mm256_mask_storeu_epi16(p, __mmask16(mask), (__m256i)narrowed(v));
   } else if constexpr (sizeof(A) == 4) {
     _mm512_mask_storeu_ps(p, __mmask16(mask), (__m512)v);
   } else {
@@ -193,39 +198,88 @@ inline void store_some(T* p, typename Vec<A>::type v, int64_t n) {
   for (int64_t i = 0; i < n; i++) narrow(lanes[i], p[i]);
 #endif
 }
-// What keeps the first n lanes, and v with zeros in the others.
+// What keeps some lanes, and a vector with zeros in the others.
 template <class A>
 struct Mask {
   typedef typename std::conditional<sizeof(A) == 4, int32_t, int64_t>::type Int;
   typedef Int type __attribute__((vector_size(VECTOR_BYTES)));
 };
 template <class A>
-inline typename Mask<A>::type first_lanes(int64_t n) {
-  typename Mask<A>::type mask{};
-  for (int i = 0; i < Vec<A>::n; i++) mask[i] = i < n ? -1 : 0;
-  return mask;
+inline typename Mask<A>::type lane_numbers() {
+  typename Mask<A>::type lanes{};
+  for (int i = 0; i < Vec<A>::n; i++) lanes[i] = i;
+  return lanes;
 }
 template <class A>
 inline typename Vec<A>::type only(typename Mask<A>::type mask, typename Vec<A>::type v) {
   return (typename Vec<A>::type)(mask & (typename Mask<A>::type)v);
 }
 
-// A whole vector or a part of one.
-template <class A, class T, int n>
-inline typename Vec<A>::type load_part(const T* p, Fixed<n>) {
-  return load_as<A>(p);
+// M vectors whose numbers lie together in memory, number M * lane + m in lane `lane` of vector m. So
+// two vectors of bfloat16 are the halves of one: an instruction each converts them.
+template <class A, int M>
+struct Chunk {
+  static constexpr int size = M * Vec<A>::n;
+  typename Vec<A>::type v[M];
+};
+template <class A, int M, class T>
+inline Chunk<A, M> load_chunk(const T* p) {
+  if constexpr (M == 1) {
+    return {{load_as<A>(p)}};
+  } else {
+    static_assert(M == 2 && std::is_same<T, bf16>::value, "float from pairs of bfloat16");
+    const Bits32 bits = load<uint32_t>(reinterpret_cast<const uint32_t*>(p));
+    typedef typename Vec<A>::type V;
+    return {{(V)(bits << 16), (V)(bits & 0xffff0000)}};
+  }
 }
-template <class A, class T>
-inline typename Vec<A>::type load_part(const T* p, int n) {
-  return load_some<A>(p, n);
+template <class A, int M, class T>
+inline void store_chunk(T* p, const Chunk<A, M>& chunk) {
+  if constexpr (M == 1)
+    store_as<A>(p, chunk.v[0]);
+  else
+    store<uint32_t>(reinterpret_cast<uint32_t*>(p), narrowed_pairs(chunk.v[0], chunk.v[1]));
 }
-template <class A, class T, int n>
-inline void store_part(T* p, typename Vec<A>::type v, Fixed<n>) {
-  store_as<A>(p, v);
+// The first n numbers, or all of them.
+template <class A, int M, class T, int n>
+inline Chunk<A, M> load_chunk(const T* p, Fixed<n>) {
+  return load_chunk<A, M>(p);
 }
-template <class A, class T>
-inline void store_part(T* p, typename Vec<A>::type v, int n) {
-  store_some<A>(p, v, n);
+template <class A, int M, class T>
+inline Chunk<A, M> load_chunk(const T* p, int n) {
+  if (n == Chunk<A, M>::size) return load_chunk<A, M>(p);
+  if constexpr (M == 1) {
+    return {{load_some<A>(p, n)}};
+  } else {
+#if defined(__AVX512BW__)
+    const __m512i bits = _mm512_maskz_loadu_epi16((uint64_t(1) << n) - 1, p);
+    return load_chunk<A, M>(reinterpret_cast<const T*>(&bits));
+#else
+    T numbers[Chunk<A, M>::size] = {};
+    std::copy(p, p + n, numbers);
+    return load_chunk<A, M>(numbers);
+#endif
+  }
+}
+template <class A, int M, class T, int n>
+inline void store_chunk(T* p, const Chunk<A, M>& chunk, Fixed<n>) {
+  store_chunk<A, M>(p, chunk);
+}
+template <class A, int M, class T>
+inline void store_chunk(T* p, const Chunk<A, M>& chunk, int n) {
+  if (n == Chunk<A, M>::size) return store_chunk<A, M>(p, chunk);
+  if constexpr (M == 1) {
+    store_some<A>(p, chunk.v[0], n);
+  } else {
+#if defined(__AVX512BW__)
+    const Bits32 bits = narrowed_pairs(chunk.v[0], chunk.v[1]);
+    _mm512_mask_storeu_epi16(p, (uint64_t(1) << n) - 1, (__m512i)bits);
+#else
+    T numbers[Chunk<A, M>::size];
+    store_chunk<A, M>(numbers, chunk);
+    std::copy(numbers, numbers + n, p);
+#endif
+  }
 }
 
 template <class A>
