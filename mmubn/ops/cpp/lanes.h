@@ -108,11 +108,12 @@ struct Lanes {
     }
   }
 
-  // Row i of Y = dwconv(a (X + h); K) + beta. `past`: what is stored goes past the caches.
+  // Rows first ... end of Y = dwconv(a (X + h); K) + beta. `past`: what is stored goes past the
+  // caches.
   template <int B, bool past>
   static void forward(const T* x, T* y, const A* shift, const A* scale, const A* taps,
-                      int64_t pitch, const A* bias, int64_t i, int64_t H, int64_t W,
-                      int64_t step) {
+                      int64_t pitch, const A* bias, int64_t first, int64_t end, int64_t H,
+                      int64_t W, int64_t step) {
     V k[B][K * K], h[B], beta[B];
     for (int b = 0; b < B; b++) {
       h[b] = load<A>(shift + b * N);
@@ -120,37 +121,41 @@ struct Lanes {
       for (int t = 0; t < K * K; t++)
         k[b][t] = load<A>(taps + t * pitch + b * N) * load<A>(scale + b * N);
     }
-    T* out = y + i * W * step;
-    with_taps(i, H, [&](auto u0, auto u1) {
-      row<B>(u0, u1, x + i * W * step, h, k, W, step, [&](int64_t j, int b, V value) {
-        put<past>(out + j * step + b * N, W * step, value + beta[b]);
+    for (int64_t i = first; i < end; i++) {
+      T* out = y + i * W * step;
+      with_taps(i, H, [&](auto u0, auto u1) {
+        row<B>(u0, u1, x + i * W * step, h, k, W, step, [&](int64_t j, int b, V value) {
+          put<past>(out + j * step + b * N, W * step, value + beta[b]);
+        });
       });
-    });
+    }
   }
 
-  // Row i of dX = a dX_r + slope (X - m) + level.
+  // Rows first ... end of dX = a dX_r + slope (X - m) + level.
   template <int B, bool past>
   static void input(const T* x, const T* dy, T* dx, const A* scale, const A* taps, int64_t pitch,
-                    const A* mean, const A* slope, const A* level, bool has_slope, int64_t i,
-                    int64_t H, int64_t W, int64_t step) {
+                    const A* mean, const A* slope, const A* level, bool has_slope, int64_t first,
+                    int64_t end, int64_t H, int64_t W, int64_t step) {
     V k[B][K * K], zero[B] = {};
     for (int b = 0; b < B; b++)
       for (int t = 0; t < K * K; t++)
         k[b][t] = load<A>(taps + (K * K - 1 - t) * pitch + b * N) * load<A>(scale + b * N);
-    const T* source = x + i * W * step;
-    T* out = dx + i * W * step;
-    with_taps(i, H, [&](auto u0, auto u1) {
-      row<B>(u0, u1, dy + i * W * step, zero, k, W, step, [&](int64_t j, int b, V value) {
-        const int64_t at = j * step + b * N;
-        value += load<A>(level + b * N);
-        if (has_slope) {
-          UBN_PREFETCH(source + W * step + at);
-          const V apart = load_as<A>(source + at) - load<A>(mean + b * N);
-          value += apart * load<A>(slope + b * N);
-        }
-        put<past>(out + at, W * step, value);
+    for (int64_t i = first; i < end; i++) {
+      const T* source = x + i * W * step;
+      T* out = dx + i * W * step;
+      with_taps(i, H, [&](auto u0, auto u1) {
+        row<B>(u0, u1, dy + i * W * step, zero, k, W, step, [&](int64_t j, int b, V value) {
+          const int64_t at = j * step + b * N;
+          value += load<A>(level + b * N);
+          if (has_slope) {
+            UBN_PREFETCH(source + W * step + at);
+            const V apart = load_as<A>(source + at) - load<A>(mean + b * N);
+            value += apart * load<A>(slope + b * N);
+          }
+          put<past>(out + at, W * step, value);
+        });
       });
-    });
+    }
   }
 
   // Calls f(c, how many blocks) for the blocks from c0 to c1, two at once where there are two.
@@ -161,47 +166,52 @@ struct Lanes {
     if (c < c1) f(c, Fixed<1>{});
   }
 
-  // Row i of the sums of planes.h: adds to P (k * k, pitch) of which the last, sums[k * k], is that
-  // of dY, and to d_sum the sum of K times what lies inside.
+  // Rows first ... end of the sums of planes.h: adds to P (k * k, pitch), behind which the sum of
+  // dY lies, and to d_sum the sum of K dY over the taps that lie inside.
   static void sums(const T* x, const T* dy, const A* shift, const A* taps, int64_t taps_pitch,
-                   A* products, A* d_sum, int64_t pitch, int64_t i, int64_t H, int64_t W,
-                   int64_t step) {
+                   A* products, A* d_sum, int64_t pitch, int64_t first, int64_t end, int64_t H,
+                   int64_t W, int64_t step) {
     const int64_t R = W * step;
-    const T *px = x + i * R, *pd = dy + i * R;
     const V h = load<A>(shift);
-    V total{}, left[P + 1] = {}, right[P + 1] = {};
-    with_taps(i, H, [&](auto u0, auto u1) {
-      V s[K * K], seen[K * K];  // seen[u]: X + h in columns j - p ... j + p of row i + u - p
-      for (int t = 0; t < K * K; t++) s[t] = V{}, seen[t] = V{};
-      for (int u = u0; u < u1; u++)
-        for (int v = P; v < K - 1; v++)
-          if (v - P < W) seen[u * K + v + 1] = load_as<A>(px + (u - P) * R + (v - P) * step) + h;
-      for (int64_t j = 0; j < W; j++) {
-        UBN_PREFETCH(pd + R + j * step);
-        UBN_PREFETCH(px + (P + 1) * R + j * step);
-        const V g = load_as<A>(pd + j * step);
-        total += g;
-        for (int u = u0; u < u1; u++) {
-          for (int v = 0; v + 1 < K; v++) seen[u * K + v] = seen[u * K + v + 1];
-          seen[u * K + K - 1] =
-              j + P < W ? load_as<A>(px + (u - P) * R + (j + P) * step) + h : V{};
-          for (int v = 0; v < K; v++) s[u * K + v] += seen[u * K + v] * g;
+    V s[K * K] = {}, total{};
+    V inside[K * K] = {};  // dY where the tap lies inside
+    for (int64_t i = first; i < end; i++) {
+      const T *px = x + i * R, *pd = dy + i * R;
+      V all{}, left[P + 1] = {}, right[P + 1] = {};
+      with_taps(i, H, [&](auto u0, auto u1) {
+        V seen[K * K];  // seen[u]: X + h in columns j - p ... j + p of row i + u - p
+        for (int t = 0; t < K * K; t++) seen[t] = V{};
+        for (int u = u0; u < u1; u++)
+          for (int v = P; v < K - 1; v++)
+            if (v - P < W) seen[u * K + v + 1] = load_as<A>(px + (u - P) * R + (v - P) * step) + h;
+        for (int64_t j = 0; j < W; j++) {
+          UBN_PREFETCH(pd + R + j * step);
+          UBN_PREFETCH(px + (P + 1) * R + j * step);
+          const V g = load_as<A>(pd + j * step);
+          all += g;
+          for (int u = u0; u < u1; u++) {
+            for (int v = 0; v + 1 < K; v++) seen[u * K + v] = seen[u * K + v + 1];
+            seen[u * K + K - 1] =
+                j + P < W ? load_as<A>(px + (u - P) * R + (j + P) * step) + h : V{};
+            for (int v = 0; v < K; v++) s[u * K + v] += seen[u * K + v] * g;
+          }
         }
-      }
-      for (int e = 1; e <= P; e++) {  // sums of the e outer columns
-        left[e] = left[e - 1] + (e <= W ? load_as<A>(pd + (e - 1) * step) : V{});
-        right[e] = right[e - 1] + (e <= W ? load_as<A>(pd + (W - e) * step) : V{});
-      }
-      V d = load<A>(d_sum);
-      for (int u = u0; u < u1; u++)
-        for (int v = 0; v < K; v++) {
-          const V inside = total - (v < P ? left[P - v] : right[v - P]);
-          d += inside * load<A>(taps + (u * K + v) * taps_pitch);
-          A* at = products + (u * K + v) * pitch;
-          store<A>(at, load<A>(at) + s[u * K + v]);
+        for (int e = 1; e <= P; e++) {  // sums of the e outer columns
+          left[e] = left[e - 1] + (e <= W ? load_as<A>(pd + (e - 1) * step) : V{});
+          right[e] = right[e - 1] + (e <= W ? load_as<A>(pd + (W - e) * step) : V{});
         }
-      store<A>(d_sum, d);
-    });
+        for (int u = u0; u < u1; u++)
+          for (int v = 0; v < K; v++)
+            inside[u * K + v] += all - (v < P ? left[P - v] : right[v - P]);
+      });
+      total += all;
+    }
+    V d = load<A>(d_sum);
+    for (int t = 0; t < K * K; t++) {
+      d += inside[t] * load<A>(taps + t * taps_pitch);
+      store<A>(products + t * pitch, load<A>(products + t * pitch) + s[t]);
+    }
+    store<A>(d_sum, d);
     A* at = products + K * K * pitch;
     store<A>(at, load<A>(at) + total);
   }

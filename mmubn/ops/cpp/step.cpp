@@ -23,6 +23,8 @@ typedef Lanes<A, A, K> Packed;  // tiles are converted
 constexpr int64_t SMALL_PLANE = 64;
 // Bytes of a tensor that leaves nothing in a last level cache for the next layer.
 constexpr int64_t LARGE = 16 << 20;
+// Bytes of a strip of rows in channels_last.
+constexpr int64_t STRIP = 256 << 10;
 // Numbers of a block of the similarity: they stay in the first level cache.
 constexpr int64_t BLOCK = 4096;
 
@@ -110,6 +112,13 @@ struct Plan {
     const int64_t few = 1 + B * C / 4096;
     parallel((C + size - 1) / size, int(std::min<int64_t>(threads, few)),
              [&](int64_t begin, int64_t end) { f(begin * size, std::min(C, end * size)); });
+  }
+  // f(first row, end) for strips of rows with all their channels, which lie side by side: what is
+  // read of them channel after channel is to stay in the second level cache.
+  template <class F>
+  void each_strip(F f) const {
+    const int64_t rows = std::max<int64_t>(1, STRIP / (W * C * int64_t(sizeof(T))));
+    for (int64_t i = 0; i < H; i += rows) f(i, std::min(H, i + rows));
   }
   // f(whether what is written to `out` is to go past the caches): where it would not stay in them
   // until it is read, and fills whole lines.
@@ -351,15 +360,15 @@ void forward(const Plan& p, const T* x, T* y, int64_t n, int64_t c0, int64_t c1,
     }
     return;
   }
-  // Row by row through all channels, which lie side by side.
   const int64_t side_by_side = p.in_place_until(c0, c1);
   p.with_past(y, [&](auto past) {
-    for (int64_t i = 0; i < p.H; i++)
+    p.each_strip([&](int64_t first, int64_t end) {
       InPlace::pairs(c0, side_by_side, [&](int64_t c, auto blocks) {
         InPlace::template forward<blocks, past>(
             p.image(x, n, c), p.image(y, n, c), shift + c - c0, scale + c - c0, taps + c, p.Cp,
-            bias + c, i, p.H, p.W, p.C);
+            bias + c, first, end, p.H, p.W, p.C);
       });
+    });
   });
   if (side_by_side == c1) return;
   A* out = p.tiles(2);
@@ -434,10 +443,11 @@ void image_sums(const Plan& p, const T* x, const T* dy, int64_t n, int64_t c0, i
   std::memset(products, 0, (KK + 1) * pitch * sizeof(A));
   std::memset(d_sum, 0, pitch * sizeof(A));
   const int64_t side_by_side = p.in_place_until(c0, c1);
-  for (int64_t i = 0; i < p.H; i++)
+  p.each_strip([&](int64_t first, int64_t end) {
     for (int64_t c = c0; c < side_by_side; c += N)
       InPlace::sums(p.image(x, n, c), p.image(dy, n, c), shift + c - c0, taps + c, p.Cp,
-                products + c - c0, d_sum + c - c0, pitch, i, p.H, p.W, p.C);
+                    products + c - c0, d_sum + c - c0, pitch, first, end, p.H, p.W, p.C);
+  });
   for (int64_t c = side_by_side; c < c1; c += N)
     block_sums(p, x, dy, n, c, shift + c - c0, taps + c, products + c - c0, d_sum + c - c0, pitch);
   if (all_finite(products, d_sum, pitch, c1 - c0)) return;
@@ -466,12 +476,13 @@ void input(const Plan& p, const T* x, const T* dy, T* dx, int64_t n, int64_t c0,
   }
   const int64_t side_by_side = p.in_place_until(c0, c1);
   p.with_past(dx, [&](auto past) {
-    for (int64_t i = 0; i < p.H; i++)
+    p.each_strip([&](int64_t first, int64_t end) {
       InPlace::pairs(c0, side_by_side, [&](int64_t c, auto blocks) {
         InPlace::template input<blocks, past>(
             p.image(x, n, c), p.image(dy, n, c), p.image(dx, n, c), scale + c - c0, taps + c, p.Cp,
-            mean + c - c0, slope + c, level + c - c0, has_slope, i, p.H, p.W, p.C);
+            mean + c - c0, slope + c, level + c - c0, has_slope, first, end, p.H, p.W, p.C);
       });
+    });
   });
   if (side_by_side == c1) return;
   A* out = p.tiles(2);
