@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from mmubn.layers import BNET, IEBN, RBN, UBN
 from mmubn.ops import Buffers, Parameters, Settings, cpp_build
 from mmubn.ops.backend import CPP, TORCH
 
+CODE = Path(cpp_build.__file__).with_name('cpp')
 WHY_NOT = CPP.why_not(torch.zeros(1, 1, 1, 1), 3)
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 
@@ -350,3 +352,17 @@ def test_two_processes_build_at_once(tmp_path):
     assert [worker.returncode for worker in workers] == [0, 0]
     assert outputs[0] == outputs[1]
     assert len(list((tmp_path / 'cache').iterdir())) == 1
+
+
+@pytest.mark.parametrize(('dtype', 'kernel_size'), [('float', 3), ('ubn::bf16', 7)])
+def test_nothing_outside_of_a_tensor_is_touched(dtype, kernel_size, tmp_path):
+    source = Path(__file__).with_name('memory_check.cpp')
+    program = str(tmp_path / 'check')
+    flags = ['-O1', '-std=c++17', '-march=native', '-fsanitize=address', f'-I{CODE}']
+    command = [cpp_build._compiler(), *flags, f'-DUBN_T={dtype}', f'-DUBN_K={kernel_size}']
+    built = subprocess.run([*command, str(source), '-o', program], capture_output=True, text=True)
+    if 'asan' in built.stderr:
+        pytest.skip('the compiler has no address sanitizer')
+    assert built.returncode == 0, built.stderr
+    run = subprocess.run([program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[:2000]

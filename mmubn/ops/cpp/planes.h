@@ -47,11 +47,15 @@ A plane_mean(const T* x, int64_t hw) {
   return sum<A>((s[0] + s[1]) + (s[2] + s[3]) + load_some<A>(x + q, hw - q)) / A(hw);
 }
 
-// H rows of W numbers. A vector before them and behind them can be read.
+// H rows of W numbers, before and behind which others can be read.
 template <class T>
 struct Plane {
   const T* pixels;
   int64_t H, W;
+
+  // How many: a chunk, which may be two vectors, a column shift away from the last column.
+  template <class A, int K>
+  static constexpr int64_t margin = 2 * Vec<A>::n + K / 2;
 
   // f(first row, how many) for strips of about 16 KB: they stay in the first level cache.
   template <class F>

@@ -84,13 +84,15 @@ struct Plan {
   }
   T* image(T* x, int64_t n, int64_t c) const { return x + n * C * hw + (pixels ? c : c * hw); }
 
+  // Copied where what is read around it could leave the tensor.
   Plane<T> plane(const T* x, int64_t n, int64_t c) const {
-    const T* pixels = image(x, n, c);
-    if (K > 1 && (pixels == x || pixels + hw == x + B * C * hw)) {  // at an end of the tensor
+    constexpr int64_t margin = Plane<T>::template margin<A, K>;
+    const T *pixels = image(x, n, c), *end = x + B * C * hw;
+    if (K > 1 && (pixels - x < margin || end - (pixels + hw) < margin)) {
       static thread_local Buffer buffer;
-      constexpr int64_t margin = 2 * N;
-      T* copy = buffer.get<T>(hw + 2 * margin);
-      pixels = static_cast<T*>(std::memcpy(copy + margin, pixels, hw * sizeof(T)));
+      T* copy = buffer.get<T>(hw + 2 * margin) + margin;
+      std::copy(pixels, pixels + hw, copy);
+      pixels = copy;
     }
     return {pixels, H, W};
   }
