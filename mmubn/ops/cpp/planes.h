@@ -69,10 +69,10 @@ struct Plane {
   }
 };
 
-// Calls f(vectors of a chunk), which is what pays for rows of W numbers.
+// Calls f(vectors of a chunk), which is what pays for rows of W numbers: two need 32 registers.
 template <class T, class A, class F>
 inline void with_chunk(int64_t W, F f) {
-  if constexpr (std::is_same<T, bf16>::value)
+  if constexpr (std::is_same<T, bf16>::value && VECTOR_BYTES == 64)
     if (W > Vec<A>::n) return f(Fixed<2>{});
   f(Fixed<1>{});
 }
