@@ -15,7 +15,6 @@ from mmubn.layers import BNET, IEBN, RBN, UBN
 from mmubn.ops import Buffers, Parameters, Settings, cpp_build
 from mmubn.ops.backend import CPP, TORCH
 
-CODE = Path(cpp_build.__file__).with_name('cpp')
 WHY_NOT = CPP.why_not(torch.zeros(1, 1, 1, 1), 3)
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 
@@ -358,7 +357,7 @@ def test_two_processes_build_at_once(tmp_path):
 def test_nothing_outside_of_a_tensor_is_touched(dtype, kernel_size, tmp_path):
     source = Path(__file__).with_name('memory_check.cpp')
     program = str(tmp_path / 'check')
-    flags = ['-O1', '-std=c++17', '-march=native', '-fsanitize=address', f'-I{CODE}']
+    flags = ['-O1', '-std=c++17', '-march=native', '-fsanitize=address', f'-I{cpp_build._SOURCES}']
     command = [cpp_build._compiler(), *flags, f'-DUBN_T={dtype}', f'-DUBN_K={kernel_size}']
     built = subprocess.run([*command, str(source), '-o', program], capture_output=True, text=True)
     if 'asan' in built.stderr:

@@ -69,11 +69,13 @@ struct Plane {
   }
 };
 
-// Calls f(vectors of a chunk), which is what pays for rows of W numbers: two need 32 registers.
+// Calls f(vectors of a chunk), which is what pays for rows of W numbers.
 template <class T, class A, class F>
 inline void with_chunk(int64_t W, F f) {
-  if constexpr (std::is_same<T, bf16>::value && VECTOR_BYTES == 64)
+#ifdef UBN_PAIRS
+  if constexpr (std::is_same<T, bf16>::value)
     if (W > Vec<A>::n) return f(Fixed<2>{});
+#endif
   f(Fixed<1>{});
 }
 

@@ -26,6 +26,11 @@ struct bf16 {
   uint16_t bits;
 };
 
+// Whether two vectors of bfloat16 are worked on at once: that needs 32 registers and masks of 32.
+#ifdef __AVX512BW__
+#define UBN_PAIRS
+#endif
+
 #ifdef __AVX512F__
 constexpr int VECTOR_BYTES = 64;
 #else
@@ -248,18 +253,13 @@ inline Chunk<A, M> load_chunk(const T* p, Fixed<n>) {
 template <class A, int M, class T>
 inline Chunk<A, M> load_chunk(const T* p, int n) {
   if (n == Chunk<A, M>::size) return load_chunk<A, M>(p);
-  if constexpr (M == 1) {
-    return {{load_some<A>(p, n)}};
-  } else {
-#if defined(__AVX512BW__)
+  if constexpr (M == 1) return {{load_some<A>(p, n)}};
+#ifdef UBN_PAIRS
+  else {
     const __m512i bits = _mm512_maskz_loadu_epi16((uint64_t(1) << n) - 1, p);
     return load_chunk<A, M>(reinterpret_cast<const T*>(&bits));
-#else
-    T numbers[Chunk<A, M>::size] = {};
-    std::copy(p, p + n, numbers);
-    return load_chunk<A, M>(numbers);
-#endif
   }
+#endif
 }
 template <class A, int M, class T, int n>
 inline void store_chunk(T* p, const Chunk<A, M>& chunk, Fixed<n>) {
@@ -268,18 +268,13 @@ inline void store_chunk(T* p, const Chunk<A, M>& chunk, Fixed<n>) {
 template <class A, int M, class T>
 inline void store_chunk(T* p, const Chunk<A, M>& chunk, int n) {
   if (n == Chunk<A, M>::size) return store_chunk<A, M>(p, chunk);
-  if constexpr (M == 1) {
-    store_some<A>(p, chunk.v[0], n);
-  } else {
-#if defined(__AVX512BW__)
+  if constexpr (M == 1) store_some<A>(p, chunk.v[0], n);
+#ifdef UBN_PAIRS
+  else {
     const Bits32 bits = narrowed_pairs(chunk.v[0], chunk.v[1]);
     _mm512_mask_storeu_epi16(p, (uint64_t(1) << n) - 1, (__m512i)bits);
-#else
-    T numbers[Chunk<A, M>::size];
-    store_chunk<A, M>(numbers, chunk);
-    std::copy(numbers, numbers + n, p);
-#endif
   }
+#endif
 }
 
 template <class A>
