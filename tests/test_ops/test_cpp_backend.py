@@ -18,17 +18,18 @@ from mmubn.ops.backend import CPP, TORCH
 WHY_NOT = CPP.why_not(torch.zeros(1, 1, 1, 1), 3)
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 
-# Planes of a pixel, a row, a column; of fewer and of more than a vector; of several strips;
-# channels that fill vectors and that do not.
+# Planes of a pixel, a row, a column; of fewer and of more than a vector; of several strips, and of
+# parts of an image. Channels that fill vectors and that do not. Few images and more.
 SHAPES = [
     (2, 3, 1, 1),
     (3, 17, 4, 4),
     (2, 3, 1, 6),
     (2, 17, 5, 1),
-    (3, 40, 2, 2),
-    (2, 20, 9, 9),
+    (5, 40, 2, 2),
+    (4, 20, 9, 9),
     (3, 4, 2, 300),
-    (2, 18, 40, 30),
+    (6, 18, 40, 30),
+    (2, 40, 7, 450),
 ]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 CENTRED, SCALED = ('center_weight',), ('scale_weight', 'scale_bias')
@@ -169,7 +170,7 @@ def test_error_is_at_most_twice_that_of_torch(shape, dtype, layout):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('shape', [(16, 40, 4, 4), (6, 24, 33, 30)], ids=str)
+@pytest.mark.parametrize('shape', [(16, 40, 4, 4), (6, 24, 33, 30), (2, 24, 33, 300)], ids=str)
 def test_threads_change_no_bit(shape, layout, dtype):
     x = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
     dy = torch.randn_like(x)
@@ -191,13 +192,13 @@ def test_threads_change_no_bit(shape, layout, dtype):
 
 @pytest.mark.parametrize('bad', [float('inf'), float('nan')])
 @pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('shape', [(2, 5, 4, 5), (2, 16, 12, 30)], ids=str)
+@pytest.mark.parametrize('shape', [(2, 5, 4, 5), (2, 16, 12, 30), (2, 16, 30, 160)], ids=str)
 def test_what_is_not_finite_reaches_what_it_should(shape, layout, bad):
     """In evaluation without calibrations, where nothing but the convolution spreads it."""
     height, width = shape[2:]
     given = parameters(shape[1], 3, 'none', torch.float32)
     settings = Settings(training=False)
-    for i, j in ((0, 2), (height - 1, width - 1), (2, 0), (1, 2)):
+    for i, j in ((0, 2), (height - 1, width - 1), (2, 0), (1, 2), (height // 3, 0)):
         x = torch.randn(shape).contiguous(memory_format=layout)
         dy = torch.randn_like(x)
         x[1, 3, i, j] = bad

@@ -1,14 +1,21 @@
-// The passes over X with channels in the lanes: a block of N channels of one image, whose pixels
-// lie `step` numbers apart. So channels_last is read as it is (step = C), and small planes of
-// NCHW, in which vectors of pixels would be mostly tail, from a packed copy (step = N).
+// The passes over X with channels in the lanes: blocks of N channels of one image, whose pixels
+// lie `step` numbers apart. So channels_last is read as it is (step = C). Small planes of NCHW, in
+// which vectors of pixels would be mostly tail, are packed into tiles first.
 //
-// Coefficients are those of the block, N each; taps are (k * k, pitch), tap after tap.
+// Coefficients are those of the block, N each; taps are (k * k, pitch), tap after tap. While the
+// blocks of a strip are worked on, one after the other, each prefetches its share of the next
+// strip, `ahead`, so that memory is read in its order.
 #pragma once
 #include <utility>
 
 #include "vec.h"
 
 namespace ubn {
+
+// Rows first ... end of an image of H rows of W pixels, which lie `step` numbers apart.
+struct Strip {
+  int64_t first, end, H, W, step;
+};
 
 template <class T, class A, int K>
 struct Lanes {
@@ -19,57 +26,65 @@ struct Lanes {
   // Sums of a chunk and then of those sums are also more exact than one long sum.
   static constexpr int64_t CHUNK = 16;
 
-  // Means of `count` channels, whose pixels lie side by side.
-  static void mean(const T* x, int64_t hw, int64_t step, int64_t count, A* out) {
-    for (int64_t c = 0; c < count; c += N) store<A>(out + c, V{});
-    for (int64_t q = 0; q < hw; q += CHUNK)
-      for (int64_t c = 0; c < count; c += N) {
-        V part{};
-        for (int64_t i = q; i < std::min(hw, q + CHUNK); i++) part += load_as<A>(x + i * step + c);
-        store<A>(out + c, load<A>(out + c) + part);
-      }
-    for (int64_t c = 0; c < count; c += N) store<A>(out + c, load<A>(out + c) / A(hw));
+  // Calls f(c, how many blocks, which of their lanes there are) for the channels from c0 to c1, B
+  // blocks at once where there are as many.
+  template <int B, class F>
+  static inline void each_blocks(int64_t c0, int64_t c1, F f) {
+    int64_t c = c0;
+    for (; c + B * N <= c1; c += B * N) f(c, Fixed<B>{}, AllLanes<A>{});
+    for (; c + N <= c1; c += N) f(c, Fixed<1>{}, AllLanes<A>{});
+    if (c < c1) f(c, Fixed<1>{}, FirstLanes<A>{c1 - c});
   }
 
-  // And variances, by Chan's update over chunks, which are read twice while they are in the cache.
-  static void moments(const T* x, int64_t hw, int64_t step, int64_t count, A* mean_out,
-                      A* var_out) {
-    for (int64_t c = 0; c < count; c += N) {
-      store<A>(mean_out + c, V{});
-      store<A>(var_out + c, V{});
-    }
-    for (int64_t q = 0; q < hw; q += CHUNK) {
-      const int64_t pixels = std::min(CHUNK, hw - q);
-      const A weight = A(pixels) / A(q + pixels), both = A(q) * weight;
-      for (int64_t c = 0; c < count; c += N) {
-        V part{}, about{};
-        for (int64_t i = q; i < q + pixels; i++) part += load_as<A>(x + i * step + c);
-        const V here = part / A(pixels);
-        for (int64_t i = q; i < q + pixels; i++) {
-          const V d = load_as<A>(x + i * step + c) - here;
-          about += d * d;
+  // Adds pixels to the means of `count` channels and, if wanted, to the sums of squared distances
+  // from them, in which `seen` pixels are already. Pixels lie `step` apart.
+  template <bool squared>
+  static void add_moments(const T* x, int64_t pixels, int64_t step, int64_t count, int64_t seen,
+                          A* mean, A* squares) {
+    for (int64_t q = 0; q < pixels; q += CHUNK) {
+      const int64_t n = std::min(CHUNK, pixels - q);
+      const A weight = A(n) / A(seen + q + n);
+      each_blocks<4>(0, count, [&](int64_t c, auto blocks, auto lanes) {
+        constexpr int B = blocks;
+        const T *from = x + q * step + c, *ahead = x + (q + n) * step + c * n;
+        V part[B] = {}, about[B] = {};
+        for (int64_t i = 0; i < n; i++)
+          for (int b = 0; b < B; b++) part[b] += lanes.load(from + i * step + b * N);
+        for (V& sum : part) sum /= A(n);
+        for (int64_t i = 0; i < n; i++)
+          for (int b = 0; b < B; b++) {
+            UBN_PREFETCH(ahead + (i * B + b) * N);
+            if constexpr (squared) {
+              const V d = lanes.load(from + i * step + b * N) - part[b];
+              about[b] += d * d;
+            }
+          }
+        for (int b = 0; b < B; b++) {  // Chan's update
+          const V old = load<A>(mean + c + b * N), move = part[b] - old;
+          store<A>(mean + c + b * N, old + move * weight);
+          if constexpr (squared) {
+            about[b] += move * move * (A(seen + q) * weight);
+            store<A>(squares + c + b * N, load<A>(squares + c + b * N) + about[b]);
+          }
         }
-        const V mean = load<A>(mean_out + c), move = here - mean;
-        store<A>(mean_out + c, mean + move * weight);
-        store<A>(var_out + c, load<A>(var_out + c) + about + move * move * both);
-      }
+      });
     }
-    for (int64_t c = 0; c < count; c += N) store<A>(var_out + c, load<A>(var_out + c) / A(hw));
   }
 
   // f(j, b, sum over the taps u in [u0, u1) of K z) for the outputs j of a row in B blocks side by
   // side, z = in + shift; `in` is the row that tap p sees. A column goes to the k outputs that it
-  // touches.
-  template <int B, class U0, class U1, class F>
-  static inline void row(U0 u0, U1 u1, const T* in, const V (&shift)[B], const V (&taps)[B][K * K],
-                         int64_t W, int64_t step, F f) {
+  // touches. `ahead` is prefetched: B vectors a column.
+  template <int B, class U0, class U1, class Some, class F>
+  static inline void row(U0 u0, U1 u1, Some lanes, const T* in, const T* ahead,
+                         const V (&shift)[B], const V (&taps)[B][K * K], int64_t W, int64_t step,
+                         F f) {
     V open[B][K] = {};  // outputs j - p ... j + p
     const int64_t R = W * step;
     for (int64_t j = 0; j < W; j++) {
       for (int b = 0; b < B; b++) {
-        UBN_PREFETCH(in + (P + 1) * R + j * step + b * N);
+        UBN_PREFETCH(ahead + (j * B + b) * N);
         for (int u = u0; u < u1; u++) {
-          const V z = load_as<A>(in + (u - P) * R + j * step + b * N) + shift[b];
+          const V z = lanes.load(in + (u - P) * R + j * step + b * N) + shift[b];
           for (int t = 0; t < K; t++) open[b][t] += z * taps[b][u * K + K - 1 - t];
         }
         if (j >= P) f(j - P, b, open[b][0]);
@@ -84,13 +99,13 @@ struct Lanes {
     }
   }
 
-  template <bool past>
-  static inline void put(T* out, int64_t next_row, V value) {
-    if constexpr (past) {
+  template <bool past, class Some>
+  static inline void put(Some lanes, T* out, int64_t next_row, V value) {
+    if constexpr (past && lanes.all) {
       store_past<A>(out, value);
     } else {
       UBN_PREFETCH_TO_WRITE(out + next_row);
-      store_as<A>(out, value);
+      lanes.store(out, value);
     }
   }
 
@@ -108,12 +123,10 @@ struct Lanes {
     }
   }
 
-  // Rows first ... end of Y = dwconv(a (X + h); K) + beta. `past`: what is stored goes past the
-  // caches.
-  template <int B, bool past>
-  static void forward(const T* x, T* y, const A* shift, const A* scale, const A* taps,
-                      int64_t pitch, const A* bias, int64_t first, int64_t end, int64_t H,
-                      int64_t W, int64_t step) {
+  // Y = dwconv(a (X + h); K) + beta in a strip. `past`: what is stored goes past the caches.
+  template <int B, bool past, class Some>
+  static void forward(Some lanes, const Strip& s, const T* x, T* y, const T* ahead, const A* shift,
+                      const A* scale, const A* taps, int64_t pitch, const A* bias) {
     V k[B][K * K], h[B], beta[B];
     for (int b = 0; b < B; b++) {
       h[b] = load<A>(shift + b * N);
@@ -121,84 +134,81 @@ struct Lanes {
       for (int t = 0; t < K * K; t++)
         k[b][t] = load<A>(taps + t * pitch + b * N) * load<A>(scale + b * N);
     }
-    for (int64_t i = first; i < end; i++) {
-      T* out = y + i * W * step;
-      with_taps(i, H, [&](auto u0, auto u1) {
-        row<B>(u0, u1, x + i * W * step, h, k, W, step, [&](int64_t j, int b, V value) {
-          put<past>(out + j * step + b * N, W * step, value + beta[b]);
-        });
+    const int64_t R = s.W * s.step;
+    for (int64_t i = s.first; i < s.end; i++, ahead += s.W * B * N) {
+      T* out = y + i * R;
+      with_taps(i, s.H, [&](auto u0, auto u1) {
+        row<B>(u0, u1, lanes, x + i * R, ahead, h, k, s.W, s.step,
+               [&](int64_t j, int b, V value) {
+                 put<past>(lanes, out + j * s.step + b * N, R, value + beta[b]);
+               });
       });
     }
   }
 
-  // Rows first ... end of dX = a dX_r + slope (X - m) + level.
-  template <int B, bool past>
-  static void input(const T* x, const T* dy, T* dx, const A* scale, const A* taps, int64_t pitch,
-                    const A* mean, const A* slope, const A* level, bool has_slope, int64_t first,
-                    int64_t end, int64_t H, int64_t W, int64_t step) {
+  // dX = a dX_r + slope (X - m) + level in a strip.
+  template <int B, bool past, class Some>
+  static void input(Some lanes, const Strip& s, const T* x, const T* dy, T* dx, const T* ahead,
+                    const A* scale, const A* taps, int64_t pitch, const A* mean, const A* slope,
+                    const A* level, bool has_slope) {
     V k[B][K * K], zero[B] = {};
     for (int b = 0; b < B; b++)
       for (int t = 0; t < K * K; t++)
         k[b][t] = load<A>(taps + (K * K - 1 - t) * pitch + b * N) * load<A>(scale + b * N);
-    for (int64_t i = first; i < end; i++) {
-      const T* source = x + i * W * step;
-      T* out = dx + i * W * step;
-      with_taps(i, H, [&](auto u0, auto u1) {
-        row<B>(u0, u1, dy + i * W * step, zero, k, W, step, [&](int64_t j, int b, V value) {
-          const int64_t at = j * step + b * N;
-          value += load<A>(level + b * N);
-          if (has_slope) {
-            UBN_PREFETCH(source + W * step + at);
-            const V apart = load_as<A>(source + at) - load<A>(mean + b * N);
-            value += apart * load<A>(slope + b * N);
-          }
-          put<past>(out + at, W * step, value);
-        });
+    const int64_t R = s.W * s.step;
+    for (int64_t i = s.first; i < s.end; i++, ahead += s.W * B * N) {
+      const T* source = x + i * R;
+      T* out = dx + i * R;
+      with_taps(i, s.H, [&](auto u0, auto u1) {
+        row<B>(u0, u1, lanes, dy + i * R, ahead, zero, k, s.W, s.step,
+               [&](int64_t j, int b, V value) {
+                 const int64_t at = j * s.step + b * N;
+                 value += load<A>(level + b * N);
+                 if (has_slope) {
+                   UBN_PREFETCH(source + R + at);
+                   const V apart = lanes.load(source + at) - load<A>(mean + b * N);
+                   value += apart * load<A>(slope + b * N);
+                 }
+                 put<past>(lanes, out + at, R, value);
+               });
       });
     }
   }
 
-  // Calls f(c, how many blocks) for the blocks from c0 to c1, two at once where there are two.
-  template <class F>
-  static inline void pairs(int64_t c0, int64_t c1, F f) {
-    int64_t c = c0;
-    for (; c + 2 * N <= c1; c += 2 * N) f(c, Fixed<2>{});
-    if (c < c1) f(c, Fixed<1>{});
-  }
-
-  // Rows first ... end of the sums of planes.h: adds to P (k * k, pitch), behind which the sum of
+  // The sums of planes.h over the rows of a strip: adds to P (k * k, pitch), behind which the sum of
   // dY lies, and to d_sum the sum of K dY over the taps that lie inside.
-  static void sums(const T* x, const T* dy, const A* shift, const A* taps, int64_t taps_pitch,
-                   A* products, A* d_sum, int64_t pitch, int64_t first, int64_t end, int64_t H,
-                   int64_t W, int64_t step) {
-    const int64_t R = W * step;
+  template <class Some>
+  static void sums(Some lanes, const Strip& s, const T* x, const T* dy, const T* ahead_x,
+                   const T* ahead_dy, const A* shift, const A* taps, int64_t taps_pitch,
+                   A* products, A* d_sum, int64_t pitch) {
+    const int64_t W = s.W, step = s.step, R = W * step;
     const V h = load<A>(shift);
-    V s[K * K] = {}, total{};
+    V sum[K * K] = {}, total{};
     V inside[K * K] = {};  // dY where the tap lies inside
-    for (int64_t i = first; i < end; i++) {
+    for (int64_t i = s.first; i < s.end; i++, ahead_x += W * N, ahead_dy += W * N) {
       const T *px = x + i * R, *pd = dy + i * R;
       V all{}, left[P + 1] = {}, right[P + 1] = {};
-      with_taps(i, H, [&](auto u0, auto u1) {
+      with_taps(i, s.H, [&](auto u0, auto u1) {
         V seen[K * K];  // seen[u]: X + h in columns j - p ... j + p of row i + u - p
         for (int t = 0; t < K * K; t++) seen[t] = V{};
         for (int u = u0; u < u1; u++)
           for (int v = P; v < K - 1; v++)
-            if (v - P < W) seen[u * K + v + 1] = load_as<A>(px + (u - P) * R + (v - P) * step) + h;
+            if (v - P < W) seen[u * K + v + 1] = lanes.load(px + (u - P) * R + (v - P) * step) + h;
         for (int64_t j = 0; j < W; j++) {
-          UBN_PREFETCH(pd + R + j * step);
-          UBN_PREFETCH(px + (P + 1) * R + j * step);
-          const V g = load_as<A>(pd + j * step);
+          UBN_PREFETCH(ahead_dy + j * N);
+          UBN_PREFETCH(ahead_x + j * N);
+          const V g = lanes.load(pd + j * step);
           all += g;
           for (int u = u0; u < u1; u++) {
             for (int v = 0; v + 1 < K; v++) seen[u * K + v] = seen[u * K + v + 1];
             seen[u * K + K - 1] =
-                j + P < W ? load_as<A>(px + (u - P) * R + (j + P) * step) + h : V{};
-            for (int v = 0; v < K; v++) s[u * K + v] += seen[u * K + v] * g;
+                j + P < W ? lanes.load(px + (u - P) * R + (j + P) * step) + h : V{};
+            for (int v = 0; v < K; v++) sum[u * K + v] += seen[u * K + v] * g;
           }
         }
         for (int e = 1; e <= P; e++) {  // sums of the e outer columns
-          left[e] = left[e - 1] + (e <= W ? load_as<A>(pd + (e - 1) * step) : V{});
-          right[e] = right[e - 1] + (e <= W ? load_as<A>(pd + (W - e) * step) : V{});
+          left[e] = left[e - 1] + (e <= W ? lanes.load(pd + (e - 1) * step) : V{});
+          right[e] = right[e - 1] + (e <= W ? lanes.load(pd + (W - e) * step) : V{});
         }
         for (int u = u0; u < u1; u++)
           for (int v = 0; v < K; v++)
@@ -209,7 +219,7 @@ struct Lanes {
     V d = load<A>(d_sum);
     for (int t = 0; t < K * K; t++) {
       d += inside[t] * load<A>(taps + t * taps_pitch);
-      store<A>(products + t * pitch, load<A>(products + t * pitch) + s[t]);
+      store<A>(products + t * pitch, load<A>(products + t * pitch) + sum[t]);
     }
     store<A>(d_sum, d);
     A* at = products + K * K * pitch;
@@ -284,18 +294,6 @@ inline void unpack(const A* tile, T* planes, int64_t hw, int64_t count, F f) {
   for (int64_t c = 0; c < count; c++)
     store_some<A>(planes + c * hw + q, f(c, q, v[c], int(pixels)), pixels);
 }
-// The same for the last `count` channels of pixels that are C apart, back as f(q, v).
-template <class T, class A, class F>
-inline void pack_tail(const T* pixels, int64_t hw, int64_t C, int64_t count, F put) {
-  for (int64_t q = 0; q < hw; q++) put(load_some<A>(pixels + q * C, count));
-}
-template <class T, class A, class F>
-inline void unpack_tail(const A* tile, T* pixels, int64_t hw, int64_t C, int64_t count, F f) {
-  constexpr int N = Vec<A>::n;
-  for (int64_t q = 0; q < hw; q++)
-    store_some<A>(pixels + q * C, f(q, load<A>(tile + q * N)), count);
-}
-
 // The pixels of N channels of an image, converted, with p zeros around.
 template <class A, int K>
 class Tile {

@@ -8,8 +8,9 @@
 
 namespace ubn {
 
+// Mean of a plane and sum of squared distances from it.
 template <class T, class A>
-void plane_moments(const T* x, int64_t hw, A& mean, A& var) {
+void plane_moments(const T* x, int64_t hw, A& mean, A& squares) {
   constexpr int N = Vec<A>::n;
   typedef typename Vec<A>::type V;
   const int64_t blocks = hw / N * N;
@@ -33,7 +34,7 @@ void plane_moments(const T* x, int64_t hw, A& mean, A& var) {
   A rest = 0;
   for (; q < hw; q++) rest += (widen(x[q]) - m) * (widen(x[q]) - m);
   mean = m;
-  var = (sum<A>((s[0] + s[1]) + (s[2] + s[3])) + rest) / A(hw);
+  squares = sum<A>((s[0] + s[1]) + (s[2] + s[3])) + rest;
 }
 
 template <class T, class A>
@@ -253,18 +254,18 @@ void plane_input(const Plane<T>& dy, const T* x, T* dx, const A (&taps)[K * K], 
   }
 }
 
-// Sums of one plane, as plane_sums returns them, without a product or a difference that the equations
+// Sums of rows first ... end of one plane, as plane_sums returns them, without a product or a difference that the equations
 // do not have, so that what is not finite reaches what it should and no more. `step` is the stride
 // of a pixel.
 template <class T, class A, int K>
-void exact_sums(const T* x, const T* dy, A shift, const A (&taps)[K * K], int64_t H, int64_t W,
-                int64_t step, A (&P)[K * K], A& d) {
+void exact_sums(const T* x, const T* dy, A shift, const A (&taps)[K * K], int64_t first,
+                int64_t end, int64_t H, int64_t W, int64_t step, A (&P)[K * K], A& d) {
   constexpr int p = K / 2;
   d = 0;
   for (int u = 0; u < K; u++)
     for (int v = 0; v < K; v++) {
       A product = 0, plain = 0;
-      for (int64_t i = std::max(0, p - u); i < std::min(H, H + p - u); i++)
+      for (int64_t i = std::max<int64_t>(first, p - u); i < std::min(end, H + p - u); i++)
         for (int64_t j = std::max(0, p - v); j < std::min(W, W + p - v); j++) {
           const A g = widen(dy[(i * W + j) * step]);
           product += (widen(x[((i + u - p) * W + j + v - p) * step]) + shift) * g;
@@ -372,7 +373,7 @@ void plane_sums(const Plane<T>& plane, const T* dy, A shift, const A (&taps)[K *
     total = sum<A>(sum_dy);
     bool finite = std::isfinite(d) && std::isfinite(total);
     for (int t = 0; t < K * K; t++) finite &= bool(std::isfinite(P[t] = sum<A>(products[t])));
-    if (!finite) exact_sums<T, A, K>(x, dy, shift, taps, H, W, 1, P, d);
+    if (!finite) exact_sums<T, A, K>(x, dy, shift, taps, 0, H, H, W, 1, P, d);
   }
 }
 

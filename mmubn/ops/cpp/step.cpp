@@ -18,13 +18,18 @@ typedef std::conditional<std::is_same<T, double>::value, double, float>::type A;
 constexpr int K = UBN_K, KK = K * K, P = K / 2, N = Vec<A>::n;
 typedef Lanes<T, A, K> InPlace;
 typedef Lanes<A, A, K> Packed;  // tiles are converted
+typedef typename Vec<A>::type V;
 
 // Planes up to this size go through lanes, where vectors of pixels would be mostly tail.
 constexpr int64_t SMALL_PLANE = 64;
 // Bytes of a tensor that leaves nothing in a last level cache for the next layer.
 constexpr int64_t LARGE = 16 << 20;
 // Bytes of a strip of rows in channels_last.
-constexpr int64_t STRIP = 256 << 10;
+constexpr int64_t STRIP = 128 << 10;
+// Tasks that there are to be at least: for processors with more cores than images.
+constexpr int64_t TASKS = 32;
+// As many images at most have their products summed while their moments are.
+constexpr int64_t FEW = 4;
 // Numbers of a block of the similarity: they stay in the first level cache.
 constexpr int64_t BLOCK = 4096;
 
@@ -60,9 +65,16 @@ A* scratch(size_t count) {
   return buffer.get<A>(count);
 }
 
-// How the work on (image, channels) is cut, of the shape alone.
+// A piece of an image: channels c0 ... c1 of rows first ... end. NCHW is cut by channels, NHWC by
+// rows: memory is read fastest in its order.
+struct Piece {
+  int64_t c0, c1, first, end;
+  int64_t part;  // number of the rows
+};
+
+// How the work is cut, of the shape alone.
 struct Plan {
-  int64_t B, C, H, W, hw, Cp, block, blocks;
+  int64_t B, C, H, W, hw, Cp, block, blocks, parts;
   int threads;
   bool lanes, pixels;
 
@@ -70,11 +82,11 @@ struct Plan {
       : B(l.batch), C(l.channels), H(l.height), W(l.width), hw(H * W), Cp(padded(C)) {
     pixels = l.pixels;
     lanes = pixels || (hw <= SMALL_PLANE && 2 * C >= N);
-    // As many channels as leave a task for each of some threads: a task has things to set up, and
-    // pixels are read fastest with all their channels.
-    const int64_t wanted = ((pixels ? 4 : 16) + B - 1) / B;
-    block = lanes ? padded((C + wanted - 1) / wanted) : std::max<int64_t>(1, C / wanted);
-    if (pixels) block = std::max<int64_t>(block, 4 * N);
+    const int64_t wanted = (TASKS + B - 1) / B;
+    parts = pixels ? std::min(wanted, (H + strip_rows() - 1) / strip_rows()) : 1;
+    block = pixels  ? Cp
+            : lanes ? padded((C + wanted - 1) / wanted)
+                    : std::max<int64_t>(1, C / wanted);
     blocks = (C + block - 1) / block;
     // A task that takes less than waking a thread does is better done here.
     threads = int(std::min<int64_t>(l.threads, 1 + B * C * hw / 16384));
@@ -97,14 +109,19 @@ struct Plan {
     return {pixels, H, W};
   }
 
-  // f(n, first channel, end) for all tasks.
+  int64_t pieces() const { return blocks * parts; }
+  Piece piece(int64_t index) const {
+    const int64_t part = index % parts, c = index / parts * block;
+    return {c, std::min(C, c + block), H * part / parts, H * (part + 1) / parts, part};
+  }
+  // Where what is summed of part `part` of image n lies in (parts, N, Cp).
+  int64_t at(int64_t part, int64_t n) const { return (part * B + n) * Cp; }
+
+  // f(n, piece) for all tasks.
   template <class F>
   void each(F f) const {
-    parallel(B * blocks, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; task++) {
-        const int64_t c = task % blocks * block;
-        f(task / blocks, c, std::min(C, c + block));
-      }
+    parallel(B * pieces(), threads, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; task++) f(task / pieces(), piece(task % pieces()));
     });
   }
   // f(first channel, end) for all channels: the algebra on numbers an image and channel.
@@ -115,12 +132,19 @@ struct Plan {
     parallel((C + size - 1) / size, int(std::min<int64_t>(threads, few)),
              [&](int64_t begin, int64_t end) { f(begin * size, std::min(C, end * size)); });
   }
-  // f(first row, end) for strips of rows with all their channels, which lie side by side: what is
-  // read of them channel after channel is to stay in the second level cache.
+  int64_t strip_rows() const {
+    return std::max<int64_t>(1, STRIP / (W * C * int64_t(sizeof(T))));
+  }
+  // f(strip) for the strips of a piece, which stay in the second level cache.
   template <class F>
-  void each_strip(F f) const {
-    const int64_t rows = std::max<int64_t>(1, STRIP / (W * C * int64_t(sizeof(T))));
-    for (int64_t i = 0; i < H; i += rows) f(i, std::min(H, i + rows));
+  void each_strip(const Piece& piece, F f) const {
+    for (int64_t i = piece.first; i < piece.end; i += strip_rows())
+      f(Strip{i, std::min(piece.end, i + strip_rows()), H, W, C});
+  }
+  // What the block of channels from c on prefetches: its share of the strip after this one, which
+  // begins `halo` rows behind it.
+  const T* ahead(const T* x, int64_t n, const Strip& s, int64_t c, int64_t halo) const {
+    return image(x, n, 0) + (s.end + halo) * W * C + c * (s.end - s.first) * W;
   }
   // f(whether what is written to `out` is to go past the caches): where it would not stay in them
   // until it is read, and fills whole lines.
@@ -134,51 +158,24 @@ struct Plan {
       f(std::false_type{});
     }
   }
-  // The end of the channels in c0 ... c1 whose lanes can be read where they lie.
-  int64_t in_place_until(int64_t c0, int64_t c1) const {
-    return pixels ? c0 + (c1 - c0) / N * N : c0;
-  }
-  // put(v) for each pixel of the block of channels from c on. What comes next is the next block or
-  // the same one of the next image.
+  // put(v) for each pixel of the N planes from c on. What comes next is the next block or the same
+  // one of the next image.
   template <class F>
   void pack_block(const T* x, int64_t n, int64_t c, F put, bool next_image = false) const {
     const int64_t count = std::min<int64_t>(N, C - c);
-    if (pixels)
-      pack_tail<T, A>(image(x, n, c), hw, C, count, put);
-    else
-      pack<T, A>(image(x, n, c), hw, count, x + B * C * hw, (next_image ? C : N) * hw, put);
+    pack<T, A>(image(x, n, c), hw, count, x + B * C * hw, (next_image ? C : N) * hw, put);
   }
   // To `tile`, pixel after pixel.
   void pack_block(const T* x, A* tile, int64_t n, int64_t c) const {
-    pack_block(x, n, c, [=](typename Vec<A>::type v) mutable {
+    pack_block(x, n, c, [=](V v) mutable {
       store<A>(tile, v);
       tile += N;
     });
   }
-  void unpack_block(const A* tile, T* y, int64_t n, int64_t c) const {
-    const int64_t count = std::min<int64_t>(N, C - c);
-    if (pixels)
-      unpack_tail(tile, image(y, n, c), hw, C, count,
-                  [](int64_t, typename Vec<A>::type v) { return v; });
-    else
-      unpack(tile, image(y, n, c), hw, count,
-             [](int64_t, int64_t, typename Vec<A>::type v, auto) { return v; });
-  }
-  // And a block of X, less its mean and times its slope, to what is unpacked.
-  void unpack_block_with(const T* x, const A* mean, const A* slope, const A* tile, T* y, int64_t n,
-                         int64_t c) const {
-    const int64_t count = std::min<int64_t>(N, C - c);
-    const T* source = image(x, n, c);
-    if (pixels)
-      unpack_tail(tile, image(y, n, c), hw, C, count, [&](int64_t q, typename Vec<A>::type v) {
-        const auto apart = load_some<A>(source + q * C, count) - load<A>(mean);
-        return v + apart * load<A>(slope);
-      });
-    else
-      unpack(tile, image(y, n, c), hw, count,
-             [&](int64_t i, int64_t q, typename Vec<A>::type v, auto pixels) {
-               return v + (load_chunk<A, 1>(source + i * hw + q, pixels).v[0] - mean[i]) * slope[i];
-             });
+  // Back, with f(which channel, pixel, v, how many) of each vector of pixels.
+  template <class F>
+  void unpack_block(const A* tile, T* y, int64_t n, int64_t c, F f) const {
+    unpack(tile, image(y, n, c), hw, std::min<int64_t>(N, C - c), f);
   }
   A* tiles(int count) const {
     static thread_local Buffer buffer;
@@ -186,38 +183,131 @@ struct Plan {
   }
 };
 
-void means(const Plan& p, const T* x, int64_t n, int64_t c0, int64_t c1, A* mean) {
-  if (!p.lanes) {
-    for (int64_t c = c0; c < c1; c++) mean[c - c0] = plane_mean<T, A>(p.image(x, n, c), p.hw);
-    return;
+// Adds a piece to the means and, if wanted, the sums of squared distances from them, which lie from
+// c0 on and in which the rows before are already, if it is part of a larger one.
+template <bool squared>
+void add_moments(const Plan& p, const T* x, int64_t n, const Piece& piece, A* mean, A* squares,
+                 int64_t rows_before = 0) {
+  const int64_t c0 = piece.c0, count = piece.c1 - c0;
+  if (p.lanes && !rows_before) {
+    std::memset(mean, 0, padded(count) * sizeof(A));
+    if (squared) std::memset(squares, 0, padded(count) * sizeof(A));
   }
-  const int64_t side_by_side = p.in_place_until(c0, c1);
-  InPlace::mean(p.image(x, n, c0), p.hw, p.C, side_by_side - c0, mean);
-  for (int64_t c = side_by_side; c < c1; c += N) {
-    A* tile = p.tiles(1);
-    p.pack_block(x, tile, n, c);
-    Packed::mean(tile, p.hw, N, N, mean + c - c0);
+  if (p.pixels) {
+    InPlace::template add_moments<squared>(p.image(x, n, c0) + piece.first * p.W * p.C,
+                                           (piece.end - piece.first) * p.W, p.C, count,
+                                           rows_before * p.W, mean, squares);
+  } else if (p.lanes) {
+    for (int64_t c = 0; c < count; c += N) {
+      A* tile = p.tiles(1);
+      p.pack_block(x, tile, n, c0 + c);
+      Packed::template add_moments<squared>(tile, p.hw, N, N, 0, mean + c, squares + c);
+    }
+  } else {
+    for (int64_t c = 0; c < count; c++) {
+      if constexpr (squared)
+        plane_moments<T, A>(p.image(x, n, c0 + c), p.hw, mean[c], squares[c]);
+      else
+        mean[c] = plane_mean<T, A>(p.image(x, n, c0 + c), p.hw);
+    }
   }
 }
 
-void moments(const Plan& p, const T* x, int64_t n, int64_t c0, int64_t c1, A* mean, A* var) {
-  if (!p.lanes) {
-    for (int64_t c = c0; c < c1; c++)
-      plane_moments<T, A>(p.image(x, n, c), p.hw, mean[c - c0], var[c - c0]);
-    return;
+// Joins the parts of channels c0 ... c1 to the first one, by Chan's update.
+template <bool squared>
+void join_parts(const Plan& p, int64_t c0, int64_t c1, A* mean, A* squares) {
+  for (int64_t part = 1; part < p.parts; part++) {
+    const int64_t first = p.H * part / p.parts, end = p.H * (part + 1) / p.parts;
+    const A weight = A(end - first) / A(end), both = A(first * p.W) * weight;
+    for (int64_t n = 0; n < p.B; n++) {
+      const int64_t to = p.at(0, n), from = p.at(part, n);
+#pragma omp simd
+      for (int64_t c = c0; c < c1; c++) {
+        const A move = mean[from + c] - mean[to + c];
+        mean[to + c] += move * weight;
+        if (squared) squares[to + c] += squares[from + c] + move * move * both;
+      }
+    }
   }
-  const int64_t side_by_side = p.in_place_until(c0, c1);
-  InPlace::moments(p.image(x, n, c0), p.hw, p.C, side_by_side - c0, mean, var);
-  for (int64_t c = side_by_side; c < c1; c += N) {
-    A* tile = p.tiles(1);
-    p.pack_block(x, tile, n, c);
-    Packed::moments(tile, p.hw, N, N, mean + c - c0, var + c - c0);
+}
+
+// m of all images, to (N, pitch).
+void image_means(const Plan& p, const T* x, A* out, int64_t pitch) {
+  static thread_local Buffer buffer;
+  A* mean = buffer.get<A>(p.at(p.parts, 0));
+  p.each([&](int64_t n, const Piece& piece) {
+    add_moments<false>(p, x, n, piece, mean + p.at(piece.part, n) + piece.c0, nullptr);
+  });
+  join_parts<false>(p, 0, p.C, mean, nullptr);
+  for (int64_t n = 0; n < p.B; n++)
+    std::memcpy(out + n * pitch, mean + p.at(0, n), p.C * sizeof(A));
+}
+
+// Adds to `products` sum X_i X_j of each pair of B images, `size` apart, over `count` numbers.
+template <int B>
+void add_products(const T* x, int64_t size, int64_t count, double* products) {
+  constexpr int PAIRS = B * (B - 1) / 2, SUMS = B == 2 ? 4 : 2;  // chains of additions
+  for (int64_t first = 0; first < count; first += BLOCK) {
+    const int64_t end = std::min(count, first + BLOCK);
+    V sums[SUMS][PAIRS] = {}, v[B];
+    const auto add = [&](V(&sum)[PAIRS]) {
+      for (int i = 0, pair = 0; i < B; i++)
+        for (int j = 0; j < i; j++) sum[pair++] += v[i] * v[j];
+    };
+    int64_t q = first;
+    for (; q + SUMS * N <= end; q += SUMS * N)
+      for (int s = 0; s < SUMS; s++) {
+        for (int i = 0; i < B; i++) v[i] = load_as<A>(x + i * size + q + s * N);
+        add(sums[s]);
+      }
+    for (; q < end; q += N) {
+      for (int i = 0; i < B; i++) v[i] = load_some<A>(x + i * size + q, std::min<int64_t>(N, end - q));
+      add(sums[0]);
+    }
+    for (int pair = 0; pair < PAIRS; pair++)
+      for (int s = 0; s < SUMS; s++) products[pair] += sum<A>(sums[s][pair]);
   }
+}
+
+// The moments of all images, a few, and sum X_i X_j of their pairs: X is read once.
+template <int B>
+void moments_and_products(const Plan& p, const T* x, A* mean, A* squares, double* products) {
+  constexpr int PAIRS = B * (B - 1) / 2;
+  const int64_t size = p.C * p.hw, pieces = p.pieces();
+  static thread_local Buffer buffer;
+  double* partial = buffer.get<double>(pieces * PAIRS);
+  std::memset(partial, 0, pieces * PAIRS * sizeof(double));
+  parallel(pieces, p.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; index++) {
+      const Piece piece = p.piece(index);
+      const auto take = [&](const Piece& small, int64_t offset, int64_t count) {
+        for (int64_t n = 0; n < B; n++) {
+          const int64_t at = p.at(piece.part, n) + small.c0;
+          add_moments<true>(p, x, n, small, mean + at, squares + at, small.first - piece.first);
+        }
+        add_products<B>(x + offset, size, count, partial + index * PAIRS);
+      };
+      Piece small = piece;
+      if (p.pixels) {
+        const int64_t rows = (p.strip_rows() + B - 1) / B, row = p.W * p.C;
+        for (int64_t i = piece.first; i < piece.end; i += rows) {
+          small.first = i, small.end = std::min(piece.end, i + rows);
+          take(small, i * row, (small.end - i) * row);
+        }
+      } else {
+        const int64_t channels = p.lanes ? N : 1;
+        for (int64_t c = piece.c0; c < piece.c1; c += channels) {
+          small.c0 = c, small.c1 = std::min(piece.c1, c + channels);
+          take(small, c * p.hw, (small.c1 - c) * p.hw);
+        }
+      }
+    }
+  });
+  for (int64_t i = 0; i < pieces * PAIRS; i++) products[i % PAIRS] += partial[i];
 }
 
 // sum over a block of coordinates of (sum_n w_n X_n)^2, in double
 double squared_block(const T* x, const A* weight, int64_t batch, int64_t size, int64_t first) {
-  typedef typename Vec<A>::type V;
   alignas(64) A total[BLOCK];
   const int64_t n = std::min(BLOCK, size - first), full = n / N * N;
   std::memset(total, 0, sizeof(total));
@@ -352,46 +442,48 @@ void statistics(const Layer& l, const State& s, const A* rows, int64_t ranks, A*
   *share = open ? A(1 / std::max(total, 1.0)) : A(0);
 }
 
-void forward(const Plan& p, const T* x, T* y, int64_t n, int64_t c0, int64_t c1, const A* shift,
+void forward(const Plan& p, const T* x, T* y, int64_t n, const Piece& piece, const A* shift,
              const A* scale, const A* taps, const A* bias) {
-  if (!p.lanes) {
+  const int64_t c0 = piece.c0, c1 = piece.c1;
+  if (p.pixels) {
+    p.with_past(y, [&](auto past) {
+      p.each_strip(piece, [&](const Strip& s) {
+        InPlace::each_blocks<2>(c0, c1, [&](int64_t c, auto blocks, auto lanes) {
+          InPlace::template forward<blocks, past>(
+              lanes, s, p.image(x, n, c), p.image(y, n, c), p.ahead(x, n, s, c, P), shift + c - c0,
+              scale + c - c0, taps + c, p.Cp, bias + c);
+        });
+      });
+    });
+  } else if (p.lanes) {
+    A* out = p.tiles(2);
+    Tile<A, K> tile(out + p.hw * N, p.H, p.W);
+    for (int64_t c = c0; c < c1; c += N) {
+      p.pack_block(x, n, c, tile.filling(load<A>(shift + c - c0)));
+      V effective[KK];
+      for (int t = 0; t < KK; t++)
+        effective[t] = load<A>(taps + t * p.Cp + c) * load<A>(scale + c - c0);
+      tile.convolve(effective, load<A>(bias + c), out);
+      p.unpack_block(out, y, n, c, [](int64_t, int64_t, V v, auto) { return v; });
+    }
+  } else {
     for (int64_t c = c0; c < c1; c++) {
       A scaled[KK];
       for (int t = 0; t < KK; t++) scaled[t] = taps[c * KK + t] * scale[c - c0];
       plane_forward<A, K>(p.plane(x, n, c), p.image(y, n, c), shift[c - c0], scaled, bias[c]);
     }
-    return;
-  }
-  const int64_t side_by_side = p.in_place_until(c0, c1);
-  p.with_past(y, [&](auto past) {
-    p.each_strip([&](int64_t first, int64_t end) {
-      InPlace::pairs(c0, side_by_side, [&](int64_t c, auto blocks) {
-        InPlace::template forward<blocks, past>(
-            p.image(x, n, c), p.image(y, n, c), shift + c - c0, scale + c - c0, taps + c, p.Cp,
-            bias + c, first, end, p.H, p.W, p.C);
-      });
-    });
-  });
-  if (side_by_side == c1) return;
-  A* out = p.tiles(2);
-  Tile<A, K> tile(out + p.hw * N, p.H, p.W);
-  for (int64_t c = side_by_side; c < c1; c += N) {
-    p.pack_block(x, n, c, tile.filling(load<A>(shift + c - c0)));
-    typename Vec<A>::type effective[KK];
-    for (int t = 0; t < KK; t++)
-      effective[t] = load<A>(taps + t * p.Cp + c) * load<A>(scale + c - c0);
-    tile.convolve(effective, load<A>(bias + c), out);
-    p.unpack_block(out, y, n, c);
   }
 }
 
-// How backward_sums is cut: blocks of channels, groups of images that are summed in one.
+// How backward_sums is cut: blocks of channels; groups of images, or of parts of these, that are
+// summed in one.
 struct Groups {
   int64_t count, blocks, block;
   explicit Groups(const Plan& p) {
-    block = p.pixels ? p.Cp : p.lanes ? N : std::min<int64_t>(p.C, 16);
+    const bool whole = p.pixels && p.hw > SMALL_PLANE;  // else the sums would fill the cache
+    block = whole ? p.Cp : p.pixels ? 4 * N : p.lanes ? N : std::min<int64_t>(p.C, 16);
     blocks = (p.C + block - 1) / block;
-    count = std::min<int64_t>(p.B, std::max<int64_t>(1, (32 + blocks - 1) / blocks));
+    count = std::min<int64_t>(p.B * p.parts, std::max<int64_t>(1, (TASKS + blocks - 1) / blocks));
   }
 };
 
@@ -422,10 +514,11 @@ void block_sums(const Plan& p, const T* x, const T* dy, int64_t n, int64_t c, co
   store<A>(d_sum, d);
 }
 
-// Sums of the channels c0 ... c1 of one image, to products (KK + 1, pitch) and d_sum, which
-// hold nothing yet; pitch is that of the block, its first channel is c0.
-void image_sums(const Plan& p, const T* x, const T* dy, int64_t n, int64_t c0, int64_t c1,
+// Sums of a piece of an image, to products (KK + 1, pitch) and d_sum, which hold nothing yet; pitch
+// is that of the block, its first channel is c0.
+void image_sums(const Plan& p, const T* x, const T* dy, int64_t n, const Piece& piece,
                 const A* shift, const A* taps, A* products, A* d_sum, int64_t pitch) {
+  const int64_t c0 = piece.c0, c1 = piece.c1;
   A sums[KK], own_taps[KK];
   const auto read_taps = [&](int64_t c) {
     for (int t = 0; t < KK; t++) own_taps[t] = taps[p.lanes ? t * p.Cp + c : c * KK + t];
@@ -442,64 +535,71 @@ void image_sums(const Plan& p, const T* x, const T* dy, int64_t n, int64_t c0, i
     }
     return;
   }
-  std::memset(products, 0, (KK + 1) * pitch * sizeof(A));
-  std::memset(d_sum, 0, pitch * sizeof(A));
-  const int64_t side_by_side = p.in_place_until(c0, c1);
-  p.each_strip([&](int64_t first, int64_t end) {
-    for (int64_t c = c0; c < side_by_side; c += N)
-      InPlace::sums(p.image(x, n, c), p.image(dy, n, c), shift + c - c0, taps + c, p.Cp,
-                    products + c - c0, d_sum + c - c0, pitch, first, end, p.H, p.W, p.C);
-  });
-  for (int64_t c = side_by_side; c < c1; c += N)
-    block_sums(p, x, dy, n, c, shift + c - c0, taps + c, products + c - c0, d_sum + c - c0, pitch);
+  if (p.pixels) {
+    std::memset(products, 0, (KK + 1) * pitch * sizeof(A));
+    std::memset(d_sum, 0, pitch * sizeof(A));
+    p.each_strip(piece, [&](const Strip& s) {
+      InPlace::each_blocks<1>(c0, c1, [&](int64_t c, auto, auto lanes) {
+        InPlace::sums(lanes, s, p.image(x, n, c), p.image(dy, n, c), p.ahead(x, n, s, c, P),
+                      p.ahead(dy, n, s, c, 0), shift + c - c0, taps + c, p.Cp, products + c - c0,
+                      d_sum + c - c0, pitch);
+      });
+    });
+  } else {
+    for (int64_t c = c0; c < c1; c += N)
+      block_sums(p, x, dy, n, c, shift + c - c0, taps + c, products + c - c0, d_sum + c - c0,
+                 pitch);
+  }
   if (all_finite(products, d_sum, pitch, c1 - c0)) return;
   for (int64_t c = c0; c < c1; c++) {
     bool finite = std::isfinite(d_sum[c - c0]);
     for (int t = 0; t < KK; t++) finite &= bool(std::isfinite(products[t * pitch + c - c0]));
     if (finite) continue;
     read_taps(c);
-    exact_sums<T, A, K>(p.image(x, n, c), p.image(dy, n, c), shift[c - c0], own_taps, p.H, p.W,
-                        p.pixels ? p.C : 1, sums, d_sum[c - c0]);
+    exact_sums<T, A, K>(p.image(x, n, c), p.image(dy, n, c), shift[c - c0], own_taps, piece.first,
+                        piece.end, p.H, p.W, p.pixels ? p.C : 1, sums, d_sum[c - c0]);
     write_products(c);
   }
 }
 
-void input(const Plan& p, const T* x, const T* dy, T* dx, int64_t n, int64_t c0, int64_t c1,
+void input(const Plan& p, const T* x, const T* dy, T* dx, int64_t n, const Piece& piece,
            const A* mean, const A* scale, const A* slope, const A* level, bool has_slope,
            const A* taps) {
-  if (!p.lanes) {
+  const int64_t c0 = piece.c0, c1 = piece.c1;
+  if (p.pixels) {
+    p.with_past(dx, [&](auto past) {
+      p.each_strip(piece, [&](const Strip& s) {
+        InPlace::each_blocks<2>(c0, c1, [&](int64_t c, auto blocks, auto lanes) {
+          InPlace::template input<blocks, past>(
+              lanes, s, p.image(x, n, c), p.image(dy, n, c), p.image(dx, n, c),
+              p.ahead(dy, n, s, c, P), scale + c - c0, taps + c, p.Cp, mean + c - c0, slope + c,
+              level + c - c0, has_slope);
+        });
+      });
+    });
+  } else if (p.lanes) {
+    A* out = p.tiles(2);
+    Tile<A, K> dy_tile(out + p.hw * N, p.H, p.W);
+    for (int64_t c = c0; c < c1; c += N) {
+      const A *m = mean + c - c0, *slopes = slope + c;
+      p.pack_block(dy, n, c, dy_tile.filling(V{}));
+      V effective[KK];
+      for (int t = 0; t < KK; t++)
+        effective[t] = load<A>(taps + (KK - 1 - t) * p.Cp + c) * load<A>(scale + c - c0);
+      dy_tile.convolve(effective, load<A>(level + c - c0), out);
+      p.unpack_block(out, dx, n, c, [=](int64_t i, int64_t q, V v, auto pixels) {
+        if (!has_slope) return v;
+        const V here = load_chunk<A, 1>(p.image(x, n, c + i) + q, pixels).v[0];
+        return v + (here - m[i]) * slopes[i];
+      });
+    }
+  } else {
     for (int64_t c = c0; c < c1; c++) {
       A scaled[KK];
       for (int t = 0; t < KK; t++) scaled[t] = taps[c * KK + KK - 1 - t] * scale[c - c0];
       plane_input<A, K>(p.plane(dy, n, c), p.image(x, n, c), p.image(dx, n, c), scaled,
                         mean[c - c0], slope[c], level[c - c0]);
     }
-    return;
-  }
-  const int64_t side_by_side = p.in_place_until(c0, c1);
-  p.with_past(dx, [&](auto past) {
-    p.each_strip([&](int64_t first, int64_t end) {
-      InPlace::pairs(c0, side_by_side, [&](int64_t c, auto blocks) {
-        InPlace::template input<blocks, past>(
-            p.image(x, n, c), p.image(dy, n, c), p.image(dx, n, c), scale + c - c0, taps + c, p.Cp,
-            mean + c - c0, slope + c, level + c - c0, has_slope, first, end, p.H, p.W, p.C);
-      });
-    });
-  });
-  if (side_by_side == c1) return;
-  A* out = p.tiles(2);
-  Tile<A, K> dy_tile(out + p.hw * N, p.H, p.W);
-  for (int64_t c = side_by_side; c < c1; c += N) {
-    const int64_t i = c - c0;
-    p.pack_block(dy, n, c, dy_tile.filling(typename Vec<A>::type{}));
-    typename Vec<A>::type effective[KK];
-    for (int t = 0; t < KK; t++)
-      effective[t] = load<A>(taps + (KK - 1 - t) * p.Cp + c) * load<A>(scale + i);
-    dy_tile.convolve(effective, load<A>(level + i), out);
-    if (has_slope)
-      p.unpack_block_with(x, mean + i, slope + c, out, dx, n, c);
-    else
-      p.unpack_block(out, dx, n, c);
   }
 }
 
@@ -515,20 +615,31 @@ void ubn_measure(const Layer* layer, const T* x, int similar, A* image_mean, A* 
   const Layer& l = *layer;
   const Plan p(l);
   const int64_t B = p.B, C = p.C, Cp = p.Cp;
-  A *mean = scratch(2 * B * Cp + B), *var = mean + B * Cp, *weight = var + B * Cp;
-  p.each([&](int64_t n, int64_t c0, int64_t c1) {
-    moments(p, x, n, c0, c1, mean + n * Cp + c0, var + n * Cp + c0);
-  });
+  A *mean = scratch(2 * p.at(p.parts, 0) + B), *squares = mean + p.at(p.parts, 0);
+  A* weight = squares + p.at(p.parts, 0);
+  double products[FEW * (FEW - 1) / 2] = {};  // sum X_i X_j, where images are few
+  const bool few = similar && B > 1 && B <= FEW;
+  if (!few)
+    p.each([&](int64_t n, const Piece& piece) {
+      const int64_t at = p.at(piece.part, n) + piece.c0;
+      add_moments<true>(p, x, n, piece, mean + at, squares + at);
+    });
+  else
+    (B == 2   ? moments_and_products<2>
+     : B == 3 ? moments_and_products<3>
+              : moments_and_products<4>)(p, x, mean, squares, products);
   static thread_local Buffer buffer;
   double* sums = buffer.get<double>(3 * C);
   double *mu = sums, *inner = sums + C, *between = sums + 2 * C;
   std::memset(sums, 0, 3 * C * sizeof(double));
   p.each_channels([&](int64_t c0, int64_t c1) {
+    join_parts<true>(p, c0, c1, mean, squares);
     for (int64_t n = 0; n < B; n++)
       for (int64_t c = c0; c < c1; c++) {
         const A m = mean[n * Cp + c];
         image_mean[n * C + c] = m;
-        inner[c] += var[n * Cp + c];
+        squares[n * Cp + c] /= A(p.hw);
+        inner[c] += squares[n * Cp + c];
         mu[c] += m * (1 + (l.center_weight ? l.center_weight[c] : A(0)));
       }
     for (int64_t c = c0; c < c1; c++) mu[c] /= B;
@@ -546,7 +657,7 @@ void ubn_measure(const Layer* layer, const T* x, int similar, A* image_mean, A* 
   bool finite = true;
   int64_t nonzero = 0;
   for (int64_t n = 0; similar && n < B; n++) {
-    const A *m = mean + n * Cp, *v = var + n * Cp;
+    const A *m = mean + n * Cp, *v = squares + n * Cp;
     double norm = 0;
 #pragma omp simd reduction(+ : norm)
     for (int64_t c = 0; c < C; c++) norm += v[c] + m[c] * m[c];
@@ -559,7 +670,14 @@ void ubn_measure(const Layer* layer, const T* x, int similar, A* image_mean, A* 
   row[1] = row[2] = 0;
   if (similar && B > 1 && finite) {
     const double pairs = double(B) * (B - 1);
-    const double similarity = (squared(x, weight, B, C * p.hw, p.threads) - nonzero) / pairs;
+    double total = 0;
+    if (few) {
+      for (int64_t i = 0, pair = 0; i < B; i++)
+        for (int64_t j = 0; j < i; j++) total += 2 * products[pair++] * weight[i] * weight[j];
+    } else {
+      total = squared(x, weight, B, C * p.hw, p.threads) - nonzero;
+    }
+    const double similarity = total / pairs;
     if (std::isfinite(similarity)) {
       row[1] = A(pairs);
       row[2] = A(similarity);
@@ -586,20 +704,22 @@ void ubn_normalize(const Layer* layer, const State* state, const T* x, A* image_
   A *taps = scratch((KK + 1) * p.Cp), *bias = taps + KK * p.Cp;
   effective_taps(p, l, taps);
   for (int64_t c = 0; c < p.Cp; c++) bias[c] = l.bias && c < p.C ? l.bias[c] : A(0);
-  p.each([&](int64_t n, int64_t c0, int64_t c1) {
+  // Of evaluation. Where an image is one task, it is read again while it is in the cache.
+  const bool fresh = image_mean && !rows;
+  if (fresh && p.parts > 1) image_means(p, x, image_mean, p.C);
+  p.each([&](int64_t n, const Piece& piece) {
+    const int64_t c0 = piece.c0, count = piece.c1 - c0;
     static thread_local Buffer buffer;
     A* shift = buffer.get<A>(3 * p.Cp);
-    A *scale = shift + p.Cp, *mean = scale + p.Cp, *known = nullptr;
-    for (int64_t c = c1 - c0; c < padded(c1 - c0); c++) shift[c] = scale[c] = 0;
-    if (image_mean) {
-      known = image_mean + n * p.C + c0;
-      if (!rows) {
-        means(p, x, n, c0, c1, mean);
-        std::memcpy(known, mean, (c1 - c0) * sizeof(A));
-      }
+    A *scale = shift + p.Cp, *mean = scale + p.Cp;
+    for (int64_t c = count; c < padded(count); c++) shift[c] = scale[c] = 0;
+    A* known = image_mean ? image_mean + n * p.C + c0 : nullptr;
+    if (fresh && p.parts == 1) {
+      add_moments<false>(p, x, n, piece, mean, nullptr);
+      std::memcpy(known, mean, count * sizeof(A));
     }
-    coefficients(l, known, mu, rstd, c0, c1 - c0, shift, scale, nullptr);
-    forward(p, x, y, n, c0, c1, shift, scale, taps, bias);
+    coefficients(l, known, mu, rstd, c0, count, shift, scale, nullptr);
+    forward(p, x, y, n, piece, shift, scale, taps, bias);
   });
 }
 
@@ -615,40 +735,43 @@ void ubn_backward_sums(const Layer* layer, const T* x, const T* dy, const A* ima
   const A *mu = kept, *rstd = kept + C;
   A *mean = rest, *scale = mean + B * Cp, *d_shift = scale + B * Cp, *d_gap = d_shift + B * Cp;
   const int64_t padding = g.blocks * g.block;  // channels of the blocks, the last one's tail too
-  A* work = scratch(3 * B * Cp + KK * Cp + g.count * (KK + 1) * padding);
-  A *shift = work, *factor = shift + B * Cp, *d_scale = factor + B * Cp, *taps = d_scale + B * Cp;
-  A* parts = taps + KK * Cp;
+  const int64_t units = B * p.parts;
+  A* work = scratch(2 * B * Cp + 2 * units * Cp + KK * Cp + g.count * (KK + 1) * padding);
+  A *shift = work, *factor = shift + B * Cp, *taps = factor + B * Cp;
+  A *d_scale = taps + KK * Cp, *d_shifts = d_scale + units * Cp;  // (parts, N, Cp)
+  A* parts = d_shifts + units * Cp;
   effective_taps(p, l, taps);
-  auto prepare = [&](int64_t n, int64_t c0, int64_t c1) {  // m, h, a and g
-    const int64_t at = n * Cp + c0, channels = c1 - c0;
-    if (image_mean)
-      std::memcpy(mean + at, image_mean + n * C + c0, channels * sizeof(A));
-    else if (needs_mean)
-      means(p, x, n, c0, c1, mean + at);
-    else
-      std::memset(mean + at, 0, channels * sizeof(A));
-    coefficients(l, mean + at, mu, rstd, c0, channels, shift + at, scale + at, factor + at);
-    if (c1 == C)
-      for (A* array : {mean, shift, scale})
-        std::fill(array + n * Cp + C, array + (n + 1) * Cp, A(0));
-  };
-  // Blocks of small planes are short: each would wait for its own mean, gate and sums in turn.
-  const bool tiles = p.lanes && !p.pixels;
-  if (tiles) p.each(prepare);
+  if (image_mean)
+    for (int64_t n = 0; n < B; n++)
+      std::memcpy(mean + n * Cp, image_mean + n * C, C * sizeof(A));
+  else if (needs_mean)
+    image_means(p, x, mean, Cp);
+  else
+    std::memset(mean, 0, B * Cp * sizeof(A));
+  p.each_channels([&](int64_t c0, int64_t c1) {  // h, a and g
+    for (int64_t n = 0; n < B; n++) {
+      const int64_t at = n * Cp + c0;
+      coefficients(l, mean + at, mu, rstd, c0, c1 - c0, shift + at, scale + at, factor + at);
+      if (c1 == C)
+        for (A* array : {mean, shift, scale})
+          std::fill(array + n * Cp + C, array + (n + 1) * Cp, A(0));
+    }
+  });
   parallel(g.count * g.blocks, p.threads, [&](int64_t begin, int64_t end) {
     static thread_local Buffer buffer;
     A *products = buffer.get<A>((KK + 2) * g.block), *d_sum = products + (KK + 1) * g.block;
     for (int64_t task = begin; task < end; task++) {
       const int64_t group = task / g.blocks, c0 = task % g.blocks * g.block;
-      const int64_t c1 = std::min(C, c0 + g.block);
+      const int64_t c1 = std::min(C, c0 + g.block), channels = c1 - c0;
       A* total = parts + (group * g.blocks + task % g.blocks) * (KK + 1) * g.block;
       std::memset(total, 0, (KK + 1) * g.block * sizeof(A));
-      for (int64_t n = B * group / g.count; n < B * (group + 1) / g.count; n++) {
-        const int64_t at = n * Cp + c0, channels = c1 - c0;
-        if (!tiles) prepare(n, c0, c1);
-        image_sums(p, x, dy, n, c0, c1, shift + at, taps, products, d_sum, g.block);
+      for (int64_t unit = units * group / g.count; unit < units * (group + 1) / g.count; unit++) {
+        const int64_t n = unit / p.parts, part = unit % p.parts, at = n * Cp + c0;
+        const Piece piece{c0, c1, p.H * part / p.parts, p.H * (part + 1) / p.parts, part};
+        image_sums(p, x, dy, n, piece, shift + at, taps, products, d_sum, g.block);
         const A *a = scale + at, *plain = products + KK * g.block;
-        A *dot = d_scale + at, *d_h = d_shift + at, *sum_plain = total + KK * g.block;
+        A *dot = d_scale + p.at(part, n) + c0, *d_h = d_shifts + p.at(part, n) + c0;
+        A* sum_plain = total + KK * g.block;
 #pragma omp simd
         for (int64_t c = 0; c < channels; c++) {
           dot[c] = 0;
@@ -697,6 +820,12 @@ void ubn_backward_sums(const Layer* layer, const T* x, const T* dy, const A* ima
     }
     for (int64_t n = 0; n < B; n++) {
       const int64_t at = n * Cp;
+      for (int64_t part = 1; part < p.parts; part++)
+        for (int64_t c = c0; c < c1; c++) {
+          d_scale[at + c] += d_scale[p.at(part, n) + c];
+          d_shifts[at + c] += d_shifts[p.at(part, n) + c];
+        }
+      std::memcpy(d_shift + at + c0, d_shifts + at + c0, (c1 - c0) * sizeof(A));
       if (!l.scale_weight) {
 #pragma omp simd
         for (int64_t c = c0; c < c1; c++) {
@@ -791,9 +920,9 @@ void ubn_backward_input(const Layer* layer, const T* x, const T* dy, const A* ke
     if (l.center_weight)
       for (int64_t c = c0; c < c1; c++) d_center_weight[c] = A(by_center[c]);
   });
-  p.each([&](int64_t n, int64_t c0, int64_t c1) {
-    const int64_t at = n * Cp + c0;
-    input(p, x, dy, dx, n, c0, c1, mean + at, scale + at, slope, level + at, share > 0, taps);
+  p.each([&](int64_t n, const Piece& piece) {
+    const int64_t at = n * Cp + piece.c0;
+    input(p, x, dy, dx, n, piece, mean + at, scale + at, slope, level + at, share > 0, taps);
   });
 }
 

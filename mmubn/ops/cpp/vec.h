@@ -203,6 +203,32 @@ inline void store_some(T* p, typename Vec<A>::type v, int64_t n) {
   for (int64_t i = 0; i < n; i++) narrow(lanes[i], p[i]);
 #endif
 }
+// Which lanes of a vector there are in memory.
+template <class A>
+struct AllLanes {
+  static constexpr bool all = true;
+  template <class T>
+  typename Vec<A>::type load(const T* p) const {
+    return load_as<A>(p);
+  }
+  template <class T>
+  void store(T* p, typename Vec<A>::type v) const {
+    store_as<A>(p, v);
+  }
+};
+template <class A>
+struct FirstLanes {
+  static constexpr bool all = false;
+  int64_t count;
+  template <class T>
+  typename Vec<A>::type load(const T* p) const {
+    return load_some<A>(p, count);
+  }
+  template <class T>
+  void store(T* p, typename Vec<A>::type v) const {
+    store_some<A>(p, v, count);
+  }
+};
 // What keeps some lanes, and a vector with zeros in the others.
 template <class A>
 struct Mask {
