@@ -175,8 +175,8 @@ struct Lanes {
     }
   }
 
-  // The sums of planes.h over the rows of a strip: adds to P (k * k, pitch), behind which the sum of
-  // dY lies, and to d_sum the sum of K dY over the taps that lie inside.
+  // The sums of planes.h over the rows of a strip: adds to P (k * k, pitch), behind which the sum
+  // of dY lies, and to d_sum the sum of K dY over the taps that lie inside.
   template <class Some>
   static void sums(Some lanes, const Strip& s, const T* x, const T* dy, const T* ahead_x,
                    const T* ahead_dy, const A* shift, const A* taps, int64_t taps_pitch,

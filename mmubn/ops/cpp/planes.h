@@ -80,8 +80,8 @@ inline void with_chunk(int64_t W, F f) {
   f(Fixed<1>{});
 }
 
-// What the taps of B chunks of outputs see of a row, from column q on, zeros outside of it. Tap v of
-// vector m of a chunk sees vector m + v of these. `inside`: nothing is outside.
+// What the taps of B chunks of outputs see of a row, from column q on, zeros outside of it. Tap v
+// of vector m of a chunk sees vector m + v of these. `inside`: nothing is outside.
 template <class T, class A, int K, int M, int B, bool inside>
 class Window {
  public:
@@ -173,34 +173,34 @@ inline void march(const Plane<T>& plane, const A (&taps)[K * K], int64_t first, 
   });
 }
 
+// Calls store(pixel, chunk of sums of K f(z) from there on, how many, how far ahead the next strip
+// lies) for all outputs of a plane. The last is 0 where that line of the cache was named before.
+template <int K, class A, class T, class F, class Store>
+inline void convolve(const Plane<T>& plane, const A (&taps)[K * K], F f, Store store) {
+  const int64_t W = plane.W;
+  with_chunk<T, A>(W, [&](auto vectors) {
+    constexpr int M = vectors;
+    plane.each_strip([&](int64_t first, int64_t count) {
+      const T* after = plane.after(first, count, K / 2) - first * W;
+      march<K, M>(plane, taps, first, count, f,
+                  [=](int64_t i, int64_t j, int b, const Chunk<A, M>& value, auto n) {
+                    const bool line = starts_line<T, Chunk<A, M>::size>(b);
+                    if (line) UBN_PREFETCH(after + i * W + j);
+                    store(i * W + j, value, n, line ? count * W : 0);
+                  });
+    });
+  });
+}
+
 // Y = dwconv(a (X + h); K) + beta of one plane; taps hold a already.
 template <class A, int K, class T>
 void plane_forward(const Plane<T>& plane, T* y, A shift, const A (&taps)[K * K], A bias) {
-  constexpr int N = Vec<A>::n;
-  typedef typename Vec<A>::type V;
-  const T* x = plane.pixels;
-  const int64_t W = plane.W;
-  const V beta = spread(bias);
-  if constexpr (K == 1) {
-    const int64_t hw = plane.H * W, full = hw / N * N;
-    for (int64_t q = 0; q < full; q += N)
-      store_as<A>(y + q, (load_as<A>(x + q) + shift) * taps[0] + beta);
-    for (int64_t q = full; q < hw; q++) narrow((widen(x[q]) + shift) * taps[0] + bias, y[q]);
-  } else {
-    with_chunk<T, A>(W, [&](auto vectors) {
-      constexpr int M = vectors;
-      const auto shifted = [=](V v) { return v + shift; };
-      plane.each_strip([&](int64_t first, int64_t count) {
-        const T* ahead = plane.after(first, count, K / 2) - first * W;
-        march<K, M>(plane, taps, first, count, shifted,
-                    [=](int64_t i, int64_t j, int b, Chunk<A, M> value, auto n) {
-                      if (starts_line<T, M * N>(b)) UBN_PREFETCH(ahead + i * W + j);
-                      for (V& v : value.v) v += beta;
-                      store_chunk<A, M>(y + i * W + j, value, n);
-                    });
-      });
-    });
-  }
+  const auto shifted = [=](auto v) { return v + shift; };
+  const auto beta = spread(bias);
+  convolve<K>(plane, taps, shifted, [=](int64_t at, auto value, auto n, int64_t) {
+    for (auto& v : value.v) v += beta;
+    store_chunk(y + at, value, n);
+  });
 }
 
 // dX = a dX_r + slope (X - m) + level of one plane; taps are reversed and hold a already. Where
@@ -208,55 +208,26 @@ void plane_forward(const Plane<T>& plane, T* y, A shift, const A (&taps)[K * K],
 template <class A, int K, class T>
 void plane_input(const Plane<T>& dy, const T* x, T* dx, const A (&taps)[K * K], A mean, A slope,
                  A level) {
-  constexpr int N = Vec<A>::n;
-  typedef typename Vec<A>::type V;
-  const V base = spread(level);
-  const int64_t W = dy.W;
-  if constexpr (K == 1) {
-    const int64_t hw = dy.H * W, full = hw / N * N;
-    for (int64_t q = 0; q < full; q += N) {
-      V value = load_as<A>(dy.pixels + q) * taps[0] + base;
-      if (slope != 0) value += (load_as<A>(x + q) - mean) * slope;
-      store_as<A>(dx + q, value);
-    }
-    for (int64_t q = full; q < hw; q++) {
-      A value = widen(dy.pixels[q]) * taps[0] + level;
-      if (slope != 0) value += (widen(x[q]) - mean) * slope;
-      narrow(value, dx[q]);
-    }
-  } else {
-    with_chunk<T, A>(W, [&](auto vectors) {
-      constexpr int M = vectors;
-      const auto same = [](V v) { return v; };
-      dy.each_strip([&](int64_t first, int64_t count) {
-        const T* ahead = dy.after(first, count, K / 2) - first * W;
-        if (slope != 0)
-          march<K, M>(dy, taps, first, count, same,
-                      [=](int64_t i, int64_t j, int b, Chunk<A, M> value, auto n) {
-                        const T* source = x + i * W + j;
-                        if (starts_line<T, M * N>(b)) {
-                          UBN_PREFETCH(ahead + i * W + j);
-                          UBN_PREFETCH(source + count * W);
-                        }
-                        const auto apart = load_chunk<A, M>(source, n);
-                        for (int m = 0; m < M; m++)
-                          value.v[m] += (apart.v[m] - mean) * slope + base;
-                        store_chunk<A, M>(dx + i * W + j, value, n);
-                      });
-        else
-          march<K, M>(dy, taps, first, count, same,
-                      [=](int64_t i, int64_t j, int, Chunk<A, M> value, auto n) {
-                        for (V& v : value.v) v += base;
-                        store_chunk<A, M>(dx + i * W + j, value, n);
-                      });
-      });
+  const auto same = [](auto v) { return v; };
+  const auto base = spread(level);
+  if (slope != 0)
+    convolve<K>(dy, taps, same, [=](int64_t at, auto value, auto n, int64_t ahead) {
+      constexpr int M = decltype(value)::count;
+      if (ahead) UBN_PREFETCH(x + at + ahead);
+      const auto apart = load_chunk<A, M>(x + at, n);
+      for (int m = 0; m < M; m++) value.v[m] += (apart.v[m] - mean) * slope + base;
+      store_chunk(dx + at, value, n);
     });
-  }
+  else
+    convolve<K>(dy, taps, same, [=](int64_t at, auto value, auto n, int64_t) {
+      for (auto& v : value.v) v += base;
+      store_chunk(dx + at, value, n);
+    });
 }
 
-// Sums of rows first ... end of one plane, as plane_sums returns them, without a product or a difference that the equations
-// do not have, so that what is not finite reaches what it should and no more. `step` is the stride
-// of a pixel.
+// Sums of rows first ... end of one plane, as plane_sums returns them, without a product or a
+// difference that the equations do not have, so that what is not finite reaches what it should and
+// no more. `step` is the stride of a pixel.
 template <class T, class A, int K>
 void exact_sums(const T* x, const T* dy, A shift, const A (&taps)[K * K], int64_t first,
                 int64_t end, int64_t H, int64_t W, int64_t step, A (&P)[K * K], A& d) {
@@ -276,8 +247,8 @@ void exact_sums(const T* x, const T* dy, A shift, const A (&taps)[K * K], int64_
     }
 }
 
-// Adds up a chunk of columns of a strip: products of each tap; K times dY where the tap is inside of
-// the plane; dY. `ahead`: X of the strip after this one.
+// Adds up a chunk of columns of a strip: products of each tap; K times dY where the tap is inside
+// of the plane; dY. `ahead`: X of the strip after this one.
 template <int K, int M, class A, class T, class Inside, class Count>
 inline void march_sums(const Plane<T>& plane, const T* dy, const T* ahead, A shift,
                        const A (&taps)[K * K], int64_t q, int64_t first, int64_t count,
@@ -328,53 +299,31 @@ inline void march_sums(const Plane<T>& plane, const T* dy, const T* ahead, A shi
   }
 }
 
-// Of one plane: P_uv = sum of (X + h) seen by tap (u, v), times dY; d = the sum of K dY over the taps
-// inside of the plane; the sum of dY. With D = dX_r, the sum of (X + h) D is that of K P and the
-// sum of D is d, so D itself is not needed.
+// Of one plane: P_uv = sum of (X + h) seen by tap (u, v), times dY; d = the sum of K dY over the
+// taps inside of the plane; the sum of dY. With D = dX_r, the sum of (X + h) D is that of K P and
+// the sum of D is d, so D itself is not needed.
 template <class A, int K, class T>
 void plane_sums(const Plane<T>& plane, const T* dy, A shift, const A (&taps)[K * K], A (&P)[K * K],
                 A& d, A& total) {
-  constexpr int N = Vec<A>::n;
   typedef typename Vec<A>::type V;
-  const T* x = plane.pixels;
-  const int64_t H = plane.H, W = plane.W;
-  if constexpr (K == 1) {
-    const int64_t hw = H * W;
-    V product[2] = {}, plain[2] = {};
-    int64_t q = 0;
-    for (; q + 2 * N <= hw; q += 2 * N)
-      for (int i = 0; i < 2; i++) {
-        const V g = load_as<A>(dy + q + i * N);
-        product[i] += (load_as<A>(x + q + i * N) + shift) * g;
-        plain[i] += g;
-      }
-    A rest = 0, rest_plain = 0;
-    for (; q < hw; q++) {
-      rest += (widen(x[q]) + shift) * widen(dy[q]);
-      rest_plain += widen(dy[q]);
-    }
-    P[0] = sum<A>(product[0] + product[1]) + rest;
-    total = sum<A>(plain[0] + plain[1]) + rest_plain;
-    d = total * taps[0];
-  } else {
-    V products[K * K] = {}, sum_d{}, sum_dy{};
-    with_chunk<T, A>(W, [&](auto vectors) {
-      constexpr int M = vectors;
-      plane.each_strip([&](int64_t first, int64_t count) {
-        const T* ahead = plane.after(first, count, K / 2);
-        each_columns<A, K, M>(W, [&](int64_t q, auto chunks, auto inside, auto n) {
-          for (int b = 0; b < chunks; b++)
-            march_sums<K, M>(plane, dy, ahead, shift, taps, q + b * M * N, first, count, inside, n,
-                             products, sum_d, sum_dy);
-        });
+  V products[K * K] = {}, sum_d{}, sum_dy{};
+  with_chunk<T, A>(plane.W, [&](auto vectors) {
+    constexpr int M = vectors, size = Chunk<A, M>::size;
+    plane.each_strip([&](int64_t first, int64_t count) {
+      const T* ahead = plane.after(first, count, K / 2);
+      each_columns<A, K, M>(plane.W, [&](int64_t q, auto chunks, auto inside, auto n) {
+        for (int b = 0; b < chunks; b++)
+          march_sums<K, M>(plane, dy, ahead, shift, taps, q + b * size, first, count, inside, n,
+                           products, sum_d, sum_dy);
       });
     });
-    d = sum<A>(sum_d);
-    total = sum<A>(sum_dy);
-    bool finite = std::isfinite(d) && std::isfinite(total);
-    for (int t = 0; t < K * K; t++) finite &= bool(std::isfinite(P[t] = sum<A>(products[t])));
-    if (!finite) exact_sums<T, A, K>(x, dy, shift, taps, 0, H, H, W, 1, P, d);
-  }
+  });
+  d = sum<A>(sum_d);
+  total = sum<A>(sum_dy);
+  bool finite = std::isfinite(d) && std::isfinite(total);
+  for (int t = 0; t < K * K; t++) finite &= bool(std::isfinite(P[t] = sum<A>(products[t])));
+  if (!finite)
+    exact_sums<T, A, K>(plane.pixels, dy, shift, taps, 0, plane.H, plane.H, plane.W, 1, P, d);
 }
 
 }  // namespace ubn

@@ -96,17 +96,17 @@ struct Plan {
   }
   T* image(T* x, int64_t n, int64_t c) const { return x + n * C * hw + (pixels ? c : c * hw); }
 
-  // Copied where what is read around it could leave the tensor.
+  // Copied where what is read around it could leave the tensor. Without a kernel, one row.
   Plane<T> plane(const T* x, int64_t n, int64_t c) const {
     constexpr int64_t margin = Plane<T>::template margin<A, K>;
     const T *pixels = image(x, n, c), *end = x + B * C * hw;
-    if (K > 1 && (pixels - x < margin || end - (pixels + hw) < margin)) {
+    if (pixels - x < margin || end - (pixels + hw) < margin) {
       static thread_local Buffer buffer;
       T* copy = buffer.get<T>(hw + 2 * margin) + margin;
       std::copy(pixels, pixels + hw, copy);
       pixels = copy;
     }
-    return {pixels, H, W};
+    return K == 1 ? Plane<T>{pixels, 1, hw} : Plane<T>{pixels, H, W};
   }
 
   int64_t pieces() const { return blocks * parts; }
@@ -261,7 +261,8 @@ void add_products(const T* x, int64_t size, int64_t count, double* products) {
         add(sums[s]);
       }
     for (; q < end; q += N) {
-      for (int i = 0; i < B; i++) v[i] = load_some<A>(x + i * size + q, std::min<int64_t>(N, end - q));
+      for (int i = 0; i < B; i++)
+        v[i] = load_some<A>(x + i * size + q, std::min<int64_t>(N, end - q));
       add(sums[0]);
     }
     for (int pair = 0; pair < PAIRS; pair++)

@@ -246,11 +246,11 @@ inline typename Vec<A>::type only(typename Mask<A>::type mask, typename Vec<A>::
   return (typename Vec<A>::type)(mask & (typename Mask<A>::type)v);
 }
 
-// M vectors whose numbers lie together in memory, number M * lane + m in lane `lane` of vector m. So
-// two vectors of bfloat16 are the halves of one: an instruction each converts them.
+// M vectors whose numbers lie together in memory, number M * lane + m in lane `lane` of vector m.
+// So two vectors of bfloat16 are the halves of one: an instruction each converts them.
 template <class A, int M>
 struct Chunk {
-  static constexpr int size = M * Vec<A>::n;
+  static constexpr int count = M, size = M * Vec<A>::n;
   typename Vec<A>::type v[M];
 };
 template <class A, int M, class T>
