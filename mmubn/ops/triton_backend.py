@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .interface import Buffers, Parameters, Settings, Sums
-from .utils import statistics_dtype
+from .utils import is_dense, statistics_dtype
 
 # What the kernels unroll; wider ones would spill registers.
 KERNEL_SIZES = (1, 3, 5, 7)
@@ -322,7 +322,7 @@ class TritonBackend:
         batch, channels, height, width = x.shape
         height, width = _cdiv(height, stride), _cdiv(width, stride)
         size = channels * height * width
-        flat = stride == 1 and _is_dense(x)
+        flat = stride == 1 and is_dense(x)
         # Values at once; those that are not one after the other cost an address each.
         values = 4096 if flat else 1024
         block = min(max(_power(_cdiv(size, _ENOUGH_PROGRAMS)), 128), values // 4)
@@ -509,11 +509,6 @@ def _like(parameter: Optional[Tensor]) -> Optional[Tensor]:
 def _channels_last(x: Tensor) -> bool:
     """Whether neighbours in memory are channels."""
     return x.stride(1) == 1 and x.shape[1] > 1
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether an image is one stretch of memory."""
-    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _readable(dy: Tensor, x: Tensor) -> Tensor:

@@ -97,6 +97,11 @@ def over_batch(x: Tensor, function: Callable[[slice], Tensor]) -> Tensor:
     return result
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether an image is one stretch of memory, in one of the two memory formats."""
+    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+
+
 def plane(value: Tensor) -> Tensor:
     """(N, C) coefficients, ready to meet an (N, C, H, W) tensor."""
     return value[..., None, None]
