@@ -154,7 +154,6 @@ class CppBackend:
     def backward_input(
         self,
         x: Tensor,
-        dy: Tensor,
         statistics: Tensor,
         d_statistics: Tensor,
         parameters: Parameters,
