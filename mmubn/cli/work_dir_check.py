@@ -1,19 +1,16 @@
 """Checks that the work directory can take what is written into it."""
 
-from typing import Optional
-
 from mmengine.config import Config
 from torch import nn
 
 from ..writing import OTHER_PLACE, file_fault, folder_fault
-from .checkpoint_check import build_model
 from .errors import CommandError
 from .walk import walk
 
 _OTHER = 'give another folder by --work-dir'
 
 
-def check_work_dir(cfg: Config, model: Optional[nn.Module] = None) -> None:
+def check_work_dir(cfg: Config, model: nn.Module) -> None:
     """Writes where the checkpoints will be, and reserves the room for one of them.
 
     What is written goes away at once. A folder that does not exist yet is judged by
@@ -21,7 +18,7 @@ def check_work_dir(cfg: Config, model: Optional[nn.Module] = None) -> None:
 
     Args:
         cfg (Config): The resolved config.
-        model (Module): Its model; built where it is not given.
+        model (Module): Its model.
 
     Raises:
         CommandError: Nothing can be written there, or no file of a checkpoint's size.
@@ -30,12 +27,12 @@ def check_work_dir(cfg: Config, model: Optional[nn.Module] = None) -> None:
     folders = {'work_dir': cfg.work_dir}
     if hook.get('out_dir') and '://' not in hook['out_dir']:
         folders['default_hooks.checkpoint.out_dir'] = hook['out_dir']
-    size = _checkpoint_bytes(cfg, build_model(cfg) if model is None else model)
+    size = _checkpoint_bytes(cfg, model)
     for key, folder in folders.items():
         _fail(key, folder_fault(folder, size, _OTHER))
 
 
-def check_results(cfg: Config, model: Optional[nn.Module] = None) -> None:
+def check_results(cfg: Config, model: nn.Module) -> None:
     """Writes where an evaluation will: the work directory, and what its metrics name.
 
     Args:
