@@ -3,8 +3,7 @@
 from mmengine.config import Config
 from torch import nn
 
-from ..writing import OTHER_PLACE, file_fault, folder_fault
-from .errors import CommandError
+from ..writing import check_file, check_folder
 from .walk import walk
 
 _OTHER = 'give another folder by --work-dir'
@@ -29,7 +28,7 @@ def check_work_dir(cfg: Config, model: nn.Module) -> None:
         folders['default_hooks.checkpoint.out_dir'] = hook['out_dir']
     size = _checkpoint_bytes(cfg, model)
     for key, folder in folders.items():
-        _fail(key, folder_fault(folder, size, _OTHER))
+        check_folder(key, folder, size, _OTHER)
 
 
 def check_results(cfg: Config, model: nn.Module) -> None:
@@ -42,43 +41,11 @@ def check_results(cfg: Config, model: nn.Module) -> None:
     Raises:
         CommandError: Nothing can be written there.
     """
-    check_writable('work_dir', cfg.work_dir, _OTHER)
+    check_folder('work_dir', cfg.work_dir, remedy=_OTHER)
     for path, node in walk(cfg.get('test_evaluator'), 'test_evaluator'):
         for name in ('out_file_path', 'outfile_prefix'):
             if node.get(name):
-                check_output(f'{path}.{name}', node[name])
-
-
-def check_output(key: str, file: str) -> None:
-    """Whether a file can be written; its folder may be missing.
-
-    Args:
-        key (str): What the user named it by.
-        file (str): Its path.
-
-    Raises:
-        CommandError: It is a folder, may not be changed, or nothing can be written beside it.
-    """
-    _fail(key, file_fault(file))
-
-
-def check_writable(key: str, folder: str, remedy: str = OTHER_PLACE) -> None:
-    """Writes a file into the folder, or the nearest above it that exists, and takes it away.
-
-    Args:
-        key (str): What the user named the folder by.
-        folder (str): Its path.
-        remedy (str): What to do where it fails.
-
-    Raises:
-        CommandError: Nothing can be written there.
-    """
-    _fail(key, folder_fault(folder, remedy=remedy))
-
-
-def _fail(key: str, fault: str) -> None:
-    if fault:
-        raise CommandError(f'{key}: {fault}')
+                check_file(f'{path}.{name}', node[name])
 
 
 def _checkpoint_bytes(cfg: Config, model: nn.Module) -> int:
