@@ -16,13 +16,13 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..walk import walk
 from .cfg_options import option
 from .class_check import dataset_classes
 from .config_check import find_class
 from .errors import CommandError
 from .folder_check import first_shift
 from .resume_check import check_resumed
-from .walk import walk
 
 # Keys of the state dict by the way in which they do not fit.
 Differences = Dict[str, List[str]]

@@ -6,10 +6,10 @@ from mmengine.config import Config
 from mmengine.fileio import list_from_file
 from torch import nn
 
+from ..walk import walk
 from .data_check import Data, datasets, is_coco, is_custom, open_dataset
 from .errors import CommandError
 from .folder_check import read_folders, read_labels
-from .walk import walk
 
 
 def check_classes(cfg: Config, model: nn.Module, splits: Sequence[str]) -> None:

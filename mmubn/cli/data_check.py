@@ -9,6 +9,7 @@ from mmengine.fileio import list_from_file
 from mmengine.registry import DATASETS
 from mmengine.utils import is_seq_of
 
+from ..walk import walk
 from .coco_check import CocoFile, check_coco, check_evaluated
 from .config_check import did_you_mean, find_class
 from .errors import CommandError
@@ -22,7 +23,6 @@ from .folder_check import (
     read_folders,
     read_labels,
 )
-from .walk import walk
 
 _REMEDY = '--data-root DIR points every dataset and evaluator at another folder'
 _EVALUATION_REMEDY = f'{_REMEDY}, --eval-on-train evaluates on the training images'

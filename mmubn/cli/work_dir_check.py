@@ -3,8 +3,8 @@
 from mmengine.config import Config
 from torch import nn
 
+from ..walk import walk
 from ..writing import check_file, check_folder
-from .walk import walk
 
 _OTHER = 'give another folder by --work-dir'
 
