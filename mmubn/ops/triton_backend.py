@@ -15,7 +15,6 @@ and one copy more where dY comes in another memory format than X.
 """
 
 import functools
-import importlib
 import importlib.util
 import os
 from types import ModuleType
@@ -25,10 +24,8 @@ import torch
 from torch import Tensor
 
 from .interface import Buffers, Parameters, Settings, Sums
-from .utils import is_dense, statistics_dtype
+from .utils import KERNEL_SIZES, is_dense, no_kernel, statistics_dtype
 
-# What the kernels unroll; wider ones would spill registers.
-KERNEL_SIZES = (1, 3, 5, 7)
 # The oldest that was seen to compile them: they carry tuples through loops.
 _TRITON_VERSION = (3, 3)
 # Programs that fill a large GPU; where an image and channel block each give fewer, they
@@ -70,15 +67,16 @@ class TritonBackend:
 
     @functools.cached_property
     def _kernels(self) -> ModuleType:
-        return importlib.import_module('.triton_kernels', __package__)
+        from . import triton_kernels
+
+        return triton_kernels
 
     def why_not(self, x: Tensor, kernel_size: int) -> str:
         """See :meth:`mmubn.ops.interface.Backend.why_not`."""
         if importlib.util.find_spec('triton') is None:
             return 'triton is not installed'
         if kernel_size not in KERNEL_SIZES:
-            sizes = ', '.join(map(str, KERNEL_SIZES))
-            return f'its kernels have kernel_size {sizes}, not {kernel_size}'
+            return no_kernel(kernel_size)
         if x.is_cuda:
             return _why_no_launch(x.device)
         if os.environ.get('TRITON_INTERPRET') != '1':
