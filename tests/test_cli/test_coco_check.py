@@ -395,14 +395,15 @@ BOX = 'model.roi_head.bbox_head'
     ],
 )
 def test_num_classes_of_the_heads(cfg, base, right, wrong):
+    found = check_data(cfg, SPLITS)
     cfg.model, built = model(base, **dict.fromkeys(right, 2))
-    check_classes(cfg, built, SPLITS)
+    check_classes(cfg, built, found)
     for number in (1, 80):
         cfg.model, built = model(
             base, **{**dict.fromkeys(right, 2), **dict.fromkeys(wrong, number)}
         )
         with pytest.raises(CommandError) as caught:
-            check_classes(cfg, built, SPLITS)
+            check_classes(cfg, built, found)
         assert str(caught.value) == (
             f'{wrong[0]}={number}, and there are 2 classes of train_dataloader.dataset '
             f'(CocoDataset); give --cfg-options {wrong[0]}=2'
@@ -411,4 +412,4 @@ def test_num_classes_of_the_heads(cfg, base, right, wrong):
 
 def test_proposals_have_no_class(cfg):
     cfg.model, built = model('rpn/rpn_r50_fpn_1x_coco.py')
-    check_classes(cfg, built, SPLITS)
+    check_classes(cfg, built, check_data(cfg, SPLITS))

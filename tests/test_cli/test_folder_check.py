@@ -53,9 +53,9 @@ def cfg(request) -> Config:
 
 def check(cfg: Config, *splits: str) -> None:
     splits = splits or ('train', 'val')
-    check_data(cfg, splits)
+    found = check_data(cfg, splits)
     model = nn.ModuleDict(dict(head=MODELS.build(cfg.model.head)))
-    check_classes(cfg, model, splits)
+    check_classes(cfg, model, found)
 
 
 def failure(cfg: Config, *splits: str) -> str:
@@ -211,13 +211,13 @@ def test_num_classes_of_labels_that_are_mixed(cfg):
     cfg.model.train_cfg = dict(augments=dict(type='Mixup', alpha=0.8))
     cfg.data_preprocessor = dict(num_classes=1000)
     with pytest.raises(CommandError) as caught:
-        check_classes(cfg, build_model(cfg), ('train',))
+        check_classes(cfg, build_model(cfg), check_data(cfg, ('train',)))
     assert str(caught.value) == (
         'data_preprocessor.num_classes=1000, and there are 3 class folders in ./train; give '
         '--cfg-options data_preprocessor.num_classes=3'
     )
     cfg.data_preprocessor.num_classes = 3
-    check_classes(cfg, build_model(cfg), ('train',))
+    check_classes(cfg, build_model(cfg), check_data(cfg, ('train',)))
 
 
 def test_what_a_dataset_refuses(cfg):
