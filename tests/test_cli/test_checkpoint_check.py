@@ -13,6 +13,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 pytest.importorskip('mmpretrain')
 
+from mmubn import layers
 from mmubn.cli.cfg_options import merge_options, parse_value
 from mmubn.cli.checkpoint_check import (
     build_model,
@@ -21,6 +22,8 @@ from mmubn.cli.checkpoint_check import (
     check_weights,
 )
 from mmubn.cli.errors import CommandError
+
+NORMS = ['BN', *(name for name in layers.__all__ if name != 'SyncUBN')]
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +69,7 @@ def pretrained(prefix=None, **settings) -> Config:
     return config(init_cfg=dict(type='Pretrained', checkpoint='x.pth', prefix=prefix), **settings)
 
 
-@pytest.mark.parametrize('norm', ['BN', 'UBN', 'RBN', 'BNET', 'IEBN'])
+@pytest.mark.parametrize('norm', NORMS)
 def test_start_from_batch_norm_and_other_classes(norm, caplog):
     save(config('BN', classes=5))
     with caplog.at_level(logging.WARNING, 'mmubn'):
@@ -74,7 +77,7 @@ def test_start_from_batch_norm_and_other_classes(norm, caplog):
     assert not caplog.records  # the load that counts will say it
 
 
-@pytest.mark.parametrize('norm', ['BN', 'UBN', 'RBN', 'BNET', 'IEBN'])
+@pytest.mark.parametrize('norm', NORMS)
 def test_pretrained_batch_norm_of_torchvision_and_mmpretrain(norm):
     # torchvision has conv1.weight, ... and fc.weight.
     save(config('BN'), lambda name: name.replace('backbone.', '').replace('head.fc.', 'fc.'))
