@@ -140,7 +140,7 @@ def _why_not(module: _BatchNorm, target: type) -> str:
     if isinstance(module, RectifiedBatchNorm):
         if target is nn.BatchNorm2d or {type(module), target} == {layers.UBN, layers.SyncUBN}:
             return _would_be_lost(module)
-        return f'{kind}, which becomes BN, and UBN or SyncUBN the other of the two, alone'
+        return f'{kind}, which can only become BN; UBN and SyncUBN can also become each other'
     # mmengine's SyncBatchNorm is a subclass that checks its input's dimensions and no more.
     is_plain = type(module) is nn.BatchNorm2d or isinstance(module, nn.SyncBatchNorm)
     if target is nn.BatchNorm2d or not (is_plain or _is_fused(module)):
@@ -294,7 +294,7 @@ def _other_ubn(module: layers.UBN, target: type, settings: Dict[str, Any]) -> la
     kept.update(track_running_stats=module.running_mean is not None)
     new = target(**{**kept, **settings})
     if _shapes(new) != _shapes(target(**kept)):
-        raise ValueError(f'it holds other weights than {target.__name__} with {settings} does')
+        raise ValueError(f'its weights do not fit {target.__name__} with {settings}')
     new._parameters.update(module._parameters)
     new._buffers.update(module._buffers)
     return new

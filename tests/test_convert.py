@@ -192,7 +192,9 @@ def test_sync_ubn_from_batch_norms_and_to_batch_norm():
 
 def test_ubn_to_sync_ubn_of_another_kernel_is_refused():
     model = nn.Sequential(UBN(4))
-    with pytest.raises(ValueError, match='0 cannot become SyncUBN: it holds other weights'):
+    with pytest.raises(
+        ValueError, match='0 cannot become SyncUBN: its weights do not fit SyncUBN with'
+    ):
         mmubn.convert_norm(model, dict(type='SyncUBN', kernel_size=5))
     assert type(model[0]) is UBN
 
@@ -234,7 +236,7 @@ def with_forward(norm):
     ('layer', 'norm_cfg', 'reason'),
     [
         (UBN(3), dict(type='UBN', fct=0.3), 'already UBN; set its attributes, such as eps or fct'),
-        (RBN(3), dict(type='UBN'), 'RBN, which becomes BN, and UBN or SyncUBN the other'),
+        (RBN(3), dict(type='UBN'), 'RBN, which can only become BN; UBN and SyncUBN can also'),
         (nn.BatchNorm1d(3), dict(type='UBN'), 'BatchNorm1d; BatchNorm2d, SyncBatchNorm and'),
         (nn.LazyBatchNorm2d(), dict(type='UBN'), 'LazyBatchNorm2d; BatchNorm2d, Sync'),
         (nn.BatchNorm3d(3), dict(type='BN'), 'BatchNorm3d; UBN, SyncUBN, RBN, BNET and IEBN'),

@@ -205,7 +205,7 @@ def check_evaluated(key: str, file: str, coco: CocoFile, classes: Sequence[str])
     strange = [identity for identity in coco.images if identity not in other.images]
     if strange:
         other.fail(
-            f'has not the images of {coco.key}, {coco.file}: {len(strange)} of '
+            f'lacks images of {coco.key}, {coco.file}: {len(strange)} of '
             f'{len(coco.images)} ids are missing, as {strange[0]!r}; name the same file in both'
         )
     for identity, image in coco.images.items():

@@ -1,4 +1,4 @@
-"""All that can be known to fail before the runner makes the work directory."""
+"""Checks for all known faults, before the runner makes the work directory."""
 
 from typing import Callable, Dict, Sequence
 

@@ -265,7 +265,7 @@ class TorchBackend:
         return torch.cat([x[part].mean((2, 3), dtype=dtype) for part in batch_slices(x)])
 
     def _image_moments(self, x: Tensor) -> Tuple[Tensor, Tensor]:
-        """Of m and v, (N, C) each."""
+        """The image means m and variances v, (N, C) each."""
         mean = self._image_mean(x)
         parts = []
         for part in batch_slices(x):

@@ -358,7 +358,7 @@ class TritonBackend:
         center_weight: Optional[Tensor],
         partial: Optional[Tensor],
     ) -> Tuple[Tensor, Tensor]:
-        """M and the row."""
+        """The image means m and the row."""
         batch, channels, height, width = x.shape
         mean = moments.mean
         row = mean.new_empty(2 * channels + 3)

@@ -218,7 +218,7 @@ def test_results_that_are_only_written_need_no_crowds(cfg):
     cfg.val_evaluator.format_only = True
     check_data(cfg, SPLITS)
     cfg.val_evaluator.ann_file = 'annotations/train.json'
-    assert 'has not the images of val_dataloader' in failure(cfg)
+    assert 'lacks images of val_dataloader' in failure(cfg)
 
 
 def test_bytes_that_are_no_text(cfg):
@@ -320,9 +320,7 @@ def test_images_in_folders_of_their_own(cfg):
 def test_evaluator_of_other_data(cfg):
     cfg.val_evaluator.ann_file = 'annotations/train.json'
     line = failure(cfg)
-    assert line.startswith(
-        'val_evaluator.ann_file: annotations/train.json has not the images of va'
-    )
+    assert line.startswith('val_evaluator.ann_file: annotations/train.json lacks images of va')
     write('other', content(names=('other', 'thing'), first=4))
     cfg.val_evaluator.ann_file = 'annotations/other.json'
     assert "numbers the classes 'other', 'thing', and val_dataloader.dataset.ann" in failure(cfg)

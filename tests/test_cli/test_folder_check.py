@@ -74,12 +74,12 @@ def test_sound_folders(cfg):
     ('change', 'reason'),
     [
         (lambda: shutil.rmtree('val/apple'), "val lacks 'apple'; every split"),
-        (lambda: Path('val/aardvark').mkdir(), "val has 'aardvark' besides; every split"),
+        (lambda: Path('val/aardvark').mkdir(), "val also has 'aardvark'; every split"),
         (
             lambda: Path('val/apple').rename('val/Apple'),
-            "val lacks 'apple' and has 'Apple' besides, did you mean 'apple'?",
+            "val lacks 'apple' and also has 'Apple', did you mean 'apple'?",
         ),
-        (lambda: shutil.rmtree('train/cat'), "val has 'cat' besides"),
+        (lambda: shutil.rmtree('train/cat'), "val also has 'cat'"),
     ],
 )
 def test_splits_that_differ(cfg, change, reason):
@@ -122,7 +122,7 @@ def test_foreign_folders_are_no_classes(cfg, name):
     if cfg.train_dataloader.dataset.type == 'CustomDataset':
         assert failure(cfg) == (
             f'train_dataloader.dataset: CustomDataset takes the folder ./train/{name} for a class, '
-            'and numbers all behind it otherwise; delete it'
+            'and numbers all later classes wrongly; delete it'
         )
         return
     check(cfg)
