@@ -11,7 +11,7 @@ from . import layers
 from .condensation import record_condensation
 from .convert import convert_norm
 from .inference import prepare_for_inference
-from .layers import *  # noqa: F403  what there is says its __all__
+from .layers import *  # noqa: F403  it lists its types in __all__
 from .similarity_survey import read_survey, survey_similarity
 from .version import __version__
 

@@ -39,7 +39,8 @@ def convert_norm(
     BatchNorm does not have take dtype, device and ``requires_grad`` from the weight. The
     training mode, hooks and settings that ``norm_cfg`` does not name (eps, momentum, …) are
     those of the old layer. Build the optimizer afterwards, because there are new
-    parameters. One log line says what was replaced, and why each other norm layer was not.
+    parameters. One line of the log says what was replaced, and why each other norm layer was
+    not: a warning if ``include`` and ``exclude`` chose one of these, else of level INFO.
 
     Args:
         model (nn.Module): Any model, or a norm layer itself.
@@ -77,7 +78,7 @@ def convert_norm(
     left: Dict[str, List[str]] = {}  # reason -> names
     replaced, weights = {}, _Weights()
     for name, module in norms.items():
-        reason = _why_not(module, target) if name in chosen else 'not chosen by include and exclude'
+        reason = _why_not(module, target) if name in chosen else _NOT_CHOSEN
         if reason:
             left.setdefault(reason, []).append(name or 'the layer')
         else:
@@ -86,7 +87,8 @@ def convert_norm(
     if not replaced:
         raise ValueError(f'no layer to replace by {kind}: {why or _other_norms(model)}')
     weights.check(model, [norms[name] for name in replaced])
-    logger.warning(
+    logger.log(
+        logging.WARNING if left.keys() - {_NOT_CHOSEN} else logging.INFO,
         '%d of %d norm layers became %s%s',
         len(replaced),
         len(norms),
@@ -108,6 +110,7 @@ def convert_norm(
     return model
 
 
+_NOT_CHOSEN = 'not chosen by include and exclude'
 _TYPES = {
     **{name: getattr(layers, name) for name in layers.__all__},
     'BN': nn.BatchNorm2d,
@@ -137,7 +140,7 @@ def _why_not(module: _BatchNorm, target: type) -> str:
     if isinstance(module, RectifiedBatchNorm):
         if target is nn.BatchNorm2d or {type(module), target} == {layers.UBN, layers.SyncUBN}:
             return _would_be_lost(module)
-        return f'{kind}, which becomes BN, and UBN or SyncUBN the other of the two, alone'
+        return f'{kind}, which can only become BN; UBN and SyncUBN can also become each other'
     # mmengine's SyncBatchNorm is a subclass that checks its input's dimensions and no more.
     is_plain = type(module) is nn.BatchNorm2d or isinstance(module, nn.SyncBatchNorm)
     if target is nn.BatchNorm2d or not (is_plain or _is_fused(module)):
@@ -291,7 +294,7 @@ def _other_ubn(module: layers.UBN, target: type, settings: Dict[str, Any]) -> la
     kept.update(track_running_stats=module.running_mean is not None)
     new = target(**{**kept, **settings})
     if _shapes(new) != _shapes(target(**kept)):
-        raise ValueError(f'it holds other weights than {target.__name__} with {settings} does')
+        raise ValueError(f'its weights do not fit {target.__name__} with {settings}')
     new._parameters.update(module._parameters)
     new._buffers.update(module._buffers)
     return new

@@ -1,8 +1,8 @@
 """Puts the types into mmengine's root registry, where mmdet and mmpretrain look too.
 
 ``mmcv.cnn.build_norm_layer`` searches the scope of the running config first and
-the root next, so one entry serves every OpenMMLab repository. What there is say the
-packages themselves, in ``__all__``. ``force=True`` makes a reload harmless.
+the root next, so one entry serves every OpenMMLab repository. The packages list
+their types in ``__all__``. ``force=True`` makes a reload harmless.
 """
 
 from functools import partial

@@ -217,7 +217,7 @@ def survey_similarity(
         raise ValueError('batches: there is none')
     if not seen:
         raise ValueError(
-            f'no similarity in {taken} batches: it is of pairs of images, so a batch needs two'
+            f'no similarity in {taken} batches: it compares pairs of images, so a batch needs two'
         )
     measured = [
         _layer(name, type(module).__name__, seen.get(name, []))

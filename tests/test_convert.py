@@ -1,6 +1,7 @@
 """convert_norm on torchvision, timm and plain models, there and back."""
 
 import copy
+import logging
 
 import pytest
 import timm
@@ -36,6 +37,7 @@ def same_output(a: nn.Module, b: nn.Module, size: int = 64) -> None:
 
 @pytest.mark.parametrize('kind', TYPES)
 def test_torchvision_there_and_back(kind, caplog):
+    caplog.set_level(logging.INFO, 'mmubn')
     model = trained(torchvision.models.resnet18(weights=None))
     converted = mmubn.convert_norm(copy.deepcopy(model), dict(type=kind))
     assert sum(isinstance(m, TYPES[kind]) for m in converted.modules()) == 20
@@ -80,11 +82,13 @@ def test_sync_batch_norm_is_replaced_and_other_norms_are_not():
 
 
 def test_include_and_exclude(caplog):
+    caplog.set_level(logging.INFO, 'mmubn')
     model = trained(torchvision.models.resnet18(weights=None))
     mmubn.convert_norm(model, dict(type='UBN'), include='layer[34].*', exclude=['*.downsample.*'])
     converted = {name for name, m in model.named_modules() if isinstance(m, UBN)}
     assert converted == {f'layer{s}.{b}.bn{i}' for s in (3, 4) for b in (0, 1) for i in (1, 2)}
     assert 'left alone: bn1, ' in caplog.text
+    assert caplog.records[0].levelno == logging.INFO
 
 
 def test_shared_layer_stays_shared():
@@ -188,7 +192,9 @@ def test_sync_ubn_from_batch_norms_and_to_batch_norm():
 
 def test_ubn_to_sync_ubn_of_another_kernel_is_refused():
     model = nn.Sequential(UBN(4))
-    with pytest.raises(ValueError, match='0 cannot become SyncUBN: it holds other weights'):
+    with pytest.raises(
+        ValueError, match='0 cannot become SyncUBN: its weights do not fit SyncUBN with'
+    ):
         mmubn.convert_norm(model, dict(type='SyncUBN', kernel_size=5))
     assert type(model[0]) is UBN
 
@@ -230,7 +236,7 @@ def with_forward(norm):
     ('layer', 'norm_cfg', 'reason'),
     [
         (UBN(3), dict(type='UBN', fct=0.3), 'already UBN; set its attributes, such as eps or fct'),
-        (RBN(3), dict(type='UBN'), 'RBN, which becomes BN, and UBN or SyncUBN the other'),
+        (RBN(3), dict(type='UBN'), 'RBN, which can only become BN; UBN and SyncUBN can also'),
         (nn.BatchNorm1d(3), dict(type='UBN'), 'BatchNorm1d; BatchNorm2d, SyncBatchNorm and'),
         (nn.LazyBatchNorm2d(), dict(type='UBN'), 'LazyBatchNorm2d; BatchNorm2d, Sync'),
         (nn.BatchNorm3d(3), dict(type='BN'), 'BatchNorm3d; UBN, SyncUBN, RBN, BNET and IEBN'),
@@ -256,6 +262,7 @@ def test_each_layer_left_alone_has_its_reason(layer, norm_cfg, reason, caplog):
     model = nn.Sequential(layer, replaceable, nn.BatchNorm2d(3), UBN(3))
     mmubn.convert_norm(model, norm_cfg, include=['0', '1'])
     assert '; left alone: 0 (' in caplog.text
+    assert caplog.records[0].levelno == logging.WARNING
     assert reason in caplog.text
     assert '2, 3 (not chosen by include and exclude)' in caplog.text
 

@@ -150,7 +150,7 @@ def test_a_killed_run_is_drawn(runs):
     assert plot_condensation.Run(ubn).table('fixed/input').times == [0, 1, 2]
 
 
-def test_errors_name_the_file_and_the_option(runs, tmp_path):
+def test_errors_name_the_file_and_the_option(runs, tmp_path, capsys):
     with pytest.raises(SystemExit, match=r'nowhere/condensation.csv: no such file'):
         run_tool('plot_condensation', str(tmp_path / 'nowhere'))
     with pytest.raises(SystemExit, match=r'--metric mAP is in no log; there is accuracy/top1$'):
@@ -158,10 +158,9 @@ def test_errors_name_the_file_and_the_option(runs, tmp_path):
     with pytest.raises(SystemExit, match=r'condensation.csv: no rows of --where train/output'):
         run_tool('plot_condensation', str(runs[0]), '--where', 'train/output')
     (tmp_path / 'file').touch()
-    with pytest.raises(
-        SystemExit, match=r'^error: --out: cannot write to .*file \(Not a directory'
-    ):
+    with pytest.raises(SystemExit):
         run_tool('plot_condensation', str(runs[0]), '--out', str(tmp_path / 'file'))
+    assert f'error: --out: cannot write to {tmp_path / "file"} (Not a' in capsys.readouterr().err
     (runs[0] / 'condensation.csv').write_text(','.join(COLUMNS) + '\n')
     with pytest.raises(SystemExit, match=r'condensation.csv: holds no record yet'):
         run_tool('plot_condensation', str(runs[0]))

@@ -2,6 +2,7 @@
 
 import pytest
 
+from mmubn.cli.errors import CommandError
 from mmubn.writing import check_file, check_folder
 
 
@@ -17,10 +18,10 @@ def test_sound_places_stay_as_they_are(tmp_path):
 def test_error_names_the_option_and_the_place(tmp_path):
     file = tmp_path / 'file'
     file.touch()
-    line = f'error: --x: cannot write to {file} (Not a directory); name another place'
+    line = f'--x: cannot write to {file} (Not a directory); name another place'
     for check in (check_file, check_folder):
-        with pytest.raises(SystemExit) as caught:
+        with pytest.raises(CommandError) as caught:
             check('--x', file / 'x')
-        assert caught.value.code == line
-    with pytest.raises(SystemExit, match=r'^error: --x: .* is a folder; name a file'):
+        assert str(caught.value) == line
+    with pytest.raises(CommandError, match=r'^--x: .* is a folder; name a file'):
         check_file('--x', tmp_path)

@@ -33,6 +33,7 @@ from mmubn.benchmark.inference import (
     write_docs,
 )
 from mmubn.benchmark.rows import Row, append_csv, check_csv
+from mmubn.cli.errors import command
 from mmubn.inference.runtimes import RUNTIMES
 from mmubn.writing import check_file
 
@@ -68,6 +69,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return args
 
 
+@command
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Reads the command line, measures and reports."""
     args = parse_args(argv)

@@ -18,6 +18,7 @@ import torch
 from mmubn.benchmark.kernels import COLUMNS, OTHER_TILES, compile_all, table, time_kernels
 from mmubn.benchmark.norm import BASE_SHAPES, LAYOUTS, parse_shape
 from mmubn.benchmark.rows import append_csv, check_csv, describe_run
+from mmubn.cli.errors import command
 from mmubn.ops.triton_backend import Tiles
 from mmubn.writing import check_file
 
@@ -45,6 +46,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@command
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Reads the command line, compiles, measures and reports."""
     args = parse_args(argv)

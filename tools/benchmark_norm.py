@@ -28,6 +28,7 @@ from mmubn.benchmark.plot import check_picture, plot
 from mmubn.benchmark.report import goals, resnet50_totals
 from mmubn.benchmark.rows import COLUMNS, check_csv, read_last_run
 from mmubn.benchmark.subjects import MODELS, NORMS
+from mmubn.cli.errors import command
 from mmubn.writing import check_file
 
 CSV = Path(__file__).resolve().parent / 'benchmarks' / 'benchmark_norm.csv'
@@ -84,6 +85,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return args
 
 
+@command
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Reads the command line, measures and reports."""
     args = parse_args(argv)

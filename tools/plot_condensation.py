@@ -22,11 +22,13 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from mmubn.cli.errors import command
 from mmubn.plot_condensation import Run, choose_metric, draw_curves, draw_gates, draw_layers
 from mmubn.runs import PLACES
 from mmubn.writing import check_folder
 
 
+@command
 def main(arguments: Optional[List[str]] = None) -> None:
     """Reads the command line, draws and saves."""
     parser = argparse.ArgumentParser(

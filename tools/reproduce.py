@@ -21,10 +21,10 @@ matplotlib.use('Agg')
 import mmubn  # noqa: F401  configs may have mmubn:: in their _base_
 from mmubn.cli.errors import command
 from mmubn.cli.options import count, positive, read_config
-from mmubn.cli.work_dir_check import check_writable
 from mmubn.paths import ROOT
 from mmubn.reproduce.commands import list_rows, report, run_rows
 from mmubn.reproduce.experiments import EXPERIMENTS
+from mmubn.writing import check_folder
 
 SMALL = ROOT / 'configs' / 'cifar10' / 'resnet18_small_cifar10.py'
 
@@ -95,7 +95,7 @@ def _check(args: argparse.Namespace) -> None:
     for name in written[args.command]:
         folder = getattr(args, name)
         if folder is not None:
-            check_writable(f'--{name.replace("_", "-")}', str(folder))
+            check_folder(f'--{name.replace("_", "-")}', folder)
 
 
 @command

@@ -14,8 +14,8 @@ from typing import Optional, Sequence
 from mmubn.cli.errors import CommandError, command
 from mmubn.cli.options import build_runner, count, load_config, make_parser
 from mmubn.cli.preflight import preflight
-from mmubn.cli.work_dir_check import check_output
 from mmubn.similarity_options import COLUMNS, compare, record
+from mmubn.writing import check_file
 
 
 def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -33,7 +33,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Trains and prints the table."""
     args = parse_args(argv)
     if args.csv:
-        check_output('--csv', str(args.csv))
+        check_file('--csv', args.csv)
     cfg = load_config(args)
     cfg.train_cfg = dict(by_epoch=False, max_iters=args.iterations)
     cfg.log_processor = dict(by_epoch=False)

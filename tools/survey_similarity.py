@@ -19,8 +19,8 @@ import mmubn  # noqa: F401  registers UBN for configs without custom_imports
 from mmubn.cli.errors import CommandError, command
 from mmubn.cli.options import load_config, make_parser
 from mmubn.cli.survey import survey_config, survey_run
-from mmubn.cli.work_dir_check import check_writable
 from mmubn.similarity_survey import THRESHOLDS
+from mmubn.writing import check_folder
 
 
 def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -49,7 +49,7 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Measures or reads, prints, writes and draws."""
     args = parse_args(argv)
-    check_writable('--out', str(args.out))
+    check_folder('--out', args.out)
     source = Path(args.config)
     if source.is_dir() or source.suffix == '.csv':
         survey = survey_run(source, args.thresholds)

@@ -13,7 +13,7 @@ from mmubn.cli.errors import CommandError, command
 from mmubn.cli.options import build_runner, load_config, make_parser
 from mmubn.cli.preflight import preflight
 from mmubn.cli.processes import on_main_process, start_processes
-from mmubn.cli.work_dir_check import check_output, check_writable
+from mmubn.writing import check_file, check_folder
 
 _FORMATS = ('.json', '.yaml', '.yml', '.pkl', '.pickle')  # that mmengine.dump knows
 
@@ -43,9 +43,9 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     if args.out and not args.out.endswith(_FORMATS):
         raise CommandError(f'--out {args.out}: metrics go into a file of {", ".join(_FORMATS)}')
     if args.out:
-        check_output('--out', args.out)
+        check_file('--out', args.out)
     if args.show_dir:
-        check_writable('--show-dir', args.show_dir)
+        check_folder('--show-dir', args.show_dir)
     if not (args.show or args.show_dir):
         return
     hook = cfg.get('default_hooks', {}).get('visualization')

@@ -3,7 +3,6 @@
 import argparse
 import copy
 import importlib.util
-import logging
 import statistics
 import sys
 import tempfile
@@ -52,8 +51,6 @@ def make_models(name: str, size: int) -> Dict[str, nn.Module]:
     """A network with each of the norms, in evaluation; what is prepared is so beside the same."""
     from torchvision import models
 
-    logger = logging.getLogger('mmubn')
-    logger.setLevel(logging.ERROR)  # a line a conversion would drown the tables
     torch.manual_seed(0)
     bn = models.get_model(name, weights=None)
     _measure_statistics(bn, size)
@@ -69,7 +66,6 @@ def make_models(name: str, size: int) -> Dict[str, nn.Module]:
         _measure_statistics(model, size)
         made[kind] = model
         made[f'{kind}_prepared'] = prepare_for_inference(model)
-    logger.setLevel(logging.NOTSET)
     return made
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, List, Tuple
 
+from ..cli.errors import CommandError
 from ..writing import check_file
 from .rows import SETTING, TOTALS, Row
 
@@ -25,13 +26,14 @@ def check_picture(option: str, path: Path) -> None:
         path (Path): Where the picture goes.
 
     Raises:
-        SystemExit: It cannot.
+        CommandError: It cannot save there.
+        SystemExit: There is no matplotlib.
     """
     Figure, _ = _matplotlib()
     known = Figure().canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in known:
         suffixes = ', '.join(f'.{suffix}' for suffix in known)
-        raise SystemExit(f'error: {option}: {path} must end with one of {suffixes}')
+        raise CommandError(f'{option}: {path} must end with one of {suffixes}')
     check_file(option, path)
 
 

@@ -1,6 +1,5 @@
 """What is measured: norm layers by name, the literal composition, whole models."""
 
-import logging
 from typing import Callable, Dict, Iterator, Optional, Tuple
 
 import torch
@@ -63,10 +62,7 @@ def with_norm(model: nn.Module, name: str) -> nn.Module:
     """``model`` with its BatchNorm layers, or the layer that it is, replaced by a norm."""
     if NORMS[name] is None:
         return model
-    logger = logging.getLogger('mmubn')
-    logger.setLevel(logging.ERROR)  # a line a conversion would drown the table
     model = convert_norm(model, NORMS[name])
-    logger.setLevel(logging.NOTSET)
     if name == 'ubn_compiled':
         torch._dynamo.reset()  # each shape anew, not as one more variant of a dynamic one
         return torch.compile(model, dynamic=False)

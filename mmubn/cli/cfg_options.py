@@ -3,17 +3,15 @@
 import argparse
 import ast
 import shlex
-import sys
 from typing import Any, Collection, Dict, Iterator, List, Optional, Sequence
 
 from mmengine import registry as roots
 from mmengine.config import Config, DictAction
-from mmengine.dist import is_main_process
 from mmengine.registry import DefaultScope, Registry
 
+from ..walk import walk
 from .config_check import RUNNER_KEYS, Arguments, did_you_mean, find_class
-from .errors import CommandError
-from .walk import walk
+from .errors import CommandError, warn
 
 _REGISTRIES = [value for value in vars(roots).values() if isinstance(value, Registry)]
 
@@ -184,7 +182,7 @@ def _check_top(cfg: Config, key: str) -> None:
     if places:
         or_root = ', or give --data-root DIR' if name == 'data_root' else ''
         raise CommandError(f'{text}; set {", ".join(places)}{or_root}')
-    _warn(text)
+    warn(text)
 
 
 def _check_replaced(cfg: Config, key: str, value: Any) -> None:
@@ -229,7 +227,7 @@ def _check_added(before: Config, after: Config, key: str) -> None:
     hint = did_you_mean(name, known, cutoff=0.85)
     if hint:
         raise CommandError(f"--cfg-options {key}: {place} has no '{name}'{hint}")
-    _warn(f"--cfg-options {key}: {place} had no '{name}'; it is added")
+    warn(f"--cfg-options {key}: {place} had no '{name}'; it is added")
 
 
 def _nearest(cfg: Config, place: str, name: str, known: Collection[str]) -> str:
@@ -271,8 +269,3 @@ def _classes(node: dict) -> List[Arguments]:
         if scope is None or scope.scope_name in (registry.scope, *registry.children)
     ]
     return [Arguments(build) for build in dict.fromkeys(found) if build is not None]
-
-
-def _warn(text: str) -> None:
-    if is_main_process():
-        print(f'warning: {text}', file=sys.stderr)

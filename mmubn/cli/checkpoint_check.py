@@ -16,19 +16,19 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..walk import walk
 from .cfg_options import option
 from .class_check import dataset_classes
 from .config_check import find_class
 from .errors import CommandError
 from .folder_check import first_shift
 from .resume_check import check_resumed
-from .walk import walk
 
 # Keys of the state dict by the way in which they do not fit.
 Differences = Dict[str, List[str]]
 
 
-def check_pretrained(cfg: Config, model: Optional[nn.Module] = None) -> None:
+def check_pretrained(cfg: Config, model: nn.Module) -> None:
     """Reads the weights of every ``init_cfg``, fetching those that are not cached yet.
 
     Where they fill a module with layers of BatchNorm's kind, these must fit. What else
@@ -38,7 +38,7 @@ def check_pretrained(cfg: Config, model: Optional[nn.Module] = None) -> None:
 
     Args:
         cfg (Config): The resolved config.
-        model (Module): Its model; built where it is not given.
+        model (Module): Its model.
 
     Raises:
         CommandError: They are unreachable, missing, broken, or of another depth or norm.
@@ -53,7 +53,6 @@ def check_pretrained(cfg: Config, model: Optional[nn.Module] = None) -> None:
         checkpoint = read_checkpoint(f'{path}.checkpoint', node['checkpoint'], remedy)
         place = re.fullmatch(r'model\.(?:(.+)\.)?init_cfg(?:\.\d+)?', path)
         if place is not None:
-            model = build_model(cfg) if model is None else model
             _check_filled(path, node, checkpoint, model, place[1] or '', remedy)
 
 
@@ -93,15 +92,16 @@ def check_start(cfg: Config, model: Optional[nn.Module] = None) -> None:
 
     Args:
         cfg (Config): The resolved config, to resume from its ``load_from``.
-        model (Module): Its model; built where it is not given.
+        model (Module): Its model; built where it is not given, as by scripts of users.
 
     Raises:
         CommandError: It is missing, broken, of another depth or norm, cannot be resumed, or was
             trained with classes that were numbered otherwise.
     """
+    model = build_model(cfg) if model is None else model
     if not cfg.get('resume'):
         if cfg.get('load_from'):
-            check_load_from(cfg, build_model(cfg) if model is None else model)
+            check_load_from(cfg, model)
         return
     source = cfg.get('load_from')
     if source is None:
@@ -112,7 +112,7 @@ def check_start(cfg: Config, model: Optional[nn.Module] = None) -> None:
             f'--resume: {source} holds weights alone; start from it by '
             f'--cfg-options {option("load_from", source)}'
         )
-    model = check_fit('--resume', source, checkpoint, cfg, model)
+    check_fit('--resume', source, checkpoint, cfg, model)
     _check_classes('--resume', source, checkpoint, cfg, 'train')
     check_resumed(cfg, source, checkpoint, model)
 
@@ -148,12 +148,12 @@ def check_load_from(cfg: Config, model: nn.Module) -> None:
     )
 
 
-def check_weights(cfg: Config, model: Optional[nn.Module] = None) -> None:
+def check_weights(cfg: Config, model: nn.Module) -> None:
     """Reads the checkpoint to be tested, which must fit the model and the test's classes.
 
     Args:
         cfg (Config): The resolved config, the checkpoint in ``load_from``.
-        model (Module): Its model; built where it is not given.
+        model (Module): Its model.
 
     Raises:
         CommandError: It is missing, broken, of another model, or numbers the classes otherwise.
@@ -282,9 +282,7 @@ def _refusing(cfg: Config, message: str) -> str:
     return 'model'
 
 
-def check_fit(
-    key: str, source: str, checkpoint: dict, cfg: Config, model: Optional[nn.Module] = None
-) -> nn.Module:
+def check_fit(key: str, source: str, checkpoint: dict, cfg: Config, model: nn.Module) -> None:
     """Loads the weights of a checkpoint, which must be those of the model.
 
     Args:
@@ -292,22 +290,17 @@ def check_fit(
         source (str): Path or address of the checkpoint.
         checkpoint (dict): Its content.
         cfg (Config): The resolved config.
-        model (Module): Its model; built where it is not given.
-
-    Returns:
-        Module: The model.
+        model (Module): Its model.
 
     Raises:
         CommandError: Keys are missing, unknown, or of another shape.
     """
-    model = build_model(cfg) if model is None else model
     differences = _differences(model, _weights(checkpoint))
     if any(differences.values()):
         raise CommandError(
             f'{key}: {source} does not fit the model of {cfg.filename}: '
             f'{_summary(differences)}; give the config it was trained with'
         )
-    return model
 
 
 def _differences(module: nn.Module, weights: Dict[str, Tensor]) -> Differences:

@@ -1,35 +1,34 @@
 """Checks that the model has as many classes as the data."""
 
-from typing import Any, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from mmengine.config import Config
 from mmengine.fileio import list_from_file
 from torch import nn
 
-from .data_check import Data, datasets, is_coco, is_custom, open_dataset
+from ..walk import walk
+from .data_check import Data, datasets, is_coco, is_custom
 from .errors import CommandError
-from .folder_check import read_folders, read_labels
-from .walk import walk
 
 
-def check_classes(cfg: Config, model: nn.Module, splits: Sequence[str]) -> None:
+def check_classes(cfg: Config, model: nn.Module, found: Dict[str, List[Data]]) -> None:
     """Compares ``num_classes`` of the heads, and top-k's k, with the datasets.
 
     Args:
-        cfg (Config): The resolved config; its data was looked at.
+        cfg (Config): The resolved config.
         model (Module): Its model.
-        splits (Sequence[str]): Of 'train', 'val' and 'test', those to be used.
+        found (dict[str, list[Data]]): What :func:`~mmubn.cli.data_check.check_data` found.
 
     Raises:
         CommandError: They differ.
     """
-    for split in splits:
-        for data in datasets(cfg, split):
+    for split, there in found.items():
+        for data in there:
             counted = _count(data)
             if counted is None:
                 continue
             number, exact, source = counted
-            _check_heads(cfg, model, data, number, exact, source)
+            _check_heads(cfg, model, number, exact, source)
             if split != 'train' and exact:
                 _check_evaluator(cfg, split, number, source)
 
@@ -38,26 +37,23 @@ def dataset_classes(cfg: Config, split: str) -> Iterator[Tuple[str, Sequence[str
     """Path and class names of each dataset of a split that knows them."""
     for data in datasets(cfg, split):
         if is_custom(data.kind) or is_coco(data.kind):
-            dataset = open_dataset(data)
-            names = dataset.metainfo.get('classes')
+            names = data.dataset.metainfo.get('classes')
             if names is None:
-                folders = read_folders(data.path, data.node, dataset)
-                names = folders.names if folders is not None else ()
+                names = data.folders.names if data.folders is not None else ()
             yield data.path, list(names)
 
 
 def _count(data: Data) -> Optional[Tuple[int, bool, str]]:
     """The number of classes, whether the heads must have just as many, and where it is from."""
     if is_custom(data.kind):
-        dataset = open_dataset(data)
+        dataset, folders = data.dataset, data.folders
         if not dataset.with_label:
             return None
-        folders = read_folders(data.path, data.node, dataset)
         if folders is not None:
             return len(folders.names), True, f'class folders in {folders.root}'
         classes = dataset.metainfo.get('classes')
         if classes is None and '://' not in dataset.ann_file:
-            number = max(read_labels(data.path, dataset).values()) + 1
+            number = max(data.labels.values()) + 1
             return number, False, f'labels in {dataset.ann_file}'
     else:
         classes = (data.node.get('metainfo') or {}).get('classes')
@@ -71,9 +67,7 @@ def _count(data: Data) -> Optional[Tuple[int, bool, str]]:
     return len(classes), True, f'classes of {data.path} ({data.kind.__name__})'
 
 
-def _check_heads(
-    cfg: Config, model: nn.Module, data: Data, number: int, exact: bool, source: str
-) -> None:
+def _check_heads(cfg: Config, model: nn.Module, number: int, exact: bool, source: str) -> None:
     wrong = {
         key: value
         for key, value in head_classes(cfg, model)

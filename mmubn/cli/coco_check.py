@@ -11,7 +11,7 @@ from mmengine.dist import is_main_process
 from mmengine.utils import is_seq_of
 
 from .config_check import did_you_mean
-from .errors import CommandError, listed
+from .errors import CommandError, listed, warn
 
 _LISTS = ('images', 'annotations', 'categories')
 _KEYS = dict(
@@ -205,7 +205,7 @@ def check_evaluated(key: str, file: str, coco: CocoFile, classes: Sequence[str])
     strange = [identity for identity in coco.images if identity not in other.images]
     if strange:
         other.fail(
-            f'has not the images of {coco.key}, {coco.file}: {len(strange)} of '
+            f'lacks images of {coco.key}, {coco.file}: {len(strange)} of '
             f'{len(coco.images)} ids are missing, as {strange[0]!r}; name the same file in both'
         )
     for identity, image in coco.images.items():
@@ -257,11 +257,10 @@ def _check_classes(path: str, node: dict, coco: CocoFile, classes: Sequence[str]
         for a in coco.annotations
         if coco.categories[a['category_id']] not in classes
     )
-    if left_out and is_main_process():
-        print(
-            f'warning: {key}: {sum(left_out.values())} annotations of {file} are left out, of '
-            f'categories that are not named: {listed(list(left_out))}',
-            file=sys.stderr,
+    if left_out:
+        warn(
+            f'{key}: {sum(left_out.values())} annotations of {file} are left out, of '
+            f'categories that are not named: {listed(list(left_out))}'
         )
 
 

@@ -2,13 +2,16 @@
 
 import inspect
 import os.path as osp
-from typing import Any, Iterator, List, NamedTuple, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 from mmengine.config import Config
 from mmengine.fileio import list_from_file
 from mmengine.registry import DATASETS
 from mmengine.utils import is_seq_of
 
+from ..walk import walk
 from .coco_check import CocoFile, check_coco, check_evaluated
 from .config_check import did_you_mean, find_class
 from .errors import CommandError
@@ -22,22 +25,50 @@ from .folder_check import (
     read_folders,
     read_labels,
 )
-from .walk import walk
 
 _REMEDY = '--data-root DIR points every dataset and evaluator at another folder'
 _EVALUATION_REMEDY = f'{_REMEDY}, --eval-on-train evaluates on the training images'
 _PLACES = ('data_root', 'ann_file', 'data_prefix')
 
 
-class Data(NamedTuple):
-    """A dataset of the config."""
+@dataclass(frozen=True)
+class Data:
+    """A dataset of the config, which is opened once, when it is first asked for."""
 
     path: str
     node: dict
     kind: type
 
+    @cached_property
+    def dataset(self) -> Any:
+        """The dataset, built and not loaded: its paths and classes are known.
 
-def check_data(cfg: Config, splits: Sequence[str]) -> None:
+        Raises:
+            CommandError: It refuses its arguments.
+        """
+        prefix = self.node.get('data_prefix')
+        if is_coco(self.kind) and (not isinstance(prefix, dict) or 'img' not in prefix):
+            raise CommandError(
+                f'{self.path}.data_prefix: must name the folder of the images, dict(img=...), '
+                f'got {prefix!r}'
+            )
+        try:
+            return DATASETS.build({**self.node, 'pipeline': [], 'lazy_init': True})
+        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CommandError(f'{self.path}: {self.kind.__name__}: {error}') from error
+
+    @cached_property
+    def folders(self) -> Optional[Folders]:
+        """See :func:`~mmubn.cli.folder_check.read_folders`."""
+        return read_folders(self.path, self.node, self.dataset)
+
+    @cached_property
+    def labels(self) -> Dict[str, int]:
+        """See :func:`~mmubn.cli.folder_check.read_labels`."""
+        return read_labels(self.path, self.dataset)
+
+
+def check_data(cfg: Config, splits: Sequence[str]) -> Dict[str, List[Data]]:
     """Looks for the folders and annotation files of the datasets and evaluators, and into them.
 
     COCO's annotation files are read, those of ``CustomDataset`` too, and class folders are
@@ -48,12 +79,17 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
         cfg (Config): The resolved config.
         splits (Sequence[str]): Of 'train', 'val' and 'test', those to be used.
 
+    Returns:
+        dict[str, list[Data]]: The datasets of each of the splits.
+
     Raises:
         CommandError: The first that is missing, or does not fit.
     """
+    found: Dict[str, List[Data]] = {}
     for split in splits:
         remedy = _REMEDY if split == 'train' else _EVALUATION_REMEDY
-        for data in datasets(cfg, split):
+        found[split] = list(datasets(cfg, split))
+        for data in found[split]:
             if 'download' not in inspect.signature(data.kind).parameters:
                 _check_dataset(data.path, data.node, remedy)
             elif hasattr(data.kind, 'base_folder') and not data.node.get('download', True):
@@ -62,8 +98,9 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
             if node.get('ann_file'):
                 _check_file(f'{path}.ann_file', node['ann_file'], remedy)
     for split in splits:
-        _check_coco_files(cfg, split)
-    _check_folders(cfg, splits)
+        _check_coco_files(cfg, split, found[split])
+    _check_folders(cfg, found)
+    return found
 
 
 def datasets(cfg: Config, split: str) -> Iterator[Data]:
@@ -80,24 +117,6 @@ def datasets(cfg: Config, split: str) -> Iterator[Data]:
 def _evaluators(cfg: Config, split: str) -> Iterator:
     key = f'{split}_evaluator'
     return walk(cfg.get(key), key)
-
-
-def open_dataset(data: Data) -> Any:
-    """The dataset, built and not loaded: its paths and classes are known.
-
-    Raises:
-        CommandError: It refuses its arguments.
-    """
-    prefix = data.node.get('data_prefix')
-    if is_coco(data.kind) and (not isinstance(prefix, dict) or 'img' not in prefix):
-        raise CommandError(
-            f'{data.path}.data_prefix: must name the folder of the images, dict(img=...), '
-            f'got {prefix!r}'
-        )
-    try:
-        return DATASETS.build({**data.node, 'pipeline': [], 'lazy_init': True})
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CommandError(f'{data.path}: {data.kind.__name__}: {error}') from error
 
 
 def is_coco(kind: type) -> bool:
@@ -149,7 +168,7 @@ def _check_metainfo(path: str, node: dict, kind: type) -> None:
             )
 
 
-def _check_coco_files(cfg: Config, split: str) -> None:
+def _check_coco_files(cfg: Config, split: str, found: Sequence[Data]) -> None:
     metrics = [
         (path, node)
         for path, node in _evaluators(cfg, split)
@@ -157,10 +176,10 @@ def _check_coco_files(cfg: Config, split: str) -> None:
     ]
     labelled = not any(node.get('format_only') for _, node in metrics)
     read: List[CocoFile] = []
-    for data in datasets(cfg, split):
+    for data in found:
         if not is_coco(data.kind) or '://' in (data.node.get('data_root') or ''):
             continue
-        dataset = open_dataset(data)
+        dataset = data.dataset
         if not dataset.ann_file:
             raise CommandError(f'{data.path}: ann_file is left out; {data.kind.__name__} needs it')
         read.append(check_coco(data.path, data.node, dataset, labelled))
@@ -173,29 +192,29 @@ def _check_coco_files(cfg: Config, split: str) -> None:
                 truth.check_evaluable(masks='segm' in (node.get('metric') or ()))
 
 
-def _check_folders(cfg: Config, splits: Sequence[str]) -> None:
-    found: List[Folders] = []
+def _check_folders(cfg: Config, found: Dict[str, List[Data]]) -> None:
+    alike: List[Folders] = []
     numbered: List[Numbered] = []
-    for split in dict.fromkeys(('train', *splits)):
-        for data in datasets(cfg, split):
+    for split in dict.fromkeys(('train', *found)):
+        for data in found[split] if split in found else datasets(cfg, split):
             if not is_custom(data.kind):
                 continue
-            dataset = open_dataset(data)
-            if split not in splits and not osp.isdir(dataset.img_prefix):
+            dataset = data.dataset
+            if split not in found and not osp.isdir(dataset.img_prefix):
                 continue  # a test does not need the training images
             if dataset.with_label and dataset.ann_file and '://' not in dataset.ann_file:
-                if split in splits:
-                    labels = labels_of_folders(read_labels(data.path, dataset))
+                if split in found:
+                    labels = labels_of_folders(data.labels)
                     numbered.append(Numbered(data.path, dataset.ann_file, labels))
                 continue
-            folders = read_folders(data.path, data.node, dataset)
+            folders = data.folders
             if folders is not None:
-                found.append(folders)
+                alike.append(folders)
                 labels = {name: label for label, name in enumerate(folders.names)}
                 numbered.append(Numbered(data.path, folders.root, labels))
-                if split in splits:
+                if split in found:
                     check_images(folders, dataset)
-    check_alike(found)
+    check_alike(alike)
     check_numbers(numbered)
 
 

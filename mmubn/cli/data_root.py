@@ -2,14 +2,12 @@
 
 import copy
 import os.path as osp
-import sys
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.dist import is_main_process
 
-from .errors import CommandError
-from .walk import walk
+from ..walk import walk
+from .errors import CommandError, warn
 
 _DATA_KEYS = ('_dataloader', '_evaluator')
 
@@ -103,8 +101,7 @@ def evaluate_on_train(cfg: Config) -> None:
         for _, node in walk(cfg[f'{split}_evaluator'], f'{split}_evaluator'):
             if 'ann_file' in node:
                 node['ann_file'] = osp.join(train.get('data_root') or '', train['ann_file'])
-    if is_main_process():
-        print('warning: evaluating on the training images (--eval-on-train)', file=sys.stderr)
+    warn('evaluating on the training images (--eval-on-train)')
 
 
 def _innermost(dataset: dict) -> dict:

@@ -20,6 +20,16 @@ def listed(names: Sequence[str], most: int = 6) -> str:
     return text + (f' and {len(names) - most} more' if len(names) > most else '') or 'none'
 
 
+def warn(text: str) -> None:
+    """Prints ``warning: ...`` on stderr; of several processes the first one speaks."""
+    if _is_first_process():
+        print(f'warning: {text}', file=sys.stderr)
+
+
+def _is_first_process() -> bool:
+    return (os.environ.get('RANK') or os.environ.get('SLURM_PROCID') or '0') == '0'
+
+
 def command(main: Callable[[Optional[Sequence[str]]], None]) -> Callable[..., None]:
     """Ends ``main`` with ``error: ...`` on stderr and exit code 1 on a :class:`CommandError`.
 
@@ -36,8 +46,7 @@ def command(main: Callable[[Optional[Sequence[str]]], None]) -> Callable[..., No
         try:
             main(argv)
         except CommandError as error:
-            rank = os.environ.get('RANK') or os.environ.get('SLURM_PROCID') or '0'
-            if rank == '0':
+            if _is_first_process():
                 print(f'error: {error}', file=sys.stderr)
             leave_group()
             sys.exit(1)

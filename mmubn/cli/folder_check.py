@@ -52,7 +52,7 @@ def read_folders(path: str, node: dict, dataset: Any) -> Optional[Folders]:
     if foreign and not _skips_foreign(dataset):
         raise CommandError(
             f'{path}: {node["type"]} takes the folder {osp.join(root, foreign[0])} for a class, '
-            'and numbers all behind it otherwise; delete it'
+            'and numbers all later classes wrongly; delete it'
         )
     names = class_folders(root)
     if not names:
@@ -102,7 +102,7 @@ def check_alike(found: Sequence[Folders]) -> None:
         lacking = [name for name in first.names if name not in other.names]
         more = [name for name in other.names if name not in first.names]
         parts = [f'{other.root} lacks {listed(lacking)}'] if lacking else []
-        parts += [f'{"and" if lacking else other.root} has {listed(more)} besides'] if more else []
+        parts += [f'{"and" if lacking else other.root} also has {listed(more)}'] if more else []
         near = did_you_mean(more[0], lacking) if more and lacking else ''
         raise CommandError(
             f'{other.path}: the class folders are not those of {first.path} ({first.root}): '

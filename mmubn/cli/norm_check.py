@@ -9,8 +9,8 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from .. import layers
+from ..walk import walk
 from .errors import CommandError
-from .walk import walk
 
 
 def check_norms(cfg: Config) -> None:

@@ -1,4 +1,4 @@
-"""All that can be known to fail before the runner makes the work directory."""
+"""Checks for all known faults, before the runner makes the work directory."""
 
 from typing import Callable, Dict, Sequence
 
@@ -18,13 +18,11 @@ Check = Callable[[Config, nn.Module], None]
 
 
 def _check_training_data(cfg: Config, model: nn.Module) -> None:
-    check_data(cfg, ('train', 'val'))
-    check_classes(cfg, model, ('train', 'val'))
+    check_classes(cfg, model, check_data(cfg, ('train', 'val')))
 
 
 def _check_test_data(cfg: Config, model: nn.Module) -> None:
-    check_data(cfg, ('test',))
-    check_classes(cfg, model, ('test',))
+    check_classes(cfg, model, check_data(cfg, ('test',)))
 
 
 # In the order in which they are made. All get the same model, built for them.

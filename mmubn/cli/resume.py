@@ -1,6 +1,5 @@
 """Finds the checkpoint that a training goes on from."""
 
-import sys
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -8,7 +7,7 @@ from mmengine.config import Config
 
 from ..runs import checkpoints, last_checkpoint
 from .checkpoint_check import read_checkpoint
-from .errors import CommandError
+from .errors import CommandError, warn
 
 
 def resume_settings(cfg: Config) -> Dict[str, Any]:
@@ -52,12 +51,12 @@ def _newest_whole(work_dir: str) -> tuple:
         if path != last and 'optimizer' not in checkpoint:
             continue  # no checkpoint of a training
         for line in broken:
-            print(f'warning: {line}: resuming from {path}', file=sys.stderr)
+            warn(f'{line}: resuming from {path}')
         return str(path), checkpoint
     note = Path(work_dir) / 'last_checkpoint'
     if note.exists():
         reason = broken[0] if broken else f'--resume: {note} names no checkpoint'
         raise CommandError(f'{reason}; no checkpoint in {work_dir} is whole: start anew')
     for line in broken:
-        print(f'warning: {line}: starting anew', file=sys.stderr)
+        warn(f'{line}: starting anew')
     return None, None

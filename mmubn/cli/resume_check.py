@@ -3,7 +3,6 @@
 import copy
 import logging
 import re
-import sys
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List
 
@@ -13,7 +12,7 @@ from mmengine.optim import build_optim_wrapper
 from torch import nn
 
 from .cfg_options import option
-from .errors import CommandError
+from .errors import CommandError, warn
 
 # Not settings of the optimizer's mathematics.
 _NO_SETTINGS = {'params', 'foreach', 'fused', 'capturable', 'differentiable'}
@@ -39,10 +38,8 @@ def check_resumed(cfg: Config, source: str, checkpoint: dict, model: nn.Module) 
     remedy = f'start from its weights by --cfg-options {start}, without --resume'
     differences: List[str] = []
     if 'optimizer' not in checkpoint:
-        print(
-            f'warning: --resume: {source} holds no state of the optimizer: it starts anew, without '
-            'momentum',
-            file=sys.stderr,
+        warn(
+            f'--resume: {source} holds no state of the optimizer: it starts anew, without momentum'
         )
     elif not checkpoint['optimizer']:
         raise CommandError(
@@ -55,19 +52,17 @@ def check_resumed(cfg: Config, source: str, checkpoint: dict, model: nn.Module) 
         differences += _optimizer_differences(cfg, source, checkpoint, model, remedy)
         differences += _schedule_differences(cfg, checkpoint)
     if differences:
-        print(
-            f'warning: --resume: optimizer and schedule are those of {source}: '
-            f'{"; ".join(differences)}; to train with those of the config, {remedy}',
-            file=sys.stderr,
+        warn(
+            f'--resume: optimizer and schedule are those of {source}: '
+            f'{"; ".join(differences)}; to train with those of the config, {remedy}'
         )
     for unit in ('epoch', 'iter'):
         length = (cfg.get('train_cfg') or {}).get(f'max_{unit}s')
         done = checkpoint['meta'].get(unit, 0)
         if length is not None and done >= length:
-            print(
-                f'warning: --resume: {source} has finished {unit} {done}, and '
-                f'train_cfg.max_{unit}s={length}: nothing is left to train',
-                file=sys.stderr,
+            warn(
+                f'--resume: {source} has finished {unit} {done}, and '
+                f'train_cfg.max_{unit}s={length}: nothing is left to train'
             )
 
 

@@ -63,10 +63,11 @@ def survey_config(
     MMLogger.get_instance('mmubn', log_level='WARNING')
     seed = cfg.get('randomness', {}).get('seed') or 0
     set_random_seed(seed)
+    checked = build_model(cfg)
     if checkpoint is not None:
-        check_fit('--checkpoint', checkpoint, read_checkpoint('--checkpoint', checkpoint), cfg)
+        weights = read_checkpoint('--checkpoint', checkpoint)
+        check_fit('--checkpoint', checkpoint, weights, cfg, checked)
     else:
-        checked = build_model(cfg)
         check_pretrained(cfg, checked)
         if cfg.get('load_from'):
             check_load_from(cfg, checked)

@@ -1,19 +1,15 @@
 """Checks that the work directory can take what is written into it."""
 
-from typing import Optional
-
 from mmengine.config import Config
 from torch import nn
 
-from ..writing import OTHER_PLACE, file_fault, folder_fault
-from .checkpoint_check import build_model
-from .errors import CommandError
-from .walk import walk
+from ..walk import walk
+from ..writing import check_file, check_folder
 
 _OTHER = 'give another folder by --work-dir'
 
 
-def check_work_dir(cfg: Config, model: Optional[nn.Module] = None) -> None:
+def check_work_dir(cfg: Config, model: nn.Module) -> None:
     """Writes where the checkpoints will be, and reserves the room for one of them.
 
     What is written goes away at once. A folder that does not exist yet is judged by
@@ -21,7 +17,7 @@ def check_work_dir(cfg: Config, model: Optional[nn.Module] = None) -> None:
 
     Args:
         cfg (Config): The resolved config.
-        model (Module): Its model; built where it is not given.
+        model (Module): Its model.
 
     Raises:
         CommandError: Nothing can be written there, or no file of a checkpoint's size.
@@ -30,12 +26,12 @@ def check_work_dir(cfg: Config, model: Optional[nn.Module] = None) -> None:
     folders = {'work_dir': cfg.work_dir}
     if hook.get('out_dir') and '://' not in hook['out_dir']:
         folders['default_hooks.checkpoint.out_dir'] = hook['out_dir']
-    size = _checkpoint_bytes(cfg, build_model(cfg) if model is None else model)
+    size = _checkpoint_bytes(cfg, model)
     for key, folder in folders.items():
-        _fail(key, folder_fault(folder, size, _OTHER))
+        check_folder(key, folder, size, _OTHER)
 
 
-def check_results(cfg: Config, model: Optional[nn.Module] = None) -> None:
+def check_results(cfg: Config, model: nn.Module) -> None:
     """Writes where an evaluation will: the work directory, and what its metrics name.
 
     Args:
@@ -45,43 +41,11 @@ def check_results(cfg: Config, model: Optional[nn.Module] = None) -> None:
     Raises:
         CommandError: Nothing can be written there.
     """
-    check_writable('work_dir', cfg.work_dir, _OTHER)
+    check_folder('work_dir', cfg.work_dir, remedy=_OTHER)
     for path, node in walk(cfg.get('test_evaluator'), 'test_evaluator'):
         for name in ('out_file_path', 'outfile_prefix'):
             if node.get(name):
-                check_output(f'{path}.{name}', node[name])
-
-
-def check_output(key: str, file: str) -> None:
-    """Whether a file can be written; its folder may be missing.
-
-    Args:
-        key (str): What the user named it by.
-        file (str): Its path.
-
-    Raises:
-        CommandError: It is a folder, may not be changed, or nothing can be written beside it.
-    """
-    _fail(key, file_fault(file))
-
-
-def check_writable(key: str, folder: str, remedy: str = OTHER_PLACE) -> None:
-    """Writes a file into the folder, or the nearest above it that exists, and takes it away.
-
-    Args:
-        key (str): What the user named the folder by.
-        folder (str): Its path.
-        remedy (str): What to do where it fails.
-
-    Raises:
-        CommandError: Nothing can be written there.
-    """
-    _fail(key, folder_fault(folder, remedy=remedy))
-
-
-def _fail(key: str, fault: str) -> None:
-    if fault:
-        raise CommandError(f'{key}: {fault}')
+                check_file(f'{path}.{name}', node[name])
 
 
 def _checkpoint_bytes(cfg: Config, model: nn.Module) -> int:

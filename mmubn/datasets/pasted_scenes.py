@@ -9,15 +9,16 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Sequence, Tuple, Union
+from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple, Union
 
 import cv2
 import numpy as np
 from numpy.random import Generator
 from tqdm import tqdm
 
+from .drawing import SETTINGS_FILE, is_made, write_split
+
 _VERSION = 1  # of the pasting: another version is another data set
-_SETTINGS_FILE = 'scenes.json'
 _SIZES = 18, 56  # of the shorter side of an object or distractor, in pixels
 _MAX_OVERLAP = 0.1  # of the smaller of two
 _TRIES = 20  # places for one, before it is left out
@@ -68,33 +69,30 @@ def make_pasted_scenes(
     counts = {name: pictures.count for name, pictures in splits.items()}
     settings = dict(version=_VERSION, counts=counts, size=size, seed=seed)
     if out_dir.exists():
-        marker = out_dir / _SETTINGS_FILE
-        if marker.is_file() and json.loads(marker.read_text()) == settings:
+        if is_made(out_dir, settings):
             return False
         raise FileExistsError(f'{out_dir} holds other scenes or none: move it away')
     partial = out_dir.with_name(f'{out_dir.name}.partial')
     shutil.rmtree(partial, ignore_errors=True)
     (partial / 'annotations').mkdir(parents=True)
+    categories = [dict(id=label + 1, name=name) for label, name in enumerate(classes)]
     for stream, (name, pictures) in enumerate(splits.items()):
-        (partial / name).mkdir()
-        images, annotations = [], []
-        for number in tqdm(range(pictures.count), desc=f'pasting {name}', mininterval=1):
-            rng = np.random.default_rng([seed, stream, number])
-            image, boxes, labels = paste_scene(rng, pictures, size)
-            file = f'{number:06d}.png'
-            (partial / name / file).write_bytes(cv2.imencode('.png', image)[1].tobytes())
-            images.append(dict(id=number + 1, file_name=file, width=size, height=size))
-            for box, label in zip(boxes, labels):
-                annotation = dict(id=len(annotations) + 1, image_id=number + 1, iscrowd=0)
-                annotation.update(category_id=label + 1, bbox=box, area=box[2] * box[3])
-                annotations.append(annotation)
-        categories = [dict(id=label + 1, name=name) for label, name in enumerate(classes)]
-        coco = dict(images=images, annotations=annotations, categories=categories)
-        path = partial / 'annotations' / f'instances_{name}.json'
-        path.write_text(json.dumps(coco))
-    (partial / _SETTINGS_FILE).write_text(json.dumps(settings))
+        write_split(partial, name, size, _scenes(name, pictures, size, seed, stream), categories)
+    (partial / SETTINGS_FILE).write_text(json.dumps(settings))
     os.replace(partial, out_dir)
     return True
+
+
+def _scenes(name: str, pictures: Pictures, size: int, seed: int, stream: int) -> Iterator:
+    """Of one split, as :func:`write_split` takes them."""
+    for number in tqdm(range(pictures.count), desc=f'pasting {name}', mininterval=1):
+        rng = np.random.default_rng([seed, stream, number])
+        image, boxes, labels = paste_scene(rng, pictures, size)
+        annotations = [
+            dict(iscrowd=0, category_id=label + 1, bbox=box, area=box[2] * box[3])
+            for box, label in zip(boxes, labels)
+        ]
+        yield number + 1, f'{number:06d}.png', cv2.imencode('.png', image)[1], annotations
 
 
 def paste_scene(

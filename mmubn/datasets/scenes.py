@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import List, NamedTuple, Tuple, Union
+from typing import Iterator, List, NamedTuple, Tuple, Union
 
 import cv2
 import numpy as np
@@ -19,14 +19,14 @@ import shapely
 from numpy.random import Generator
 from tqdm import tqdm
 
+from .drawing import SETTINGS_FILE, coverage, is_made, on_circle, write_split
+
 CLASSES = ('ellipse', 'rectangle', 'triangle')
 
 _DISTRACTOR = 'bar'
-_SETTINGS_FILE = 'scenes.json'
 _VERSION = 2  # of the drawing: another version is another data set
 _MIN_VISIBLE = 0.4  # of what an instance would show alone, in an endless image
 _MIN_PIXELS = 24
-_SUBPIXELS = 4
 _MAX_TILT = np.deg2rad(20)
 
 
@@ -71,24 +71,29 @@ def make_scenes(
         if settings[name] < least:
             raise ValueError(f'{name} must be at least {least}, got {settings[name]}')
     out_dir = Path(out_dir)
-    marker = out_dir / _SETTINGS_FILE
-    if marker.is_file():
-        if json.loads(marker.read_text()) == {**settings, 'finished': True}:
-            return False
-    elif out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+    marker = out_dir / SETTINGS_FILE
+    if is_made(out_dir, {**settings, 'finished': True}):
+        return False
+    foreign = out_dir.exists() and not marker.is_file()
+    if foreign and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise FileExistsError(
-            f"'{out_dir}' holds no {_SETTINGS_FILE}, so it was not made here and is left alone: "
+            f"'{out_dir}' holds no {SETTINGS_FILE}, so it was not made here and is left alone: "
             'move it away or name another folder'
         )
     out_dir.mkdir(parents=True, exist_ok=True)
     _write_json(marker, {**settings, 'finished': False})
     for name in ('annotations', 'train', 'val'):
         shutil.rmtree(out_dir / name, ignore_errors=True)
-        (out_dir / name).mkdir()
+    (out_dir / 'annotations').mkdir()
+    categories = [
+        dict(id=label + 1, name=name, supercategory='shape') for label, name in enumerate(CLASSES)
+    ]
+    info = dict(description='Synthetic scenes of mmubn', version=str(_VERSION))
     first_id = 1
     for stream, (split, count) in enumerate((('train', num_train), ('val', num_val))):
-        coco = _write_images(out_dir / split, range(first_id, first_id + count), size, seed, stream)
-        _write_json(out_dir / 'annotations' / f'instances_{split}.json', coco)
+        ids = range(first_id, first_id + count)
+        scenes = _scenes(out_dir / split, ids, size, seed, stream)
+        write_split(out_dir, split, size, scenes, categories, info=info)
         first_id += count
     _write_json(marker, {**settings, 'finished': True})
     return True
@@ -163,25 +168,14 @@ def mask_to_polygons(mask: np.ndarray) -> List[List[float]]:
     return [np.ravel(part.exterior.coords[:-1]).tolist() for part in parts]
 
 
-def _write_images(folder: Path, ids: range, size: int, seed: int, stream: int) -> dict:
-    """Draws one split; returns what its annotation file holds."""
-    images, annotations = [], []
+def _scenes(folder: Path, ids: range, size: int, seed: int, stream: int) -> Iterator:
+    """Of one split, as :func:`write_split` takes them."""
     for image_id in tqdm(ids, desc=f'drawing {folder}', mininterval=1):
         # A stream for each image: it does not depend on how many others are asked for.
         rng = np.random.default_rng([seed, stream, image_id - ids[0]])
         image, instances = draw_scene(rng, size)
-        name = f'{image_id:06d}.jpg'
         jpeg = cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
-        (folder / name).write_bytes(jpeg.tobytes())
-        images.append(dict(id=image_id, file_name=name, width=size, height=size))
-        for instance in instances:
-            annotation = dict(id=len(annotations) + 1, image_id=image_id)
-            annotations.append({**annotation, **_annotate(instance)})
-    categories = [
-        dict(id=label + 1, name=name, supercategory='shape') for label, name in enumerate(CLASSES)
-    ]
-    info = dict(description='Synthetic scenes of mmubn', version=str(_VERSION))
-    return dict(info=info, images=images, annotations=annotations, categories=categories)
+        yield image_id, f'{image_id:06d}.jpg', jpeg, [*map(_annotate, instances)]
 
 
 def _annotate(instance: Instance) -> dict:
@@ -204,29 +198,20 @@ def _silhouette(rng: Generator, name: str, size: int) -> Tuple[np.ndarray, float
     placed = radius * np.array([[cos, sin], [-sin, cos]])
     centre = rng.uniform(0.05 * size, 0.95 * size, 2)
     outline = (_outline(rng, name) @ placed + centre).astype(np.float32)
-    # Half a pixel, as OpenCV's coordinates are those of pixel centres.
-    points = np.rint(outline * _SUBPIXELS - 0.5).astype(np.int32)
-    canvas = np.zeros((size * _SUBPIXELS, size * _SUBPIXELS), np.float32)
-    cv2.fillPoly(canvas, [points], 1)
-    return cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA), cv2.contourArea(outline)
+    # Half a pixel of the canvas, as OpenCV's coordinates are those of pixel centres.
+    return coverage([outline], size, shift=0.5), cv2.contourArea(outline)
 
 
 def _outline(rng: Generator, name: str) -> np.ndarray:
     """Outline of a shape of about unit radius, (points, 2)."""
     if name == 'ellipse':
-        return _on_circle(48) * _proportions(rng)
+        return on_circle(48) * _proportions(rng)
     if name == 'rectangle':
         return _box(*_proportions(rng))
     if name == 'triangle':
-        return _on_circle(3, rng.uniform(-0.3, 0.3, 3)) * _proportions(rng)
+        return on_circle(3, rng.uniform(-0.3, 0.3, 3)) * _proportions(rng)
     bar = _box(1.5, rng.uniform(0.05, 0.12))
     return bar if rng.random() < 0.5 else bar[:, ::-1]
-
-
-def _on_circle(count: int, jitter: Union[float, np.ndarray] = 0.0) -> np.ndarray:
-    """Points on the unit circle, the first at the top."""
-    angles = np.arange(count) * 2 * np.pi / count + jitter
-    return np.stack([np.sin(angles), -np.cos(angles)], 1)
 
 
 def _proportions(rng: Generator) -> np.ndarray:

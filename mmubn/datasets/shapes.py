@@ -7,9 +7,10 @@ import numpy as np
 from mmpretrain.datasets import BaseDataset
 from numpy.random import Generator
 
+from .drawing import coverage, on_circle
+
 CLASSES = ('circle', 'triangle', 'square', 'pentagon', 'hexagon', 'star', 'cross', 'ring')
 
-_SCALE = 4  # of the canvas that outlines are drawn on
 _SPLITS = ('train', 'test')
 
 
@@ -68,8 +69,8 @@ def draw_shape(rng: Generator, name: str, size: int = 32) -> np.ndarray:
     outlines = [outline @ turned + centre for outline in _outlines(name)]
     bar = size * (_BAR @ _rotation(rng) + rng.uniform(0.2, 0.8, 2))
     image = _background(rng, size)
-    for cover in (_cover(outlines, size), _cover([bar], size)):
-        image += cover * (rng.uniform(90, 255, 3) - image)
+    for cover in (coverage(outlines, size), coverage([bar], size)):
+        image += cover[..., None] * (rng.uniform(90, 255, 3) - image)
     image += rng.normal(0, rng.uniform(5, 25), image.shape)
     return image.clip(0, 255).astype(np.uint8)
 
@@ -92,20 +93,12 @@ def _outlines(name: str) -> List[np.ndarray]:
 
 
 def _polygon(corners: int) -> np.ndarray:
-    angles = np.arange(corners) * 2 * np.pi / corners
-    return np.stack([np.sin(angles), np.cos(angles)], 1)
+    return on_circle(corners) * [1, -1]
 
 
 def _rotation(rng: Generator) -> np.ndarray:
     angle = rng.uniform(0, 2 * np.pi)
     return np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-
-
-def _cover(outlines: List[np.ndarray], size: int) -> np.ndarray:
-    """Share of each pixel inside of the outlines, float32 (size, size, 1)."""
-    canvas = np.zeros((size * _SCALE, size * _SCALE), np.float32)
-    cv2.fillPoly(canvas, [np.rint(outline * _SCALE).astype(np.int32) for outline in outlines], 1)
-    return cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA)[..., None]
 
 
 def _background(rng: Generator, size: int) -> np.ndarray:

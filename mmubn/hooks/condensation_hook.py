@@ -118,7 +118,7 @@ class CondensationHook(Hook):
 
     def before_train(self, runner) -> None:
         """Opens the table and measures the fixed batch."""
-        self._recorder = CondensationRecorder(_unwrapped(runner.model), self.layers)
+        self._recorder = CondensationRecorder(unwrapped(runner.model), self.layers)
         if self._resumed and self._resumed['layers'] == list(self._recorder.layers):
             self._seen = self._resumed['state'].cpu()
         else:
@@ -208,7 +208,7 @@ class CondensationHook(Hook):
         """State of a recorder over the fixed batch, summed over processes."""
         if self._batch is None:
             return None
-        model = _unwrapped(runner.model)
+        model = unwrapped(runner.model)
         with (
             record_condensation(model, self.layers) as recorder,
             _isolated_random(self.seed),
@@ -258,7 +258,8 @@ def _summed(recorder: CondensationRecorder) -> Tensor:
     return state
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of DistributedDataParallel and the like."""
     return model.module if is_model_wrapper(model) else model
 
 

@@ -8,9 +8,11 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from .condensation_hook import unwrapped
 
 _SHOWN_IMAGES = 4
 
@@ -138,7 +140,7 @@ def _wrappers(runner) -> List[OptimWrapper]:
 
 def _describe(runner, batch: Any) -> str:
     """Runs a batch through the model once more and tells where it ceases to be finite."""
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model = unwrapped(runner.model)
     found: List[str] = []
     mixed_precision = _wrappers(runner)[0].optim_context(model)
     with _as_before(model), _watch(model, found), torch.no_grad(), mixed_precision:
@@ -201,16 +203,10 @@ def _finite(value: Any) -> bool:
     return all(bool(t.isfinite().all()) for t in _tensors(value))
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: Any) -> List[Tensor]:
     """The floating-point tensors in nested lists, tuples and dicts."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _tensors(part)
+    leaves = tree_flatten(value)[0]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _images(batch: Any) -> str:

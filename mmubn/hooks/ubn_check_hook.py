@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import layers
+from ..walk import walk
 
 
 class UBNCheckHook(Hook):
@@ -82,7 +83,7 @@ def without_effect(model: nn.Module) -> Iterator[str]:
             yield (
                 f'{name or "model"}: norm_eval=True has no effect on {len(trained)} of the '
                 f'{len(held)} layers of {_kinds(held)}: {type(module).__name__} looks for '
-                'nn.BatchNorm2d alone, so they train. Set norm_eval=False if they shall, or '
+                'nn.BatchNorm2d alone, so they train. Set norm_eval=False if they should train, or '
                 "type='BN' to freeze the statistics."
             )
 
@@ -119,15 +120,8 @@ def _raise_if_asked_for(runner) -> None:
 
 def _requested(config: Any, key: str) -> Iterator[Tuple[str, str]]:
     """Where under ``config`` a type of ours is named, and which."""
-    if isinstance(config, dict):
-        kind = config.get('type')
+    for path, node in walk(config, key):
+        kind = node.get('type')
         name = kind.__name__ if inspect.isclass(kind) else str(kind).split('.')[-1]
         if name in layers.__all__:
-            yield key, name
-        items = config.items()
-    elif isinstance(config, (list, tuple)):
-        items = enumerate(config)
-    else:
-        return
-    for name, value in items:
-        yield from _requested(value, f'{key}.{name}')
+            yield path, name

@@ -1,6 +1,6 @@
 r"""What a rectified norm layer is in evaluation, once all that is constant is folded.
 
-Symbols and shapes as in :mod:`mmubn.ops.ubn`: X the input, (N, C, H, W); m its mean over H
+Symbols and shapes as in :mod:`mmubn.ops.interface`: X the input, (N, C, H, W); m its mean over H
 and W, (N, C); :math:`\mu, \sigma^2` the running statistics, :math:`w_m, w_v, w_b` the
 calibrations, :math:`\gamma, \beta` and K the affine, all per channel. With
 :math:`r = 1 / \sqrt{\sigma^2 + \epsilon}` evaluation is
@@ -31,7 +31,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import IEBN
 from ..ops import Buffers, Parameters, Settings
 from ..ops import backend as backends
 from ..ops.interface import Backend
@@ -98,7 +97,7 @@ def constants_of(norm: nn.Module) -> Constants:
     scale_weight, scale_bias = _unless_zero(read('scale_weight')), read('scale_bias')
     if scale_weight is None and scale_bias is not None:
         taps, scale_bias = taps * torch.sigmoid(scale_bias)[:, None, None], None
-    if scale_weight is not None and not isinstance(norm, IEBN):
+    if scale_weight is not None and not norm._scale_from_input:
         scale_weight = scale_weight * rstd
         scale_bias = scale_bias - scale_weight * mean
         if center_weight is not None:

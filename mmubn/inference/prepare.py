@@ -230,7 +230,7 @@ def _log(report: List[PreparedLayer]) -> None:
         logger.info('%s', layer)
     apart = [layer for layer in report if not layer.convolution]
     why = Counter(layer.reason for layer in apart)
-    logger.warning(
+    logger.info(
         'prepared %d norm layers for inference: %d folded into the convolution before%s',
         len(report),
         len(report) - len(apart),

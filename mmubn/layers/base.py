@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import ops
+from ..ops.backend import check_name
 from ..ops.utils import compiling
 from .guards import BatchNormGuard
 
@@ -46,46 +47,43 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
     # Initial w_b, and whether the sigmoid sees GAP(X) in place of GAP(X_s).
     _initial_scale_bias = 1.0
     _scale_from_input = False
+    # What the layer has. A type that lets the user choose sets them before this constructor.
+    kernel_size = 1
+    center = False
+    scale = False
 
     def __init__(
         self,
         num_features: int,
-        eps: float,
-        momentum: Optional[float],
-        affine: bool,
-        track_running_stats: bool,
-        kernel_size: int,
-        center: bool,
-        scale: bool,
-        backend: str,
-        device: Any,
-        dtype: Any,
-        unknown: Dict[str, Any],
+        eps: float = 1e-5,
+        momentum: Optional[float] = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        backend: str = 'auto',
+        device=None,
+        dtype=None,
+        **unknown,
     ) -> None:
         if unknown:
             raise TypeError(_unknown_key_message(type(self), next(iter(unknown))))
-        check_integer('kernel_size', kernel_size, odd=True)
-        for name, value in (('center', center), ('scale', scale)):
+        check_integer('kernel_size', self.kernel_size, odd=True)
+        for name, value in (('center', self.center), ('scale', self.scale)):
             if not isinstance(value, bool):
                 raise TypeError(f'{name} must be True or False, got {value!r}')
-        if backend not in ops.BACKENDS:
-            raise ValueError(f'backend must be one of {", ".join(ops.BACKENDS)}, got {backend!r}')
+        check_name(backend)
         factory = dict(device=device, dtype=dtype)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **factory)
-        self.kernel_size = kernel_size
-        self.center = center
-        self.scale = scale
         self.backend = backend
 
         def register(name: str, present: bool, *shape: int) -> None:
             value = nn.Parameter(torch.empty(shape, **factory)) if present else None
             self.register_parameter(name, value)
 
-        has_kernel = affine and kernel_size > 1
-        register('kernel', has_kernel, num_features, 1, kernel_size, kernel_size)
-        register('center_weight', center, num_features)
-        register('scale_weight', scale, num_features)
-        register('scale_bias', scale, num_features)
+        side = self.kernel_size
+        register('kernel', affine and side > 1, num_features, 1, side, side)
+        register('center_weight', self.center, num_features)
+        register('scale_weight', self.scale, num_features)
+        register('scale_bias', self.scale, num_features)
         self._reset_rectifications()
 
     def reset_parameters(self) -> None:

@@ -64,19 +64,17 @@ class BNET(RectifiedBatchNorm, _BatchNorm):
         if kernel_init not in ('published', 'identity'):
             raise ValueError(f"kernel_init must be 'published' or 'identity', got {kernel_init!r}")
         self.kernel_init = kernel_init
+        self.kernel_size = kernel_size
         super().__init__(
             num_features,
             eps,
             momentum,
             affine,
             track_running_stats,
-            kernel_size,
-            center=False,
-            scale=False,
-            backend=backend,
-            device=device,
-            dtype=dtype,
-            unknown=unknown,
+            backend,
+            device,
+            dtype,
+            **unknown,
         )
 
     @torch.no_grad()

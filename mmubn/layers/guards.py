@@ -63,10 +63,10 @@ class _Eps(float):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function in _ADDITIONS:
             raise RuntimeError(
-                'a rectified norm layer (UBN, SyncUBN, RBN, BNET, IEBN) cannot be fused into a '
-                'convolution as BatchNorm can: turn fuse_conv_bn and efficient_conv_bn_eval off, '
-                "or convert the layer with mmubn.convert_norm(model, dict(type='BN')) where that "
-                'is exact. For anything but fusing, add float(layer.eps)'
+                'a norm layer of mmubn cannot be fused into a convolution as BatchNorm can: turn '
+                'fuse_conv_bn and efficient_conv_bn_eval off, or convert the layer with '
+                "mmubn.convert_norm(model, dict(type='BN')) where that is exact. For "
+                'anything but fusing, add float(layer.eps)'
             )
         args = [float(value) if isinstance(value, cls) else value for value in args]
         kwargs = {

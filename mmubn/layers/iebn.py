@@ -1,7 +1,5 @@
 """Instance Enhancement Batch Normalization, a baseline of the UBN paper."""
 
-from typing import Optional
-
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .base import RectifiedBatchNorm
@@ -43,30 +41,4 @@ class IEBN(RectifiedBatchNorm, _BatchNorm):
 
     _initial_scale_bias = -1.0
     _scale_from_input = True
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: Optional[float] = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        backend: str = 'auto',
-        device=None,
-        dtype=None,
-        **unknown,
-    ) -> None:
-        super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            kernel_size=1,
-            center=False,
-            scale=True,
-            backend=backend,
-            device=device,
-            dtype=dtype,
-            unknown=unknown,
-        )
+    scale = True

@@ -1,7 +1,5 @@
 """Representative Batch Normalization, a baseline of the UBN paper."""
 
-from typing import Optional
-
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .base import RectifiedBatchNorm
@@ -42,29 +40,5 @@ class RBN(RectifiedBatchNorm, _BatchNorm):
     Calibration", CVPR 2021, Eqs. 4 to 7.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: Optional[float] = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        backend: str = 'auto',
-        device=None,
-        dtype=None,
-        **unknown,
-    ) -> None:
-        super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            kernel_size=1,
-            center=True,
-            scale=True,
-            backend=backend,
-            device=device,
-            dtype=dtype,
-            unknown=unknown,
-        )
+    center = True
+    scale = True

@@ -135,19 +135,19 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         dtype=None,
         **unknown,
     ) -> None:
+        self.kernel_size = kernel_size
+        self.center = center
+        self.scale = scale
         super().__init__(
             num_features,
             eps,
             momentum,
             affine,
             track_running_stats,
-            kernel_size,
-            center,
-            scale,
             backend,
             device,
             dtype,
-            unknown,
+            **unknown,
         )
         self.fct = fct
         self.fct_momentum = fct_momentum

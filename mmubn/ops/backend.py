@@ -23,6 +23,12 @@ _BY_DEVICE: Dict[str, Backend] = {'cpu': CPP, 'cuda': TRITON}
 BACKENDS = ('auto', *_NAMED)
 
 
+def check_name(name: str) -> None:
+    """Raises a ``ValueError`` if ``name`` is not one of :data:`BACKENDS`."""
+    if name not in BACKENDS:
+        raise ValueError(f'backend must be one of {", ".join(BACKENDS)}, got {name!r}')
+
+
 def choose(name: str, x: Tensor, kernel_size: int = 3) -> Backend:
     """The backend for ``x``.
 
@@ -42,12 +48,8 @@ def choose(name: str, x: Tensor, kernel_size: int = 3) -> Backend:
         ValueError: ``name`` is not one of :data:`BACKENDS`.
         RuntimeError: The backend of that name cannot serve, with the reason.
     """
-    if name == 'auto':
-        backend = _BY_DEVICE.get(x.device.type, TORCH)
-    elif name in _NAMED:
-        backend = _NAMED[name]
-    else:
-        raise ValueError(f'backend must be one of {", ".join(BACKENDS)}, got {name!r}')
+    check_name(name)
+    backend = _BY_DEVICE.get(x.device.type, TORCH) if name == 'auto' else _NAMED[name]
     if backend is TORCH or not x.numel() or tracing():
         return TORCH
     if name == 'auto' and _watched():
@@ -64,9 +66,7 @@ def choose(name: str, x: Tensor, kernel_size: int = 3) -> Backend:
 def describe() -> List[Tuple[str, bool, str]]:
     """For each backend its name, whether it can serve here, and where or why not, in one line."""
     rows = [(TORCH.name, True, 'any device, any dtype, any kernel size')]
-    devices = {CPP.name: 'cpu', TRITON.name: 'cuda'}
-    for backend in (CPP, TRITON):
-        device = devices[backend.name]
+    for device, backend in _BY_DEVICE.items():
         if device == 'cuda' and not torch.cuda.is_available():
             rows.append((backend.name, False, 'there is no GPU'))
             continue

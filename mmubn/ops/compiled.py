@@ -6,7 +6,7 @@ network runs the same backend as an eager one. The operators are functional, as 
 autograd formula must be: they return what the buffers become, and :func:`step` copies it.
 """
 
-from typing import List, Optional, Tuple
+from typing import Iterable, List, Optional, Sequence, Tuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -14,7 +14,23 @@ from torch import Tensor
 from . import backend as backends
 from .interface import Buffers, Parameters, Settings
 from .step import Step, keeps, step_backward, step_forward
-from .utils import statistics_dtype
+from .utils import is_dense, statistics_dtype
+
+# How torch's schemas write the types of the fields below.
+_TYPES = {
+    Optional[Tensor]: 'Tensor?',
+    Optional[float]: 'float?',
+    float: 'float',
+    int: 'int',
+    bool: 'bool',
+}
+_GROUPS = (Parameters, Buffers, Settings)
+_NAMES = (*Parameters._fields, *Buffers._fields, *Settings._fields, 'backend')
+# The arguments that both operators have, in the order of _NAMES.
+_COMMON = ', '.join(
+    f'{_TYPES[kind]} {name}' for group in _GROUPS for name, kind in get_type_hints(group).items()
+)
+_COMMON += ', str backend'
 
 # torch 2.4 and newer.
 available = hasattr(torch.library, 'custom_op')
@@ -54,9 +70,16 @@ def step(
     y, _, _, moved = torch.ops.mmubn.step(x, *parameters, *buffers, *given, backend)
     if settings.training:
         with torch.no_grad():
-            for buffer, value in zip([b for b in buffers if b is not None], moved):
+            for buffer, value in zip(_present(buffers), moved):
                 buffer.copy_(value)
     return y
+
+
+def _split(arguments: Sequence) -> Tuple[Parameters, Buffers, Settings, str]:
+    """The common arguments of the operators, as :func:`step` has them."""
+    given = dict(zip(_NAMES, arguments))
+    groups = [group(*[given[name] for name in group._fields]) for group in _GROUPS]
+    return (*groups, given['backend'])
 
 
 def _float(value: Optional[float]) -> Optional[float]:
@@ -71,133 +94,80 @@ def _some(value: Optional[Tensor], like: Tensor) -> Tensor:
     return like.new_empty(0) if value is None else value
 
 
+def _present(values: Iterable[Optional[Tensor]]) -> List[Tensor]:
+    return [value for value in values if value is not None]
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x if is_dense(x) else x.contiguous())
+
+
 if available:
 
-    @torch.library.custom_op('mmubn::step', mutates_args=())
-    def _step(
-        x: Tensor,
-        weight: Optional[Tensor],
-        kernel: Optional[Tensor],
-        bias: Optional[Tensor],
-        center_weight: Optional[Tensor],
-        scale_weight: Optional[Tensor],
-        scale_bias: Optional[Tensor],
-        running_mean: Optional[Tensor],
-        running_var: Optional[Tensor],
-        num_batches_tracked: Optional[Tensor],
-        running_similarity: Optional[Tensor],
-        gate: Optional[Tensor],
-        steps: Optional[Tensor],
-        eps: float,
-        training: bool,
-        momentum: Optional[float],
-        fct: Optional[float],
-        similarity_weight: float,
-        interval: int,
-        stride: int,
-        warmup: int,
-        update: bool,
-        scale_from_input: bool,
-        backend: str,
-    ) -> Tuple[Tensor, Tensor, Tensor, List[Tensor]]:
-        parameters = Parameters(weight, kernel, bias, center_weight, scale_weight, scale_bias)
-        given = running_mean, running_var, num_batches_tracked, running_similarity, gate, steps
-        settings = Settings(
-            eps,
-            training,
-            momentum,
-            fct,
-            similarity_weight,
-            interval,
-            stride,
-            warmup,
-            update,
-            scale_from_input,
-        )
-        moved = Buffers(*[None if value is None else value.clone() for value in given])
+    @torch.library.custom_op(
+        'mmubn::step',
+        mutates_args=(),
+        schema=f'(Tensor x, {_COMMON}) -> (Tensor, Tensor, Tensor, Tensor[])',
+    )
+    def _step(x, *common):
+        parameters, buffers, settings, backend = _split(common)
+        moved = Buffers(*[None if value is None else value.clone() for value in buffers])
         chosen = backends.choose(backend, x, parameters.kernel_size)
-        y, image_mean, statistics = step_forward(
-            x, parameters, Step(chosen, moved, settings, group=None)
-        )
+        y, image_mean, statistics = step_forward(x, parameters, Step(chosen, moved, settings))
         kept = image_mean if keeps(image_mean, x) else None
-        return (
-            y,
-            _some(kept, statistics),
-            statistics,
-            [value for value in moved if value is not None],
-        )
+        return y, _some(kept, statistics), statistics, _present(moved)
 
     @_step.register_fake
-    def _(x, *rest):
-        parameters, given, settings = Parameters(*rest[:6]), rest[6:12], Settings(*rest[12:-1])
+    def _(x, *common):
+        parameters, buffers, settings, _ = _split(common)
         dtype = statistics_dtype(x.dtype)
         mean = x.new_empty(x.shape[:2], dtype=dtype)
         known = settings.needs_image_mean(parameters) and keeps(mean, x)
         return (
-            torch.empty_like(x if _is_dense(x) else x.contiguous()),
+            _empty_like(x),
             mean if known else mean.new_empty(0),
             x.new_empty(2 * x.shape[1] + 1, dtype=dtype),
-            [torch.empty_like(value) for value in given if value is not None],
+            [torch.empty_like(value) for value in _present(buffers)],
         )
 
-    def _is_dense(x: Tensor) -> bool:
-        return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-
-    @torch.library.custom_op('mmubn::step_backward', mutates_args=())
-    def _step_backward(
-        dy: Tensor,
-        x: Tensor,
-        image_mean: Tensor,
-        statistics: Tensor,
-        weight: Optional[Tensor],
-        kernel: Optional[Tensor],
-        center_weight: Optional[Tensor],
-        scale_weight: Optional[Tensor],
-        scale_bias: Optional[Tensor],
-        eps: float,
-        training: bool,
-        scale_from_input: bool,
-        backend: str,
-    ) -> List[Tensor]:
-        parameters = Parameters(weight, kernel, None, center_weight, scale_weight, scale_bias)
-        settings = Settings(eps=eps, training=training, scale_from_input=scale_from_input)
+    @torch.library.custom_op(
+        'mmubn::step_backward',
+        mutates_args=(),
+        schema='(Tensor dy, Tensor x, Tensor image_mean, Tensor statistics, '
+        f'{_COMMON}) -> Tensor[]',
+    )
+    def _step_backward(dy, x, image_mean, statistics, *common):
+        parameters, buffers, settings, backend = _split(common)
         chosen = backends.choose(backend, x, parameters.kernel_size)
-        dx, gradients = step_backward(
-            x, dy, _none(image_mean), statistics, parameters, Step(chosen, Buffers(), settings)
-        )
-        return [dx, *[value for value in gradients if value is not None]]
+        step = Step(chosen, buffers, settings)
+        dx, gradients = step_backward(x, dy, _none(image_mean), statistics, parameters, step)
+        return [dx, *_present(gradients)]
 
     @_step_backward.register_fake
-    def _(dy, x, image_mean, statistics, *rest):
-        weight, kernel, center_weight, scale_weight, scale_bias = rest[:5]
-        bias = statistics.new_empty(x.shape[1])
-        parameters = weight, kernel, bias, center_weight, scale_weight, scale_bias
-        dx = torch.empty_like(x if _is_dense(x) else x.contiguous())
+    def _(dy, x, image_mean, statistics, *common):
+        # There is always a gradient of the bias.
+        parameters = _split(common)[0]._replace(bias=x.new_empty(x.shape[1]))
         return [
-            dx,
-            *[torch.empty_like(v, dtype=statistics.dtype) for v in parameters if v is not None],
+            _empty_like(x),
+            *[torch.empty_like(v, dtype=statistics.dtype) for v in _present(parameters)],
         ]
 
     def _setup_context(ctx, inputs, output) -> None:
-        x, weight, kernel, bias, *rectifiers = inputs[:7]
+        x, *common = inputs
         _, image_mean, statistics, _ = output
-        ctx.save_for_backward(x, image_mean, statistics, weight, kernel, *rectifiers)
-        ctx.has_bias = bias is not None
-        ctx.count = len(inputs)
-        settings = Settings(*inputs[13:-1])
-        ctx.rest = settings.eps, settings.training, settings.scale_from_input, inputs[-1]
+        parameters, _, ctx.settings, ctx.backend = _split(common)
+        ctx.has_bias = parameters.bias is not None
+        ctx.save_for_backward(x, image_mean, statistics, *parameters._replace(bias=None))
 
     def _backward(ctx, dy, *ignored):
         x, image_mean, statistics, *parameters = ctx.saved_tensors
         dx, *found = torch.ops.mmubn.step_backward(
-            dy, x, image_mean, statistics, *parameters, *ctx.rest
+            dy, x, image_mean, statistics, *parameters, *Buffers(), *ctx.settings, ctx.backend
         )
-        weight, kernel, *rectifiers = [None if value is None else value for value in parameters]
-        gradients = []
-        for value in (weight, kernel, statistics, *rectifiers):  # there is always one of the bias
-            gradients.append(None if value is None else found.pop(0))
+        present = zip(Parameters._fields, Parameters(*parameters)._replace(bias=statistics))
+        gradients = dict(zip([name for name, value in present if value is not None], found))
         if not ctx.has_bias:
-            gradients[2] = None
-        return (dx, *gradients, *[None] * (ctx.count - 7))
+            del gradients['bias']
+        return (dx, *[gradients.get(name) for name in _NAMES])
 
     _step.register_autograd(_backward, setup_context=_setup_context)

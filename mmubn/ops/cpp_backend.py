@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from .cpp_build import BuildError, library
 from .interface import Buffers, Parameters, Settings, Sums
 from .torch_backend import TorchBackend, similarity_of_pairs
-from .utils import statistics_dtype
+from .utils import KERNEL_SIZES, no_kernel, statistics_dtype
 
-KERNEL_SIZES = (1, 3, 5, 7)
 _DTYPES = {torch.float32: 'float', torch.float64: 'double', torch.bfloat16: 'bf16'}
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
@@ -51,8 +50,7 @@ class CppBackend:
             return f'the input is on {x.device}, not on the CPU'
         if x.dtype not in _DTYPES:
             return f'it has no kernels for {str(x.dtype).replace("torch.", "")}'
-        sizes = ', '.join(map(str, KERNEL_SIZES))
-        return f'its kernels have kernel_size {sizes}, not {kernel_size}'
+        return no_kernel(kernel_size)
 
     def measure(
         self, x: Tensor, center_weight: Optional[Tensor], stride: int
@@ -154,7 +152,6 @@ class CppBackend:
     def backward_input(
         self,
         x: Tensor,
-        dy: Tensor,
         statistics: Tensor,
         d_statistics: Tensor,
         parameters: Parameters,

@@ -235,7 +235,6 @@ class Backend(Protocol):
     def backward_input(
         self,
         x: Tensor,
-        dy: Tensor,
         statistics: Tensor,
         d_statistics: Tensor,
         parameters: Parameters,
@@ -246,7 +245,6 @@ class Backend(Protocol):
 
         Args:
             x (Tensor): X.
-            dy (Tensor): As in :meth:`backward_sums`.
             statistics (Tensor): As in :meth:`backward_sums`.
             d_statistics (Tensor): (2, C), those of ``sums`` added up over all processes.
             parameters (Parameters): Of the layer.

@@ -54,10 +54,9 @@ def step_backward(
     if group is not None:
         distributed.all_reduce(d_statistics, group=group)
     dx, d_center_weight = backend.backward_input(
-        x, dy, statistics, d_statistics, parameters, settings, sums
+        x, statistics, d_statistics, parameters, settings, sums
     )
-    weight, kernel, bias, _, *scale = sums.gradients
-    return dx, Parameters(weight, kernel, bias, d_center_weight, *scale)
+    return dx, sums.gradients._replace(center_weight=d_center_weight)
 
 
 def an_image(x: Tensor) -> Tensor:

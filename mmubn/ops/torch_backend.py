@@ -219,7 +219,6 @@ class TorchBackend:
     def backward_input(
         self,
         x: Tensor,
-        dy: Tensor,
         statistics: Tensor,
         d_statistics: Tensor,
         parameters: Parameters,
@@ -243,7 +242,7 @@ class TorchBackend:
             d_image_mean = d_image_mean + rest.d_gap
         # X through X_r, through the variance inside each image (centred on m) and through m.
         slope = (2 * d_var).expand_as(rest.scale)
-        dx = self._backward_input(x, dy, rest, slope, d_image_mean / pixels, _taps(x, parameters))
+        dx = self._backward_input(x, rest, slope, d_image_mean / pixels)
         return dx, d_center_weight
 
     def squared_sum(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -266,7 +265,7 @@ class TorchBackend:
         return torch.cat([x[part].mean((2, 3), dtype=dtype) for part in batch_slices(x)])
 
     def _image_moments(self, x: Tensor) -> Tuple[Tensor, Tensor]:
-        """Of m and v, (N, C) each."""
+        """The image means m and variances v, (N, C) each."""
         mean = self._image_mean(x)
         parts = []
         for part in batch_slices(x):
@@ -310,9 +309,7 @@ class TorchBackend:
                 d_shift[part] = gradients[0].sum((2, 3)) * scale[part]
         return PassSums(d_scale, d_shift, d_taps, d_bias, d_x_r)
 
-    def _backward_input(
-        self, x: Tensor, dy: Tensor, rest: Rest, slope: Tensor, level: Tensor, taps: Tensor
-    ) -> Tensor:
+    def _backward_input(self, x: Tensor, rest: Rest, slope: Tensor, level: Tensor) -> Tensor:
         """Second backward pass: ``dX = a dX_r + slope (X - m) + level``; writes into dX_r."""
         d_x_r = rest.d_x_r
         for part in batch_slices(x):

@@ -15,7 +15,6 @@ and one copy more where dY comes in another memory format than X.
 """
 
 import functools
-import importlib
 import importlib.util
 import os
 from types import ModuleType
@@ -25,10 +24,8 @@ import torch
 from torch import Tensor
 
 from .interface import Buffers, Parameters, Settings, Sums
-from .utils import statistics_dtype
+from .utils import KERNEL_SIZES, is_dense, no_kernel, statistics_dtype
 
-# What the kernels unroll; wider ones would spill registers.
-KERNEL_SIZES = (1, 3, 5, 7)
 # The oldest that was seen to compile them: they carry tuples through loops.
 _TRITON_VERSION = (3, 3)
 # Programs that fill a large GPU; where an image and channel block each give fewer, they
@@ -70,15 +67,16 @@ class TritonBackend:
 
     @functools.cached_property
     def _kernels(self) -> ModuleType:
-        return importlib.import_module('.triton_kernels', __package__)
+        from . import triton_kernels
+
+        return triton_kernels
 
     def why_not(self, x: Tensor, kernel_size: int) -> str:
         """See :meth:`mmubn.ops.interface.Backend.why_not`."""
         if importlib.util.find_spec('triton') is None:
             return 'triton is not installed'
         if kernel_size not in KERNEL_SIZES:
-            sizes = ', '.join(map(str, KERNEL_SIZES))
-            return f'its kernels have kernel_size {sizes}, not {kernel_size}'
+            return no_kernel(kernel_size)
         if x.is_cuda:
             return _why_no_launch(x.device)
         if os.environ.get('TRITON_INTERPRET') != '1':
@@ -231,7 +229,6 @@ class TritonBackend:
     def backward_input(
         self,
         x: Tensor,
-        dy: Tensor,
         statistics: Tensor,
         d_statistics: Tensor,
         parameters: Parameters,
@@ -322,7 +319,7 @@ class TritonBackend:
         batch, channels, height, width = x.shape
         height, width = _cdiv(height, stride), _cdiv(width, stride)
         size = channels * height * width
-        flat = stride == 1 and _is_dense(x)
+        flat = stride == 1 and is_dense(x)
         # Values at once; those that are not one after the other cost an address each.
         values = 4096 if flat else 1024
         block = min(max(_power(_cdiv(size, _ENOUGH_PROGRAMS)), 128), values // 4)
@@ -361,7 +358,7 @@ class TritonBackend:
         center_weight: Optional[Tensor],
         partial: Optional[Tensor],
     ) -> Tuple[Tensor, Tensor]:
-        """M and the row."""
+        """The image means m and the row."""
         batch, channels, height, width = x.shape
         mean = moments.mean
         row = mean.new_empty(2 * channels + 3)
@@ -509,11 +506,6 @@ def _like(parameter: Optional[Tensor]) -> Optional[Tensor]:
 def _channels_last(x: Tensor) -> bool:
     """Whether neighbours in memory are channels."""
     return x.stride(1) == 1 and x.shape[1] > 1
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether an image is one stretch of memory."""
-    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _readable(dy: Tensor, x: Tensor) -> Tensor:

@@ -791,7 +791,7 @@ def _store_affine_gradients(
     BLOCK_TAPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of one channel."""
+    """The gradients of one channel."""
     at = tl.arange(0, BLOCK_TAPS)
     d_taps = tl.zeros([BLOCK, BLOCK_TAPS], DTYPE)
     d_bias = tl.zeros([BLOCK], DTYPE)

@@ -97,7 +97,7 @@ class _UBNFunction(torch.autograd.Function):
         ctx.step = step
         ctx.has_bias = bias is not None
         kept = image_mean if keeps(image_mean, x) else None
-        # None for the bias, of which the gradient knows without keeping it.
+        # The bias is not kept: its gradient does not need it.
         ctx.save_for_backward(
             x, kept, statistics, weight, kernel, None, center_weight, scale_weight, scale_bias
         )

@@ -12,6 +12,16 @@ from torch.autograd import forward_ad
 _CHUNK_BYTES = 2 << 20
 
 
+# What the kernels of C++ and Triton unroll; wider ones would spill registers.
+KERNEL_SIZES = (1, 3, 5, 7)
+
+
+def no_kernel(kernel_size: int) -> str:
+    """Why a compiled backend cannot serve a size that is none of :data:`KERNEL_SIZES`."""
+    sizes = ', '.join(map(str, KERNEL_SIZES))
+    return f'its kernels have kernel_size {sizes}, not {kernel_size}'
+
+
 # Whether torch.compile or torch.export is reading the code; torch 2.1 and 2.2 have it elsewhere.
 compiling = getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_compiling
 
@@ -95,6 +105,11 @@ def over_batch(x: Tensor, function: Callable[[slice], Tensor]) -> Tensor:
     for part in parts:
         result[part] = function(part)
     return result
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether an image is one stretch of memory, in one of the two memory formats."""
+    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
 
 
 def plane(value: Tensor) -> Tensor:

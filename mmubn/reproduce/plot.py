@@ -67,7 +67,7 @@ def _curves(
     """Mean over the seeds, and their range as a band, of a metric or the first one."""
     if not lines:
         return None
-    figure, axis = plt.subplots(figsize=(6.4, 4), layout='constrained')
+    _, axis = plt.subplots(figsize=(6.4, 4), layout='constrained')
     metric = metric or lines[0].metrics[0]
     for number, line in enumerate(lines):
         runs = list(line.done.values())
@@ -79,9 +79,7 @@ def _curves(
         axis.fill_between(x, values.min(0), values.max(0), alpha=0.12, color=style['color'])
     what = 'training loss' if metric == 'loss' else f'{metric}, %'
     axis.set(xlabel=unit, ylabel=f'{what} (mean and range of the seeds)')
-    axis.legend(frameon=False, fontsize=7)
-    axis.spines[['top', 'right']].set_visible(False)
-    return figure
+    return _finish(axis)
 
 
 def _differences(lines: Sequence[Line]) -> Optional[Figure]:
@@ -89,7 +87,7 @@ def _differences(lines: Sequence[Line]) -> Optional[Figure]:
     found = [(line, bn) for line in lines if (bn := baseline(line, lines)) is not None]
     if not found:
         return None
-    figure, axis = plt.subplots(figsize=(6.4, 0.9 + 0.35 * len(found)), layout='constrained')
+    _, axis = plt.subplots(figsize=(6.4, 0.9 + 0.35 * len(found)), layout='constrained')
     for number, (line, bn) in enumerate(found):
         metric = line.metrics[0]
         mean, half, pairs = paired(line.finals(metric), bn.finals(metric))
@@ -105,9 +103,7 @@ def _differences(lines: Sequence[Line]) -> Optional[Figure]:
     axis.set_yticks(range(len(found)), [_name(line, lines) for line, _ in found], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel(f'{metric} minus that of BN, percentage points')
-    axis.legend(frameon=False, fontsize=7)
-    axis.spines[['top', 'right']].set_visible(False)
-    return figure
+    return _finish(axis)
 
 
 def _threshold(line: Line) -> Optional[float]:
@@ -124,7 +120,7 @@ def _against(
     """The final metric over a setting; a line without it, BN, lies across."""
     if not lines:
         return None
-    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout='constrained')
+    _, axis = plt.subplots(figsize=(6.4, 3.6), layout='constrained')
     groups: Dict[str, List[Line]] = {}
     for line in lines:
         paper = '' if one_network else f'{line.row.dataset}, {line.row.model}, '
@@ -141,9 +137,13 @@ def _against(
     if log:
         axis.set_xscale('log', base=2)
     axis.set(xlabel=unit, ylabel=f'{lines[0].metrics[0]}, %')
+    return _finish(axis)
+
+
+def _finish(axis: plt.Axes) -> Figure:
     axis.legend(frameon=False, fontsize=7)
     axis.spines[['top', 'right']].set_visible(False)
-    return figure
+    return axis.figure
 
 
 def _finals(line: Line) -> Dict[int, float]:

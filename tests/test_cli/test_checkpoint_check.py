@@ -13,9 +13,17 @@ from mmengine.registry import MODELS, init_default_scope
 
 pytest.importorskip('mmpretrain')
 
+from mmubn import layers
 from mmubn.cli.cfg_options import merge_options, parse_value
-from mmubn.cli.checkpoint_check import check_pretrained, check_start, check_weights
+from mmubn.cli.checkpoint_check import (
+    build_model,
+    check_pretrained,
+    check_start,
+    check_weights,
+)
 from mmubn.cli.errors import CommandError
+
+NORMS = ['BN', *(name for name in layers.__all__ if name != 'SyncUBN')]
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +55,11 @@ def save(cfg: Config, rename=lambda name: name) -> None:
     torch.save({rename(name): value for name, value in weights.items()}, 'x.pth')
 
 
+def check(function, cfg: Config) -> None:
+    """Makes a check as the preflight does."""
+    function(cfg, build_model(cfg))
+
+
 def start_from(cfg: Config) -> Config:
     cfg.load_from = 'x.pth'
     return cfg
@@ -56,37 +69,37 @@ def pretrained(prefix=None, **settings) -> Config:
     return config(init_cfg=dict(type='Pretrained', checkpoint='x.pth', prefix=prefix), **settings)
 
 
-@pytest.mark.parametrize('norm', ['BN', 'UBN', 'RBN', 'BNET', 'IEBN'])
+@pytest.mark.parametrize('norm', NORMS)
 def test_start_from_batch_norm_and_other_classes(norm, caplog):
     save(config('BN', classes=5))
     with caplog.at_level(logging.WARNING, 'mmubn'):
-        check_start(start_from(config(norm)))
+        check(check_start, start_from(config(norm)))
     assert not caplog.records  # the load that counts will say it
 
 
-@pytest.mark.parametrize('norm', ['BN', 'UBN', 'RBN', 'BNET', 'IEBN'])
+@pytest.mark.parametrize('norm', NORMS)
 def test_pretrained_batch_norm_of_torchvision_and_mmpretrain(norm):
     # torchvision has conv1.weight, ... and fc.weight.
     save(config('BN'), lambda name: name.replace('backbone.', '').replace('head.fc.', 'fc.'))
-    check_pretrained(pretrained(norm=norm))
+    check(check_pretrained, pretrained(norm=norm))
     save(config('BN'))
-    check_pretrained(pretrained('backbone.', norm=norm))
-    check_pretrained(pretrained('backbone', norm=norm))
+    check(check_pretrained, pretrained('backbone.', norm=norm))
+    check(check_pretrained, pretrained('backbone', norm=norm))
 
 
 def test_pretrained_stages_above_those_of_the_model():
     save(config('BN'))
-    check_pretrained(pretrained('backbone.', stages=3))
+    check(check_pretrained, pretrained('backbone.', stages=3))
     save(config('BN', depth=34))
     with pytest.raises(CommandError, match=r'unknown to the model \(layer1.2.bn1.weight\)'):
-        check_pretrained(pretrained('backbone.', stages=3))
+        check(check_pretrained, pretrained('backbone.', stages=3))
 
 
 def test_weights_of_a_parallel_model():
     save(config(), lambda name: f'module.{name}')
-    check_start(start_from(config()))
+    check(check_start, start_from(config()))
     with pytest.raises(CommandError, match=r'60 keys unknown to the model \(backbone.bn1.kernel\)'):
-        check_start(start_from(config('IEBN')))
+        check(check_start, start_from(config('IEBN')))
 
 
 # Of 20 layers 17 are called gn1 or gn2 there and lack all of 9 keys; 3 have weight and bias alone.
@@ -95,7 +108,7 @@ def test_group_norm_into_ubn():
     cfg.model.backbone.norm_cfg.num_groups = 2
     save(cfg)
     with pytest.raises(CommandError, match=r'174 keys missing \(backbone.bn1.weight\)'):
-        check_start(start_from(config()))
+        check(check_start, start_from(config()))
 
 
 def test_pretrained_whole_model():
@@ -103,10 +116,10 @@ def test_pretrained_whole_model():
     cfg = config()
     cfg.model.init_cfg = init_cfg
     save(config('BN', classes=5))
-    check_pretrained(cfg)
+    check(check_pretrained, cfg)
     save(config('RBN'))
     with pytest.raises(CommandError, match=r'^model.init_cfg.checkpoint: .*backbone.bn1.kernel'):
-        check_pretrained(cfg)
+        check(check_pretrained, cfg)
 
 
 @pytest.mark.parametrize(
@@ -120,13 +133,13 @@ def test_start_from_a_bare_backbone(init_cfg, tmp_path):
     cfg = config(init_cfg=init_cfg)
     cfg.load_from = 'my weights/x.pth'
     with pytest.raises(CommandError) as caught:
-        check_start(cfg)
+        check(check_start, cfg)
     assert "its names lack 'backbone.', so it holds a backbone alone" in str(caught.value)
     advice = shlex.split(str(caught.value).partition('--cfg-options ')[2])
     options = dict(text.split('=', 1) for text in advice)
     merge_options(cfg, {key: parse_value(value) for key, value in options.items()})
-    check_start(cfg)
-    check_pretrained(cfg)
+    check(check_start, cfg)
+    check(check_pretrained, cfg)
     assert cfg.load_from is None
     assert cfg.model.backbone.init_cfg == dict(type='Pretrained', checkpoint='my weights/x.pth')
 
@@ -139,7 +152,7 @@ def test_weights_under_another_name():
         r"save torch.load\('x.pth'\)\['model'\] to a file of its own$"
     )
     with pytest.raises(CommandError, match=expected):
-        check_start(start_from(config()))
+        check(check_start, start_from(config()))
 
 
 @pytest.mark.parametrize(
@@ -162,15 +175,15 @@ def test_classes_of_the_training(trained, fits, key, split, work):
     cfg = start_from(config())
     cfg[f'{split}_dataloader'] = dict(dataset=dict(type='CustomDataset', data_prefix=split))
     cfg.resume = split == 'train'
-    check = check_start if cfg.resume else check_weights
+    function = check_start if cfg.resume else check_weights
     weights = MODELS.build(cfg.model).state_dict()
     meta = dict(iter=1, dataset_meta=dict(classes=trained) if trained else {})
     torch.save(dict(state_dict=weights, meta=meta), 'x.pth')
     if fits:
-        check(cfg)
+        check(function, cfg)
         return
     with pytest.raises(CommandError) as caught:
-        check(cfg)
+        check(function, cfg)
     assert str(caught.value) == (
         f"{key}: x.pth was trained with 'apple' as class 1, and {split}_dataloader.dataset has it "
         f'as class 0; give the {work} the classes of the checkpoint, in their order'

@@ -218,7 +218,7 @@ def test_results_that_are_only_written_need_no_crowds(cfg):
     cfg.val_evaluator.format_only = True
     check_data(cfg, SPLITS)
     cfg.val_evaluator.ann_file = 'annotations/train.json'
-    assert 'has not the images of val_dataloader' in failure(cfg)
+    assert 'lacks images of val_dataloader' in failure(cfg)
 
 
 def test_bytes_that_are_no_text(cfg):
@@ -320,9 +320,7 @@ def test_images_in_folders_of_their_own(cfg):
 def test_evaluator_of_other_data(cfg):
     cfg.val_evaluator.ann_file = 'annotations/train.json'
     line = failure(cfg)
-    assert line.startswith(
-        'val_evaluator.ann_file: annotations/train.json has not the images of va'
-    )
+    assert line.startswith('val_evaluator.ann_file: annotations/train.json lacks images of va')
     write('other', content(names=('other', 'thing'), first=4))
     cfg.val_evaluator.ann_file = 'annotations/other.json'
     assert "numbers the classes 'other', 'thing', and val_dataloader.dataset.ann" in failure(cfg)
@@ -395,14 +393,15 @@ BOX = 'model.roi_head.bbox_head'
     ],
 )
 def test_num_classes_of_the_heads(cfg, base, right, wrong):
+    found = check_data(cfg, SPLITS)
     cfg.model, built = model(base, **dict.fromkeys(right, 2))
-    check_classes(cfg, built, SPLITS)
+    check_classes(cfg, built, found)
     for number in (1, 80):
         cfg.model, built = model(
             base, **{**dict.fromkeys(right, 2), **dict.fromkeys(wrong, number)}
         )
         with pytest.raises(CommandError) as caught:
-            check_classes(cfg, built, SPLITS)
+            check_classes(cfg, built, found)
         assert str(caught.value) == (
             f'{wrong[0]}={number}, and there are 2 classes of train_dataloader.dataset '
             f'(CocoDataset); give --cfg-options {wrong[0]}=2'
@@ -411,4 +410,4 @@ def test_num_classes_of_the_heads(cfg, base, right, wrong):
 
 def test_proposals_have_no_class(cfg):
     cfg.model, built = model('rpn/rpn_r50_fpn_1x_coco.py')
-    check_classes(cfg, built, SPLITS)
+    check_classes(cfg, built, check_data(cfg, SPLITS))

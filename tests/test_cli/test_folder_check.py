@@ -53,9 +53,9 @@ def cfg(request) -> Config:
 
 def check(cfg: Config, *splits: str) -> None:
     splits = splits or ('train', 'val')
-    check_data(cfg, splits)
+    found = check_data(cfg, splits)
     model = nn.ModuleDict(dict(head=MODELS.build(cfg.model.head)))
-    check_classes(cfg, model, splits)
+    check_classes(cfg, model, found)
 
 
 def failure(cfg: Config, *splits: str) -> str:
@@ -74,12 +74,12 @@ def test_sound_folders(cfg):
     ('change', 'reason'),
     [
         (lambda: shutil.rmtree('val/apple'), "val lacks 'apple'; every split"),
-        (lambda: Path('val/aardvark').mkdir(), "val has 'aardvark' besides; every split"),
+        (lambda: Path('val/aardvark').mkdir(), "val also has 'aardvark'; every split"),
         (
             lambda: Path('val/apple').rename('val/Apple'),
-            "val lacks 'apple' and has 'Apple' besides, did you mean 'apple'?",
+            "val lacks 'apple' and also has 'Apple', did you mean 'apple'?",
         ),
-        (lambda: shutil.rmtree('train/cat'), "val has 'cat' besides"),
+        (lambda: shutil.rmtree('train/cat'), "val also has 'cat'"),
     ],
 )
 def test_splits_that_differ(cfg, change, reason):
@@ -122,7 +122,7 @@ def test_foreign_folders_are_no_classes(cfg, name):
     if cfg.train_dataloader.dataset.type == 'CustomDataset':
         assert failure(cfg) == (
             f'train_dataloader.dataset: CustomDataset takes the folder ./train/{name} for a class, '
-            'and numbers all behind it otherwise; delete it'
+            'and numbers all later classes wrongly; delete it'
         )
         return
     check(cfg)
@@ -211,13 +211,13 @@ def test_num_classes_of_labels_that_are_mixed(cfg):
     cfg.model.train_cfg = dict(augments=dict(type='Mixup', alpha=0.8))
     cfg.data_preprocessor = dict(num_classes=1000)
     with pytest.raises(CommandError) as caught:
-        check_classes(cfg, build_model(cfg), ('train',))
+        check_classes(cfg, build_model(cfg), check_data(cfg, ('train',)))
     assert str(caught.value) == (
         'data_preprocessor.num_classes=1000, and there are 3 class folders in ./train; give '
         '--cfg-options data_preprocessor.num_classes=3'
     )
     cfg.data_preprocessor.num_classes = 3
-    check_classes(cfg, build_model(cfg), ('train',))
+    check_classes(cfg, build_model(cfg), check_data(cfg, ('train',)))
 
 
 def test_what_a_dataset_refuses(cfg):

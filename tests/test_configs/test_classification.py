@@ -16,6 +16,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from mmubn import layers
 from mmubn.cli.data_root import set_data_root
 
 pytest.importorskip('mmpretrain')
@@ -273,7 +274,7 @@ model = dict(
     assert train_two_iterations(cfg, tmp_path)['lr'] == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize('norm', ['BN', 'UBN', 'RBN', 'BNET', 'IEBN'])
+@pytest.mark.parametrize('norm', ['BN', *(n for n in layers.__all__ if n != 'SyncUBN')])
 @pytest.mark.parametrize('small', SMALL)
 def test_small_config_trains_with_any_norm(norm, small, images, tmp_path):
     cfg = Config.fromfile(CONFIGS / small)

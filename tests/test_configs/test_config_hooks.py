@@ -13,7 +13,7 @@ from mmubn.hooks import __all__ as OURS
 pytest.importorskip('mmdet')
 CONFIGS = Path(mmubn.__file__).parents[1] / 'configs'
 FILES = sorted(f for f in CONFIGS.rglob('*.py') if '_base_' not in f.parts)
-SHARED = ['UBNCheckHook', 'NonFiniteHook', 'EpochSeedHook']
+SHARED = [h.type for h in Config.fromfile(CONFIGS / '_base_' / 'hooks.py').custom_hooks]
 
 
 @pytest.mark.parametrize('file', FILES, ids=lambda file: str(file.relative_to(CONFIGS)))

@@ -8,6 +8,7 @@ from mmengine.registry import DATASETS
 pytest.importorskip('mmpretrain')
 
 from mmubn.datasets import shapes
+from mmubn.datasets.drawing import coverage
 
 
 def build(split='train', count=16, **settings):
@@ -48,7 +49,7 @@ def test_classes_take_turns():
 )
 def test_outlines_enclose_their_area(name, area):
     outlines = [30 * outline + 32 for outline in shapes._outlines(name)]
-    assert shapes._cover(outlines, 64).sum() / 30**2 == pytest.approx(area, rel=0.05)
+    assert coverage(outlines, 64).sum() / 30**2 == pytest.approx(area, rel=0.05)
     corners = np.concatenate(outlines)
     assert len(cv2.convexHull(corners.astype(np.float32))) >= 3
 

@@ -39,7 +39,7 @@ def literal(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
         {name: value.double() for name, value in norm.named_buffers()},
         training=False,
         eps=float(norm.eps),
-        scale_from_input=isinstance(norm, mmubn.IEBN),
+        scale_from_input=norm._scale_from_input,
     )
     return output
 
@@ -64,6 +64,15 @@ def test_equals_the_equations(norm_cfg):
     assert difference(run(constants_of(norm), x.double()), expected) < 1e-12
     assert difference(folded(norm, x), expected) < 1e-12
     assert difference(run(constants_of(norm), x), expected) < 2e-6
+
+
+def test_another_type_that_scales_from_its_input():
+    class InputScaledRBN(mmubn.RBN):
+        _scale_from_input = True
+
+    norm, x = randomize(InputScaledRBN(6)), torch.randn(3, 6, 7, 5) + torch.randn(3, 6, 1, 1)
+    assert difference(run(constants_of(norm), x.double()), literal(norm, x)) < 1e-12
+    assert difference(folded(norm, x), literal(norm, x)) < 1e-12
 
 
 @settings(max_examples=40, deadline=None)

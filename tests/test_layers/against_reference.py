@@ -57,7 +57,7 @@ class Reference:
             fct_warmup=getattr(layer, 'fct_warmup', None) or 0,
             momentum=layer.momentum,
             eps=float(layer.eps),
-            scale_from_input=isinstance(layer, IEBN),
+            scale_from_input=layer._scale_from_input,
         )
         return y
 

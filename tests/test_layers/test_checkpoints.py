@@ -9,7 +9,10 @@ import torchvision
 from against_reference import randomize
 from torch import nn
 
-from mmubn.layers import BNET, IEBN, RBN, UBN
+from mmubn import layers
+from mmubn.layers import UBN
+
+LAYERS = [getattr(layers, name) for name in layers.__all__ if name != 'SyncUBN']
 
 
 @torch.no_grad()
@@ -47,7 +50,7 @@ def test_batch_norm_keeps_its_outputs(make_layer, dtype):
     assert getattr(layer, 'running_similarity', 1) == 1
 
 
-@pytest.mark.parametrize('layer', [UBN, RBN, IEBN])
+@pytest.mark.parametrize('layer', LAYERS)
 def test_batch_norm_without_affine_keeps_its_outputs(layer):
     bn = trained_bn(6, affine=False)
     norm = layer(6, affine=False)
@@ -56,7 +59,7 @@ def test_batch_norm_without_affine_keeps_its_outputs(layer):
     torch.testing.assert_close(norm.eval()(x), bn(x))
 
 
-@pytest.mark.parametrize('layer', [UBN, RBN, BNET, IEBN])
+@pytest.mark.parametrize('layer', LAYERS)
 def test_torchvision_resnet50_keeps_its_outputs(layer):
     bn = torchvision.models.resnet50(weights=None)
     randomize_network(bn)

@@ -109,7 +109,7 @@ def step(backend, x, parameters, settings, ranks):
     *_, statistics = backend.normalize(x, image_mean, rows, parameters, buffers, settings)
     known = statistics, parameters, settings
     sums = backend.backward_sums(x, x, image_mean, *known)
-    backend.backward_input(x, x, statistics, sums.d_statistics, parameters, settings, sums)
+    backend.backward_input(x, statistics, sums.d_statistics, parameters, settings, sums)
 
 
 def main(architecture, dtype, *kernel_sizes, every_layer=False):

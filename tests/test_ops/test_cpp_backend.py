@@ -66,7 +66,7 @@ def step(backend, x, dy, given, state, settings, ranks=1):
     y, image_mean, statistics = backend.normalize(x, image_mean, rows, given, state, settings)
     sums = backend.backward_sums(x, dy, image_mean, statistics, given, settings)
     dx, d_center_weight = backend.backward_input(
-        x, dy, statistics, sums.d_statistics, given, settings, sums
+        x, statistics, sums.d_statistics, given, settings, sums
     )
     made.update(y=y, image_mean=image_mean, statistics=statistics, dx=dx)
     made.update({f'buffer {key}': value for key, value in state._asdict().items()})

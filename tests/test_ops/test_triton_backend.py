@@ -200,7 +200,7 @@ def run_step(backend, x, dy, parameters, buffers, settings):
     known = statistics, parameters._replace(bias=None), settings
     sums = backend.backward_sums(x, dy, image_mean, *known)
     d_statistics = sums.d_statistics * 2  # as if another process had the same
-    dx, d_center_weight = backend.backward_input(x, dy, statistics, d_statistics, *known[1:], sums)
+    dx, d_center_weight = backend.backward_input(x, statistics, d_statistics, *known[1:], sums)
     gradients = sums.gradients._replace(center_weight=d_center_weight)
     return y, image_mean, statistics, sums.d_statistics, dx, *gradients
 
@@ -266,7 +266,7 @@ def test_image_mean_that_was_not_kept():
     for kept in (image_mean, None):
         sums = TRITON.backward_sums(x, dy, kept, statistics, parameters, settings)
         known = statistics, sums.d_statistics, parameters, settings, sums
-        results.append((*sums.gradients, *TRITON.backward_input(x, dy, *known)))
+        results.append((*sums.gradients, *TRITON.backward_input(x, *known)))
     assert_same(results[1], results[0])
 
 
