@@ -162,15 +162,6 @@ def test_errors_name_the_pattern_and_the_model():
         CondensationRecorder(nn.Linear(2, 2))
 
 
-def test_torchvision_model():
-    resnet18 = pytest.importorskip('torchvision.models').resnet18
-    model = resnet18().eval()
-    with mmubn.record_condensation(model, r'layer4') as rec:
-        model(torch.randn(4, 3, 32, 32))
-    assert len(rec.to_dict()) == 5
-    assert all(-1 <= row['similarity'] <= 1 for row in rec.to_list())
-
-
 def test_timm_model_with_fused_activation():
     timm = pytest.importorskip('timm')
     model = timm.create_model('efficientnet_lite0').eval()

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from mmubn.cli.data_root import set_data_root
+from mmubn.runs import read_condensation
 
 pytest.importorskip('mmpretrain')
 CONFIGS = Path(__file__).parents[2] / 'configs'
@@ -95,10 +96,15 @@ def test_differs_from_bn_in_nothing_but_the_norm(network, norm):
 @pytest.mark.filterwarnings('ignore:Unnecessary conv bias')
 def test_norm_layers_and_size(network, norm):
     number, millions = NETWORKS[network]
-    model = build(load(network, norm))
+    cfg = load(network, norm)
+    if norm == 'ubn':
+        cfg.model.backbone.norm_cfg.fct = 0.2
+    model = build(cfg)
     norms = [m for m in model.modules() if isinstance(m, (_NormBase, nn.GroupNorm))]
     assert Counter(type(m).__name__ for m in norms) == {NORMS[norm][0]: number}
     assert all(m.training for m in norms)
+    if norm == 'ubn':
+        assert {m.fct for m in norms} == {0.2}
     if norm == 'bn':
         size = sum(p.numel() for p in model.parameters())
         assert size / 1e6 == pytest.approx(millions, abs=0.0006)
@@ -280,9 +286,8 @@ def test_small_config_trains_with_any_norm(norm, small, images, tmp_path):
     cfg.merge_from_dict({'model.backbone.norm_cfg.type': norm})
     set_data_root(cfg, str(images))
     assert 'accuracy/top1' in train_two_iterations(cfg, tmp_path)
-    rows = (tmp_path / 'condensation.csv').read_text().splitlines()
     kind = 'BatchNorm2d' if norm == 'BN' else norm
-    assert {row.split(',')[3] for row in rows[1:]} == {kind}
+    assert {row['type'] for row in read_condensation(tmp_path)} == {kind}
 
 
 @pytest.mark.parametrize('norm', ['bn', 'ubn'])
@@ -290,7 +295,7 @@ def test_demo_trains_without_data(norm, tmp_path):
     cfg = Config.fromfile(CONFIGS / 'demo' / f'resnet18_{norm}_shapes.py')
     cfg.train_dataloader.dataset.count = cfg.val_dataloader.dataset.count = 8
     assert 'accuracy/top1' in train_two_iterations(cfg, tmp_path)
-    assert (tmp_path / 'condensation.csv').is_file()
+    assert {row['where'] for row in read_condensation(tmp_path)} >= {'train/input', 'fixed/input'}
 
 
 def test_demo_configs_differ_in_the_norm_alone():

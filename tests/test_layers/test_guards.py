@@ -1,8 +1,6 @@
 """Silent replacement by another norm is refused; everything else that BatchNorm takes passes."""
 
 import copy
-import json
-import math
 import pickle
 
 import pytest
@@ -87,20 +85,8 @@ def test_timm_and_torch_leave_other_types_alone(net):
 
 
 def test_eps_is_a_number(norm):
-    eps = norm.eps
-    assert type(eps) is float
-    assert math.sqrt(eps) == math.sqrt(1e-5)
-    assert json.dumps(dict(eps=eps)) == '{"eps": 1e-05}'
-    torch.testing.assert_close(eps, 1e-5)
-    assert torch.tensor(eps) == torch.tensor(1e-5)
-    assert torch.equal(torch.full((2,), eps), torch.full((2,), 1e-5))
-    x, var = torch.randn(5, 4, 3, 3), torch.ones(4)
-    torch.testing.assert_close(var * eps, var * 1e-5)
-    torch.testing.assert_close(var.clamp(min=eps), var)
-    torch.testing.assert_close(
-        nn.functional.batch_norm(x, None, None, training=True, eps=eps),
-        nn.functional.batch_norm(x, None, None, training=True, eps=1e-5),
-    )
+    assert type(norm.eps) is float
+    assert norm.eps == 1e-5
     norm.eps = torch.tensor(1e-3)
     assert norm.eps == float(torch.tensor(1e-3))
 

@@ -306,14 +306,6 @@ def test_error_is_at_most_twice_that_of_torch(dtype, kernel_device):
     assert (by_triton <= 2 * by_torch + 2e-6).all(), by_triton / by_torch
 
 
-def test_a_step_has_the_same_bits_every_time():
-    x, dy = random_input((5, 3, 2, 9), dtype=torch.float32), torch.randn(5, 3, 2, 9)
-    parameters, buffers = random_parameters(3, 3, torch.float32), random_buffers(3, torch.float32)
-    settings = Settings(fct=0.35)
-    first = run_step(TRITON, x, dy, parameters, copy(buffers), settings)
-    assert_same(run_step(TRITON, x, dy, parameters, copy(buffers), settings), first, rtol=0, atol=0)
-
-
 # Corners, edges and the middle, one a channel; tiles meet at row 24.
 PLACES = [(0, 0), (0, 2), (24, 1), (25, 4), (26, 3), (12, 2)]
 

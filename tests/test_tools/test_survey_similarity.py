@@ -20,7 +20,6 @@ def test_a_classifier(project, capsys, drawn, norm):
     arguments += [f'model.backbone.norm_cfg.type={norm}']
     rows = survey('tiny.py', '--data-root', 'images', '--batches', 2, *arguments)
     assert len(rows) == 20
-    assert all(-1 <= float(row['similarity']) <= 1 for row in rows.values())
     layers, gates = drawn['similarity_survey.png'].axes
     similarities = [float(row['similarity']) for row in rows.values()]
     assert layers.lines[0].get_xdata() == pytest.approx(similarities, abs=1e-4)
