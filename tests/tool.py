@@ -2,8 +2,9 @@
 
 import runpy
 import sys
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Iterator
 
 import pytest
 
@@ -16,6 +17,21 @@ def run_tool(name: str, *argv: object) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', [path, *map(str, argv)])
         runpy.run_path(path, run_name='__main__')
+
+
+@contextmanager
+def saved_figures() -> Iterator[Dict[str, Any]]:
+    """The figures that are saved meanwhile, by the names of their files."""
+    figure = pytest.importorskip('matplotlib.figure').Figure
+    saved, save = {}, figure.savefig
+
+    def savefig(self, path, *arguments, **settings):
+        save(self, path, *arguments, **settings)
+        saved[Path(path).name] = self
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figure, 'savefig', savefig)
+        yield saved
 
 
 def names_of(name: str) -> Dict[str, Any]:

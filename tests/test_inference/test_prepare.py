@@ -29,14 +29,26 @@ def modules_of(model: nn.Module, kind: type) -> list:
     return [module for module in model.modules() if isinstance(module, kind)]
 
 
-@pytest.mark.parametrize('kind', [*KINDS, 'BN'])
-def test_outputs_are_the_models(kind):
+@pytest.mark.parametrize(
+    ('kind', 'left'),
+    [
+        ('UBN', 'offset, factor, convolution'),
+        ('SyncUBN', 'offset, factor, convolution'),
+        ('RBN', 'offset, factor'),
+        ('BNET', 'convolution'),
+        ('IEBN', 'factor'),
+        ('BN', 'nothing'),
+    ],
+)
+def test_outputs_are_the_models(kind, left):
     model = network(kind)
     state = copy.deepcopy(model.state_dict())
     prepared = prepare_for_inference(model)
     x = torch.randn(2, 3, 64, 48)
     assert difference(prepared(x), model(x)) < 1e-5
     assert all(layer.convolution for layer in prepared.inference_report)
+    assert {layer.left for layer in prepared.inference_report} == {left}
+    assert len(modules_of(prepared, nn.Conv2d)) == (40 if 'convolution' in left else 20)
     assert not any(p.requires_grad for p in prepared.parameters())
     # The model given is as it was, and shares nothing with the copy.
     assert all(p.requires_grad for p in model.parameters())
@@ -45,23 +57,6 @@ def test_outputs_are_the_models(kind):
     with torch.no_grad():
         prepared.fc.weight.zero_()
     assert model.fc.weight.any()
-
-
-@pytest.mark.parametrize(
-    ('kind', 'left'),
-    [
-        ('UBN', 'offset, factor, convolution'),
-        ('RBN', 'offset, factor'),
-        ('BNET', 'convolution'),
-        ('IEBN', 'factor'),
-        ('BN', 'nothing'),
-    ],
-)
-def test_what_is_left(kind, left):
-    prepared = prepare_for_inference(network(kind))
-    assert {layer.left for layer in prepared.inference_report} == {left}
-    convolutions = 20 if kind in ('BN', 'RBN', 'IEBN') else 40
-    assert len(modules_of(prepared, nn.Conv2d)) == convolutions
 
 
 def test_resnet50_of_timm():
