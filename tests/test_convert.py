@@ -136,7 +136,6 @@ def test_back_with_trained_exact_parameters():
         ((dict(type='UBN'), 'layer9*'), "pattern 'layer9\\*' matches none"),
         ((dict(type='BN'),), 'no layer to replace by BN: 0 .already BatchNorm2d'),
         (('UBN',), "norm_cfg must be a dict, such as dict.type='UBN'., got 'UBN'"),
-        ((dict(type='UBN', fctt=1),), "unknown key 'fctt'"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -4,15 +4,13 @@ import copy
 
 import pytest
 import torch
-import torchvision
 from torch import nn
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')
 
 from mmengine.hooks import EMAHook, SyncBuffersHook
-from mmengine.model import BaseModel, convert_sync_batchnorm
-from mmengine.optim import build_optim_wrapper
+from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
@@ -68,14 +66,6 @@ def test_backbones_build_and_train(kind, norm):
             assert torch.isfinite(parameter.grad).all(), name
 
 
-def test_sync_bn_builds_and_converts():
-    """It trains on GPUs only; beside our layers it is mmcv's own."""
-    model = build('mmpretrain.ResNet', depth=18, norm_cfg=dict(type='SyncBN'))
-    assert all(isinstance(m, nn.SyncBatchNorm) for m in norms(model).values())
-    mmubn.convert_norm(model, dict(type='UBN'))
-    assert all(type(m) is UBN for m in norms(model).values())
-
-
 @pytest.mark.parametrize('norm', TYPES)
 def test_init_weights_keeps_what_batch_norm_has_not(norm):
     """Kaiming for convolutions, Constant for norms, zero for the last of each branch."""
@@ -94,57 +84,6 @@ def test_init_weights_keeps_what_batch_norm_has_not(norm):
             identity = torch.zeros_like(module.kernel)
             identity[..., 1, 1] = 1
             assert torch.equal(module.kernel, identity), name
-
-
-def test_pretrained_torchvision_file(tmp_path):
-    """``init_cfg=Pretrained`` with torchvision's layout: BatchNorm's features to 1e-5."""
-    source = torchvision.models.resnet50(weights=None)
-    with torch.no_grad():
-        for module in norms(source).values():
-            module.weight.uniform_(0.2, 0.5)
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 2)
-    path = tmp_path / 'resnet50.pth'
-    torch.save(source.state_dict(), path)
-    features = []
-    for norm in ('BN', 'UBN'):
-        init_cfg = dict(type='Pretrained', checkpoint=str(path))
-        model = build('mmdet.ResNet', norm_cfg=dict(type=norm), init_cfg=init_cfg)
-        model.init_weights()
-        torch.manual_seed(1)
-        with torch.no_grad():
-            model.eval()
-            features.append(model(torch.randn(1, 3, 64, 64)))
-    for expected, actual in zip(*features):
-        assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
-def test_norm_eval_and_frozen_stages():
-    model = build('mmdet.ResNet', norm_cfg=dict(type='UBN'), norm_eval=True, frozen_stages=1)
-    model.train()
-    assert not any(m.training for m in norms(model).values())
-    model = build('mmdet.ResNet', norm_cfg=dict(type='UBN'), norm_eval=False, frozen_stages=1)
-    model.train()
-    training = {n for n, m in norms(model).items() if m.training}
-    assert len(norms(model)) == 53
-    assert len(training) == 42
-    assert not any(n == 'bn1' or n.startswith('layer1') for n in training)
-
-
-def test_norm_decay_mult_reaches_every_parameter_of_the_layer():
-    model = build('mmdet.ResNet', norm_cfg=dict(type='UBN'))
-    wrapper = build_optim_wrapper(
-        model,
-        dict(
-            optimizer=dict(type='SGD', lr=0.1, weight_decay=0.1),
-            paramwise_cfg=dict(norm_decay_mult=0.0, dwconv_decay_mult=5.0),
-        ),
-    )
-    decay = {
-        id(p): group['weight_decay'] for group in wrapper.param_groups for p in group['params']
-    }
-    for module in norms(model).values():
-        assert all(decay[id(p)] == 0 for p in module.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize('norm', TYPES)
@@ -263,34 +202,10 @@ def test_gradient_accumulation_moves_statistics_every_forward(tmp_path):
         assert module.num_batches_tracked == 8
 
 
-@pytest.fixture
-def one_process(tmp_path):
-    """A process group of one, without which mmcv's SyncBatchNorm cannot be built."""
-    store = f'file://{tmp_path}/store'
-    torch.distributed.init_process_group('gloo', init_method=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize('norm', TYPES)
-@pytest.mark.usefixtures('one_process')
-def test_silent_replacement_is_refused(norm):
-    model = Toy(norm)
-    with pytest.raises(RuntimeError, match=f'{norm} cannot become SyncBatchNorm'):
-        nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
-    for implementation in ('torch', 'mmcv'):
-        with pytest.raises(RuntimeError, match=f'{norm} cannot become SyncBatchNorm'):
-            convert_sync_batchnorm(copy.deepcopy(model), implementation)
-
-
 def test_fusing_is_refused():
-    from mmcv.cnn import ConvModule, fuse_conv_bn
+    from mmcv.cnn import ConvModule
     from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval
 
-    with pytest.raises(RuntimeError, match='cannot be fused into a convolution'):
-        fuse_conv_bn(copy.deepcopy(Toy().net))
-    with pytest.raises(RuntimeError, match='cannot be fused into a convolution'):
-        torch.nn.utils.fuse_conv_bn_eval(nn.Conv2d(3, 4, 3).eval(), UBN(4).eval())
     block = ConvModule(3, 4, 3, norm_cfg=dict(type='UBN'), efficient_conv_bn_eval=True).eval()
     with pytest.raises(RuntimeError, match='cannot be fused into a convolution'):
         block(torch.randn(2, 3, 8, 8))

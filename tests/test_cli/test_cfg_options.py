@@ -69,9 +69,16 @@ def test_options_given_twice_add_up():
     assert parse('--cfg-options', 'a=1', 'b=2', '--cfg-options', 'b=3') == dict(a=1, b=3)
 
 
-@pytest.mark.parametrize('text', ['weights/x.pth', '=3'])
-def test_what_is_no_option(text):
-    with pytest.raises(CommandError, match=r'is not KEY=VALUE; put quotes around'):
+@pytest.mark.parametrize(
+    ('text', 'reason'),
+    [
+        ('weights/x.pth', 'is not KEY=VALUE; put quotes around'),
+        ('=3', 'is not KEY=VALUE; put quotes around'),
+        ('a=[1', r'a: \[1 has a bracket without its other half; .* as \'a="\[1"\''),
+    ],
+)
+def test_what_is_no_option(text, reason):
+    with pytest.raises(CommandError, match=reason):
         parse('--cfg-options', 'load_from=my', text)
 
 
@@ -120,6 +127,8 @@ def config() -> Config:
         ('default_hooks.checkpoint.intervall', "did you mean 'interval'?"),
         ('custom_hooks.0.interva', "did you mean 'interval'?"),
         ('data_root', 'is read with the config file and not after it; set train_dataloader.'),
+        ('param_scheduler.0.type', 'the config has no list param_scheduler; a list is written'),
+        ('custom_hooks.0._delete_', 'an item of a list cannot be deleted; set its keys, or write'),
         ('model', '3 cannot replace a dict; set its keys, as model.type=...'),
         ('model.backbone.norm_cfg', 'cannot replace a dict; set its keys'),
         ('train_dataloader.dataset.pipeline', 'cannot replace a list of dicts; set their keys'),

@@ -177,7 +177,7 @@ def decays(model: nn.Module, **paramwise) -> dict:
     ('paramwise', 'kernel', 'others'),
     [
         ({}, 1e-4, 1e-4),
-        (dict(norm_decay_mult=0.0), 0, 0),
+        (dict(norm_decay_mult=0.0, dwconv_decay_mult=5.0), 0, 0),
         # Matched by name, custom_keys come first.
         (dict(norm_decay_mult=0.0, custom_keys={'.kernel': dict(decay_mult=1.0)}), 1e-4, 0),
         (dict(custom_keys={'.kernel': dict(decay_mult=0.0)}), 0, 1e-4),

@@ -9,7 +9,7 @@ import torchvision
 from against_reference import randomize
 from torch import nn
 
-from mmubn.layers import BNET, IEBN, RBN, UBN
+from mmubn.layers import IEBN, RBN, UBN
 
 
 @torch.no_grad()
@@ -21,16 +21,6 @@ def trained_bn(channels: int, **settings) -> nn.BatchNorm2d:
     bn.running_var.uniform_(0.5, 2)
     bn.num_batches_tracked.fill_(7)
     return bn.eval()
-
-
-@torch.no_grad()
-def randomize_network(network: nn.Module) -> None:
-    for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.weight.uniform_(0.2, 0.5)
-            module.bias.normal_(0, 0.1)
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 2)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
@@ -56,15 +46,13 @@ def test_batch_norm_without_affine_keeps_its_outputs(layer):
     torch.testing.assert_close(norm.eval()(x), bn(x))
 
 
-@pytest.mark.parametrize('layer', [UBN, RBN, BNET, IEBN])
-def test_torchvision_resnet50_keeps_its_outputs(layer):
-    bn = torchvision.models.resnet50(weights=None)
-    randomize_network(bn)
-    network = torchvision.models.resnet50(weights=None, norm_layer=layer)
+@torch.no_grad()
+def test_torchvision_resnet18_keeps_its_outputs():
+    bn = torchvision.models.resnet18(weights=None, norm_layer=trained_bn)
+    network = torchvision.models.resnet18(weights=None, norm_layer=UBN)
     assert not any(network.load_state_dict(bn.state_dict()))
     x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        expected, actual = bn.eval()(x), network.eval()(x)
+    expected, actual = bn.eval()(x), network.eval()(x)
     assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 

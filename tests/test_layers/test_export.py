@@ -108,15 +108,3 @@ def test_onnx(evaluated, dynamo, tmp_path):
     session = onnxruntime.InferenceSession(path)
     (actual,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     np.testing.assert_allclose(actual, net(x).detach().numpy(), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.newer_torch('its tracer drops a padding that was computed from a shape')
-def test_torchscript_trace_and_inspection():
-    import inspect
-
-    norm = UBN(4)
-    norm(torch.randn(8, 4, 6, 6))
-    norm.eval()
-    x = torch.randn(2, 4, 6, 6)
-    torch.testing.assert_close(torch.jit.trace(norm, x)(x), norm(x))
-    assert dict(inspect.getmembers(norm))['num_features'] == 4

@@ -1,6 +1,7 @@
 """Silent replacement by another norm is refused; everything else that BatchNorm takes passes."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -46,12 +47,27 @@ def test_converters_are_caught(net, convert, settings):
     assert type(net[1]).__module__.startswith('mmubn')
 
 
-def test_mmengine_converters_are_caught(net, tmp_path):
+@pytest.fixture
+def _one_process():
+    """A process group of one, without which mmcv's SyncBatchNorm cannot be built."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures('_one_process')
+def test_mmengine_converters_are_caught(net):
     model = pytest.importorskip('mmengine.model')
-    with pytest.raises(RuntimeError, match='cannot become SyncBatchNorm'):
-        model.convert_sync_batchnorm(copy.deepcopy(net))
-    reverted = model.revert_sync_batchnorm(copy.deepcopy(net))
-    assert type(reverted[1]) is type(net[1])
+    pytest.importorskip('mmcv.ops')
+    for implementation in ('torch', 'mmcv'):
+        with pytest.raises(RuntimeError, match='cannot become SyncBatchNorm') as caught:
+            model.convert_sync_batchnorm(copy.deepcopy(net), implementation)
+        assert "mmubn.convert_norm(model, dict(type='SyncUBN'))" in str(caught.value)
+        assert "norm_cfg=dict(type='SyncUBN')" in str(caught.value)
+    reverted = model.revert_sync_batchnorm(nn.Sequential(copy.deepcopy(net), nn.SyncBatchNorm(3)))
+    assert type(reverted[0][1]) is type(net[1])
+    assert not isinstance(reverted[1], nn.SyncBatchNorm)
 
 
 def test_a_converter_of_ones_own_is_caught(norm):
@@ -86,7 +102,7 @@ def test_timm_and_torch_leave_other_types_alone(net):
 
 def test_eps_is_a_number(norm):
     assert type(norm.eps) is float
-    assert norm.eps == 1e-5
+    assert dict(inspect.getmembers(norm))['eps'] == 1e-5
     norm.eps = torch.tensor(1e-3)
     assert norm.eps == float(torch.tensor(1e-3))
 

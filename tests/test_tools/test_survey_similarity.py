@@ -91,7 +91,6 @@ def test_a_checkpoint_that_does_not_fit(project, fails, content, reason):
     ('argv', 'message'),
     [
         (('images',), 'images/condensation.csv: no such file; train with custom_hooks='),
-        (('absent.py',), 'config: no file absent.py'),
         (('tiny.py', '--data-root', 'images', '--checkpoint', 'x.pth'), '--checkpoint: no file x'),
         (('tiny.py', '--data-root', 'images', '--layers', '('), "--layers: '(' is no regular exp"),
         (('tiny.py', '--data-root', 'images', '--batches', '0'), '--batches must be at least 1'),

@@ -136,14 +136,6 @@ def test_the_seed_of_a_run_without_one_is_resumed(project):
     assert same(end(), expected)
 
 
-@pytest.mark.parametrize('work_dir', ['tiny.py/run', '/proc/run'])
-def test_a_work_dir_that_cannot_be_written(project, fails, work_dir):
-    line = fails('train', *DATA[:3], '--work-dir', work_dir)
-    place = project / 'tiny.py' if work_dir.startswith('tiny') else '/proc'
-    assert line.startswith(f'error: work_dir: cannot write to {place} (')
-    assert line.endswith('); give another folder by --work-dir')
-
-
 def test_no_room_for_a_checkpoint(project, fails):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
