@@ -6,7 +6,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmubn import layers
 
-KINDS = layers.__all__
+KINDS = [kind for kind in layers.__all__ if kind != 'SyncUBN']  # which is UBN there
 
 
 @torch.no_grad()

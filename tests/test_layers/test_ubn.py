@@ -5,7 +5,14 @@ import copy
 import pytest
 import torch
 from against_batch_norm import assert_same_steps, pair
-from against_reference import LAYERS, Reference, assert_equals_reference, randomize
+from against_reference import (
+    LAYERS,
+    MODES,
+    Reference,
+    assert_equals_reference,
+    randomize,
+    set_mode,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -68,12 +75,10 @@ def test_gate_opens_and_shuts():
     assert seen == [True, False, False, True, True, True, False, False]
 
 
-@pytest.mark.parametrize('fct', [-1.0, 1.0], ids=['open', 'shut'])
-@pytest.mark.parametrize('training', [True, False])
-def test_gradcheck(make_layer, fct, training):
-    layer = make_layer(3).double().train(training)
-    if getattr(layer, 'fct', None) is not None:
-        layer.fct = fct
+@pytest.mark.parametrize('mode', MODES)
+def test_gradcheck(make_layer, mode):
+    layer = make_layer(3).double()
+    set_mode(layer, mode)
     randomize(layer)
     layer.running_mean.normal_()
     layer.running_var.uniform_(0.5, 2)

@@ -154,9 +154,14 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize('dtype', [torch.float64, torch.float16])
-@pytest.mark.parametrize('rows', ROWS)
-@pytest.mark.parametrize('settings', SETTINGS)
+@pytest.mark.parametrize(
+    ('settings', 'rows', 'dtype'),
+    [
+        *((settings, rows, torch.float64) for settings in SETTINGS for rows in ROWS),
+        ('no_gate', 'open', torch.float16),
+        ('gate', 'ranks', torch.float16),
+    ],
+)
 def test_gate_and_running_statistics(settings, rows, dtype):
     """With the NaN a mean that is not finite, in the second block of channels."""
     settings, channels = SETTINGS[settings], 1030 if rows == 'nan' else 5
@@ -387,8 +392,10 @@ COUNTED = {
 
 
 @pytest.mark.parametrize('training', [True, False], ids=['training', 'evaluation'])
-@pytest.mark.parametrize('width', [7, 60])  # the image means are kept only for the larger
-@pytest.mark.parametrize('name', COUNTED)
+@pytest.mark.parametrize(
+    ('name', 'width'),
+    [('ubn', 7), *((name, 60) for name in COUNTED)],  # the larger alone keeps the image means
+)
 def test_at_most_five_launches_forward_and_four_backward(name, width, training, monkeypatch):
     layer = COUNTED[name]().train(training)
     if name == 'sync_ubn':
