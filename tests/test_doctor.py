@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from tool import ROOT
 
 from mmubn import doctor
 
@@ -36,7 +37,7 @@ def test_this_environment_fits():
 
 def test_runs_where_nothing_is_installed():
     # As `make doctor` does; beside an installed file the packages would be found.
-    done = run('-S', '-E', str(Path(__file__).parents[1] / 'mmubn' / 'doctor.py'))
+    done = run('-S', '-E', str(ROOT / 'mmubn' / 'doctor.py'))
     assert done.returncode == 1
     assert not done.stderr
     assert re.search('^! torch +not installed$', done.stdout, re.M)

@@ -1,14 +1,16 @@
 """Runs the commands in tools/ as the interpreter does, in the process of the test."""
 
+import csv
 import runpy
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator
+from typing import Any, Dict, Iterator, List
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / 'configs'
 
 
 def run_tool(name: str, *argv: object) -> None:
@@ -32,6 +34,12 @@ def saved_figures() -> Iterator[Dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figure, 'savefig', savefig)
         yield saved
+
+
+def read_csv(path: Path) -> List[Dict[str, str]]:
+    """The rows of a table, by the names of its columns."""
+    with path.open(newline='') as file:
+        return list(csv.DictReader(file))
 
 
 def names_of(name: str) -> Dict[str, Any]:

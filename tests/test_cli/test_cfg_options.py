@@ -2,24 +2,21 @@
 
 import argparse
 import shlex
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mmengine.config import Config, DictAction
 from mmengine.registry import DefaultScope
+from told import told
+from tool import CONFIGS
 
 pytest.importorskip('mmpretrain')
 
 from mmubn.cli.cfg_options import OptionAction, merge_options, option, parse_value
 from mmubn.cli.errors import CommandError
 
-
-@pytest.fixture(autouse=True)
-def _scope():
-    with DefaultScope.overwrite_default_scope('mmpretrain'):
-        yield
+SCOPE = 'mmpretrain'
 
 
 def parse(*argv: str) -> dict:
@@ -135,11 +132,9 @@ def config() -> Config:
     ],
 )  # fmt: skip
 def test_a_key_that_names_nothing(key, reason):
-    cfg = config()
-    with pytest.raises(CommandError) as caught:
-        merge_options(cfg, {key: 3})
-    assert str(caught.value).startswith(f'--cfg-options {key}: ')
-    assert reason in str(caught.value)
+    line = told(merge_options, config(), {key: 3})
+    assert line.startswith(f'--cfg-options {key}: ')
+    assert reason in line
 
 
 @pytest.mark.parametrize(
@@ -202,7 +197,7 @@ def test_a_dict_in_place_of_none_or_of_a_list():
 @pytest.mark.parametrize('name', ['demo/mask_rcnn_r18_ubn_scenes', 'cifar10/resnet18_ubn_cifar10'])
 def test_what_the_documents_set_is_accepted(name, capsys):
     pytest.importorskip('mmdet')
-    cfg = Config.fromfile(Path(__file__).parents[2] / 'configs' / f'{name}.py')
+    cfg = Config.fromfile(CONFIGS / f'{name}.py')
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         merge_options(
             cfg,

@@ -2,21 +2,20 @@
 
 import pytest
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 
 from mmubn.cli.errors import CommandError
 from mmubn.cli.sync_bn import replace_sync_bn
 from mmubn.layers import UBN, SyncUBN
 
 pytest.importorskip('mmpretrain')
+SCOPE = 'mmpretrain'
 
 
 def config(sync_bn, *norms):
     necks = [dict(type='GlobalAveragePooling', norm_cfg=dict(type=norm)) for norm in norms[1:]]
     backbone = dict(type='ResNet', depth=18, norm_cfg=dict(type=norms[0], eps=1e-3))
-    cfg = Config(dict(model=dict(backbone=backbone, necks=necks), sync_bn=sync_bn))
-    init_default_scope('mmpretrain')
-    return cfg
+    return Config(dict(model=dict(backbone=backbone, necks=necks), sync_bn=sync_bn))
 
 
 def types(cfg):

@@ -14,6 +14,7 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
+from tool import CONFIGS
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -21,7 +22,6 @@ from mmubn.cli.data_root import set_data_root
 from mmubn.runs import read_condensation
 
 pytest.importorskip('mmpretrain')
-CONFIGS = Path(__file__).parents[2] / 'configs'
 
 # Norm layers and millions of parameters of each network with BN.
 NETWORKS = {

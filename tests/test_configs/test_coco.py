@@ -1,16 +1,14 @@
 """The COCO configs: what they resolve to and what they build."""
 
-from pathlib import Path
-
 import pytest
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from tool import CONFIGS
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmubn import UBN
 
 pytest.importorskip('mmdet')
-CONFIGS = Path(__file__).parents[2] / 'configs'
 MODELS_OF_PAPER = [
     f'{model}_rcnn_{depth}' for model in ('faster', 'mask') for depth in ('r50', 'r101')
 ]

@@ -1,7 +1,6 @@
 """The demo configs: what differs, what trains, and a Runner's way through training and test."""
 
 import math
-from pathlib import Path
 
 import pytest
 from mmdet.registry import MODELS
@@ -9,17 +8,16 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from tool import CONFIGS
 from torch import nn
 
 from mmubn import UBN
 from mmubn.datasets.scenes import CLASSES, make_scenes
 from mmubn.runs import read_condensation
 
-CONFIGS = Path(__file__).parents[2] / 'configs' / 'demo'
-
 
 def load(norm):
-    return Config.fromfile(CONFIGS / f'mask_rcnn_r18_{norm}_scenes.py')
+    return Config.fromfile(CONFIGS / 'demo' / f'mask_rcnn_r18_{norm}_scenes.py')
 
 
 def build(config):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from of_inference import KINDS, difference, randomize
+from of_inference import KINDS
 from torch import nn
+from weights import difference, trained
 
 import mmubn
 from mmubn.inference.layer import InferenceNorm, constants_of, fold
@@ -28,7 +29,7 @@ HALF = pytest.param(torch.float16, marks=pytest.mark.newer_torch('no float16 on 
 
 def make_layer(channels: int = 6, **norm_cfg) -> nn.Module:
     norm_cfg = dict(norm_cfg)
-    return randomize(getattr(mmubn, norm_cfg.pop('type'))(channels, **norm_cfg))
+    return trained(getattr(mmubn, norm_cfg.pop('type'))(channels, **norm_cfg))
 
 
 def literal(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from of_inference import KINDS, difference, randomize
+from of_inference import KINDS
 from torch import nn
+from weights import difference, trained
 
 import mmubn
 from mmubn import prepare_for_inference
@@ -27,7 +28,7 @@ def network(kind: str) -> nn.Module:
         *(nn.Conv2d(16, 24, 1, bias=False), nn.BatchNorm2d(24), nn.AdaptiveAvgPool2d(1)),
         *(nn.Flatten(), nn.Linear(24, 5)),
     )
-    return randomize(mmubn.convert_norm(model, dict(type=kind)))
+    return trained(mmubn.convert_norm(model, dict(type=kind)))
 
 
 @pytest.fixture(params=KINDS)
@@ -110,11 +111,11 @@ def test_nodes_of_a_layer(dynamo, tmp_path):
     layer = nn.Sequential(nn.Conv2d(3, 8, 3), mmubn.UBN(8))
     path = tmp_path / 'net.onnx'
     x = torch.randn(1, 3, 8, 8)
-    to_onnx(prepare_for_inference(randomize(layer)), x, path, dynamo)
+    to_onnx(prepare_for_inference(trained(layer)), x, path, dynamo)
     expected = dict(Conv=4, GlobalAveragePool=1, Sigmoid=1, Sub=1, Mul=1)
     assert operators(path) == expected
     layer = nn.Sequential(nn.Conv2d(3, 8, 3), mmubn.BNET(8))
-    to_onnx(prepare_for_inference(randomize(layer)), x, path, dynamo)
+    to_onnx(prepare_for_inference(trained(layer)), x, path, dynamo)
     assert operators(path) == dict(Conv=2)
 
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from weights import trained
 
 from mmubn import layers
 
@@ -13,12 +14,8 @@ def pair(kind, own=None, **settings):
 
     ``own`` are settings of the layer alone.
     """
-    batch_norm = nn.BatchNorm2d(CHANNELS, **settings)
-    with torch.no_grad():
-        for value in (*batch_norm.parameters(), batch_norm.running_mean):
-            value.normal_()
-        batch_norm.running_var.uniform_(0.5, 2)
-        batch_norm.num_batches_tracked.fill_(3)
+    batch_norm = trained(nn.BatchNorm2d(CHANNELS, **settings)).train()
+    batch_norm.num_batches_tracked.fill_(3)
     layer = getattr(layers, kind)(CHANNELS, **(own or {}), **settings)
     layer.load_state_dict(batch_norm.state_dict())
     return batch_norm, layer

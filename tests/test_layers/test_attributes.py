@@ -12,6 +12,7 @@ import torch
 from against_batch_norm import CHANNELS, assert_same_steps, pair
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
+from weights import assert_same_state
 
 from mmubn import layers
 from mmubn.ops import Parameters
@@ -238,8 +239,7 @@ def test_averaged_model_and_shared_memory(kind):
     assert all(value.is_shared() for value in (*layer.parameters(), *layer.buffers()))
     assert_same_steps(batch_norm, layer)
     averaged.update_parameters(layer)
-    for name, value in layer.state_dict().items():
-        assert torch.equal(averaged.module.state_dict()[name], value), name
+    assert_same_state(averaged.module, layer)
 
 
 def test_from_meta_by_to_empty_and_reset_parameters(kind):
@@ -254,9 +254,7 @@ def test_from_meta_by_to_empty_and_reset_parameters(kind):
     torch.manual_seed(5)
     layer.reset_parameters()
     torch.manual_seed(5)
-    fresh = getattr(layers, kind)(CHANNELS)
-    for name, value in fresh.state_dict().items():
-        assert torch.equal(layer.state_dict()[name], value), name
+    assert_same_state(layer, getattr(layers, kind)(CHANNELS))
 
 
 def test_input_by_name(kind):

@@ -15,6 +15,7 @@ from against_reference import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from weights import assert_same_state
 
 from mmubn.layers import UBN
 from mmubn.ops import reference
@@ -151,8 +152,7 @@ def test_evaluation_updates_nothing(make_layer):
     layer.eval()
     before = copy.deepcopy(layer.state_dict())
     layer(torch.randn(4, 4, 5, 5) - 2)
-    for name, value in layer.state_dict().items():
-        assert torch.equal(value, before[name]), name
+    assert_same_state(layer, before)
 
 
 def test_training_step_between_evaluation_and_its_backward(make_layer):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from weights import assert_same_state
 
 from mmubn.layers import UBN
 from mmubn.ops import Buffers, Parameters, Settings, mean_cosine_similarity
@@ -83,8 +84,7 @@ def test_step_in_a_cuda_graph():
         x.normal_()
     graph.replay()
     torch.testing.assert_close(y, step(eager, x, upstream)[0])
-    for name, value in eager.state_dict().items():
-        torch.testing.assert_close(captured.state_dict()[name], value, msg=name)
+    assert_same_state(captured, eager, rtol=1e-5, atol=1e-6)
 
 
 def test_more_than_31_bits_of_elements():

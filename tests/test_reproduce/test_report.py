@@ -1,16 +1,16 @@
 """The report: its arithmetic, its tables and its pictures."""
 
-import csv
 import json
 import math
 from pathlib import Path
 
 import pytest
 from hand_made import small, write_logs, write_run
-from tool import run_tool, saved_figures
+from tool import read_csv, run_tool, saved_figures
 
 from mmubn.reproduce.logs import SETTINGS
 from mmubn.reproduce.report import paired
+from mmubn.runs import COLUMNS
 
 REPORT = ('report', 'table3', 'table8', '--config', 'net.py', '--work-dir', 'runs', '--out', 'out')
 
@@ -28,8 +28,8 @@ def report(tmp_path_factory):
 
 def test_report_has_the_values_computed_by_hand(report):
     out, _ = report
-    with (out / 'report.csv').open(newline='') as file:
-        cells = {(c['experiment'], c['norm'], c['metric']): c for c in csv.DictReader(file)}
+    rows = read_csv(out / 'report.csv')
+    cells = {(c['experiment'], c['norm'], c['metric']): c for c in rows}
     ubn = cells['table3', 'UBN', 'top1']
     # Last epochs 40, 42, 44 and 41, 45, 48: differences 1, 3, 4 of mean 2.667 and sd 1.528;
     # the t of two degrees of freedom is 4.303, so half an interval is 3.795.
@@ -49,8 +49,7 @@ def test_report_has_the_values_computed_by_hand(report):
     assert '| RBN | top1 | 77.79 | +0.77 | 79.9 |  | not run |  |' in text
     assert '- ResNet-50 on CIFAR-100: `mmpretrain::resnet/resnet50_8xb16_cifar100.py`, ' in text
     assert '`net`; 3 epochs; data `d`; seeds 0, 1, 2; cpu: none; torch 2; commit abc' in text
-    with (out / 'curves.csv').open(newline='') as file:
-        curves = list(csv.DictReader(file))
+    curves = read_csv(out / 'curves.csv')
     assert len(curves) == 2 * 18
     first = dict(setting='net-BN', epoch='1', train_seconds='1.50', metric='top1', value='30')
     assert curves[0].items() >= first.items()
@@ -79,10 +78,9 @@ def test_table_8_says_who_never_got_there(logs):
 
 
 def test_the_report_has_the_layers_of_the_last_epoch(logs):
-    columns = 'epoch,iter,layer,type,where,similarity,running_similarity,batch_statistics_used'
     rows = ['2,30,a,UBN,train/input,0.1,0.2,1', '3,45,a,UBN,train/input,0.3,0.4,0']
     rows += ['3,45,a,UBN,fixed/input,0.5,0.4,']
-    (small('UBN', 1) / 'condensation.csv').write_text('\r\n'.join([columns, *rows, '']))
+    (small('UBN', 1) / 'condensation.csv').write_text('\r\n'.join([','.join(COLUMNS), *rows, '']))
     run_tool('reproduce', *REPORT)
     _, row = Path('out/layers.csv').read_text().splitlines()
     assert row == 'net-UBN,1,3,a,UBN,0.3,0.4,0'

@@ -1,6 +1,5 @@
 """The studies of tools/reproduce.py: their stages, what is chosen, what is told of it."""
 
-import csv
 import json
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 from mmpretrain.datasets.categories import CIFAR10_CATEGORIES
-from tool import run_tool
+from tool import read_csv, run_tool
 
 from mmubn.datasets import pasted_scenes
 from mmubn.reproduce import studies
@@ -183,8 +182,7 @@ def test_report_and_table_of_the_tuning(tuned):
     assert '- pretraining with BN: top1 40.00' in text
     grid = 'lr 0.001: 40.00; lr 0.003: 40.00; lr 0.01: 60.00; lr 0.03: 40.00'
     assert f'| UBN | lr 0.01 | {grid} |' in text
-    with (out / 'tuning.csv').open(newline='') as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(out / 'tuning.csv')
     assert len(rows) == 6 * 4
     chosen = {(row['row'], row['setting']) for row in rows if row['chosen'] == 'True'}
     assert ('UBN, batch 8', 'lr 0.01') in chosen
