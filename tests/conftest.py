@@ -10,6 +10,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import pytest
 import torch
+from tool import saved_figures
 
 # Without a GPU the Triton kernels run in Triton's interpreter. Read when triton is imported.
 os.environ.setdefault('TRITON_INTERPRET', '0' if torch.cuda.is_available() else '1')
@@ -60,14 +61,7 @@ def on_kernel_device(kernel_device):
 
 
 @pytest.fixture
-def drawn(monkeypatch) -> dict:
+def drawn() -> dict:
     """The figures that the test saves, by the names of their files."""
-    figure = pytest.importorskip('matplotlib.figure').Figure
-    saved, save = {}, figure.savefig
-
-    def savefig(self, path, *arguments, **settings):
-        save(self, path, *arguments, **settings)
-        saved[Path(path).name] = self
-
-    monkeypatch.setattr(figure, 'savefig', savefig)
-    return saved
+    with saved_figures() as found:
+        yield found

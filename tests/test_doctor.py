@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from tool import ROOT
 
 from mmubn import doctor
 
@@ -26,8 +27,9 @@ def test_this_environment_fits():
     done = run('-m', 'mmubn.doctor')
     assert (done.returncode, done.stderr) == (0, '')
     assert done.stdout.endswith('Everything fits.\n')
+    installed = {d.metadata['Name'].lower(): d.version for d in metadata.distributions()}
     for name, distributions in doctor.PACKAGES.items():
-        versions = [doctor._version(d) for d in distributions if doctor._version(d)]
+        versions = [installed[d] for d in distributions if d in installed]
         version = re.escape((versions or ['not installed'])[0])
         assert re.search(rf'^  {name} .*{version}$', done.stdout, re.M)
     assert re.search('^  backend [a-z]+ +yes: .', done.stdout, re.M)
@@ -35,7 +37,7 @@ def test_this_environment_fits():
 
 def test_runs_where_nothing_is_installed():
     # As `make doctor` does; beside an installed file the packages would be found.
-    done = run('-S', '-E', str(Path(__file__).parents[1] / 'mmubn' / 'doctor.py'))
+    done = run('-S', '-E', str(ROOT / 'mmubn' / 'doctor.py'))
     assert done.returncode == 1
     assert not done.stderr
     assert re.search('^! torch +not installed$', done.stdout, re.M)

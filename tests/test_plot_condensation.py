@@ -2,12 +2,10 @@
 
 import csv
 import json
-import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
-from matplotlib.image import imread
 from tool import run_tool
 
 from mmubn import plot_condensation
@@ -41,31 +39,27 @@ def write_scalars(folder, stamp, lines):
 
 @pytest.fixture
 def runs(tmp_path):
-    """A BN and a UBN run; the second was resumed after its first epoch."""
+    """A BN and a UBN run, the second of the better accuracy."""
     bn, ubn = write_run(tmp_path / 'bn', 'BatchNorm2d'), write_run(tmp_path / 'ubn', 'UBN')
     train = {'lr': 0.1, 'loss': 1.0, 'epoch': 1, 'step': 10}
     condensation = {'condensation/all/fixed/input': 0.4, 'step': 10}
     for folder, gain in ((bn, 0.0), (ubn, 5.0)):
-        first = [train, condensation]
-        first += [{'accuracy/top1': epoch * 10.0, 'time': 0.1, 'step': epoch} for epoch in (1, 2)]
-        write_scalars(folder, '20260101_000000', first)
-        if gain:
-            resumed = [{'accuracy/top1': 20.0 + gain, 'time': 0.1, 'step': 2}]
-            write_scalars(folder, '20260101_000001', resumed)
+        metrics = [{'accuracy/top1': e * 10 + gain, 'time': 0.1, 'step': e} for e in (1, 2)]
+        write_scalars(folder, '20260101_000000', [train, condensation, *metrics])
     return [bn, ubn]
 
 
-def test_pictures_of_two_runs(runs, tmp_path):
+def test_pictures_of_two_runs(runs, tmp_path, drawn):
     out = tmp_path / 'pictures'
     run_tool('plot_condensation', *map(str, runs), '--out', str(out))
-    stems = ['condensation_curves', 'condensation_gates', 'condensation_layers']
-    assert sorted(p.name for p in out.iterdir()) == [
-        f'{stem}.{suffix}' for stem in stems for suffix in ('png', 'svg')
-    ]
-    for stem in stems:
-        picture = imread(out / f'{stem}.png')
-        assert picture[..., :3].min() < 0.2  # something black on it
-        assert ElementTree.parse(out / f'{stem}.svg').getroot().tag.endswith('svg')
+    assert {path.name for path in out.iterdir()} == set(drawn)
+    assert set(drawn) == {
+        f'condensation_{name}.{kind}'
+        for name in ('curves', 'gates', 'layers')
+        for kind in ('png', 'svg')
+    }
+    panels = drawn['condensation_layers.png'].axes[:2]
+    assert [panel.get_title() for panel in panels] == ['bn', 'ubn']
 
 
 def test_curves_are_means_over_layers_under_the_accuracy(runs):
@@ -76,7 +70,7 @@ def test_curves_are_means_over_layers_under_the_accuracy(runs):
     above, below = figure.axes
     assert [line.get_xydata().tolist() for line in above.lines] == [
         [[1, 10], [2, 20]],
-        [[1, 10], [2, 25]],  # what was repeated after the resume counts
+        [[1, 15], [2, 25]],
     ]
     assert above.get_ylabel() == 'accuracy/top1'
     # The second layer has no value at the last time.
@@ -128,8 +122,8 @@ def test_runs_of_one_name_are_told_apart_by_their_path(tmp_path):
 def test_no_gates_no_picture_and_default_folder(runs, capsys):
     run_tool('plot_condensation', str(runs[0]))
     assert 'No gates to draw' in capsys.readouterr().out
-    assert (runs[0] / 'condensation_layers.svg').is_file()
-    assert not (runs[0] / 'condensation_gates.svg').exists()
+    names = {path.name for path in runs[0].glob('*.svg')}
+    assert names == {'condensation_curves.svg', 'condensation_layers.svg'}
 
 
 def test_iteration_based_run_is_drawn_over_iterations(tmp_path):
@@ -163,7 +157,4 @@ def test_errors_name_the_file_and_the_option(runs, tmp_path, capsys):
     assert f'error: --out: cannot write to {tmp_path / "file"} (Not a' in capsys.readouterr().err
     (runs[0] / 'condensation.csv').write_text(','.join(COLUMNS) + '\n')
     with pytest.raises(SystemExit, match=r'condensation.csv: holds no record yet'):
-        run_tool('plot_condensation', str(runs[0]))
-    (runs[0] / 'condensation.csv').write_text('a,b\n1,2\n')
-    with pytest.raises(SystemExit, match=r'condensation.csv is no condensation table'):
         run_tool('plot_condensation', str(runs[0]))

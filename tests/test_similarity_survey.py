@@ -9,9 +9,11 @@ import sys
 import pytest
 import torch
 from torch import nn
+from weights import assert_same_state
 
 import mmubn
 from mmubn.ops import mean_cosine_similarity
+from mmubn.runs import COLUMNS
 from mmubn.similarity_survey import THRESHOLDS, LayerSimilarity, SimilaritySurvey
 
 
@@ -63,7 +65,7 @@ def test_the_model_and_the_random_numbers_stay_as_they_are(norm):
     random = torch.get_rng_state()
     mmubn.survey_similarity(model, batches())
     assert not any(module.training for module in model.modules())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert_same_state(model, before)
     assert all(not module._forward_hooks for module in model.modules())
     assert torch.equal(torch.get_rng_state(), random)
     assert all(p.grad is None for p in model.parameters())
@@ -133,8 +135,7 @@ def forward(batch):
 def write_run(path, rows):
     with path.open('w', newline='') as file:
         writer = csv.writer(file)
-        columns = 'epoch,iter,layer,type,where,similarity,running_similarity,batch_statistics_used'
-        writer.writerow(columns.split(','))
+        writer.writerow(COLUMNS)
         writer.writerows(rows)
 
 
@@ -154,9 +155,6 @@ def test_of_a_run(tmp_path):
 
 def test_of_no_run(tmp_path):
     path = tmp_path / 'condensation.csv'
-    path.write_text('epoch,loss\n1,2\n')
-    with pytest.raises(ValueError, match='is no condensation table'):
-        mmubn.read_survey(path)
     write_run(path, [(0, 0, 'a', 'BN', 'fixed/input', 0.3, '', '')])
     with pytest.raises(ValueError, match='has no training batches yet'):
         mmubn.read_survey(path)

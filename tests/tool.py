@@ -1,13 +1,16 @@
 """Runs the commands in tools/ as the interpreter does, in the process of the test."""
 
+import csv
 import runpy
 import sys
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Iterator, List
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / 'configs'
 
 
 def run_tool(name: str, *argv: object) -> None:
@@ -16,6 +19,27 @@ def run_tool(name: str, *argv: object) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', [path, *map(str, argv)])
         runpy.run_path(path, run_name='__main__')
+
+
+@contextmanager
+def saved_figures() -> Iterator[Dict[str, Any]]:
+    """The figures that are saved meanwhile, by the names of their files."""
+    figure = pytest.importorskip('matplotlib.figure').Figure
+    saved, save = {}, figure.savefig
+
+    def savefig(self, path, *arguments, **settings):
+        save(self, path, *arguments, **settings)
+        saved[Path(path).name] = self
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figure, 'savefig', savefig)
+        yield saved
+
+
+def read_csv(path: Path) -> List[Dict[str, str]]:
+    """The rows of a table, by the names of its columns."""
+    with path.open(newline='') as file:
+        return list(csv.DictReader(file))
 
 
 def names_of(name: str) -> Dict[str, Any]:

@@ -1,9 +1,7 @@
 """The benchmark of inference measures what it says, and writes it down."""
 
-import csv
-
 import pytest
-from tool import run_tool
+from tool import read_csv, run_tool
 
 from mmubn.benchmark.inference import COLUMNS, goals, write_docs
 
@@ -27,8 +25,7 @@ def test_a_run(tmp_path, capsys):
         *('--runtimes', 'torch', 'onnxruntime', '--threads', '1'),
         *('--csv', tmp_path / 'rows.csv', '--docs', page),
     )
-    with (tmp_path / 'rows.csv').open(newline='') as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(tmp_path / 'rows.csv')
     assert [r['runtime'] for r in rows] == ['torch'] * 5 + ['onnxruntime'] * 5
     for r in rows:
         assert 0 < float(r['p10_ms']) <= float(r['median_ms']) <= float(r['p90_ms'])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tool import names_of, run_tool
+from tool import run_tool
 
 from mmubn.benchmark.kernels import COLUMNS, OTHER_TILES, PASSES, table, time_kernels
 from mmubn.layers import UBN
@@ -64,9 +64,3 @@ def test_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(SystemExit, match='benchmark_kernels: torch sees no GPU cuda'):
         run_tool('benchmark_kernels')
-
-
-def test_settings_by_default():
-    args = names_of('benchmark_kernels')['parse_args']([])
-    assert {(64, 512, 4, 4), (2, 256, 100, 152)} <= set(args.shapes)
-    assert (args.dtypes, args.layouts) == (['bfloat16', 'float32'], ['contiguous', 'channels_last'])

@@ -1,6 +1,5 @@
 """The benchmark measures what it says, writes it down, and runs with torch alone."""
 
-import csv
 import os
 import re
 import shutil
@@ -8,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from tool import ROOT, run_tool
+from tool import ROOT, read_csv, run_tool
 
 import mmubn
 from mmubn.benchmark import measure, norm
@@ -25,14 +24,9 @@ def bench(tmp_path):
 
     def run(*argv):
         run_tool('benchmark_norm', *argv, '--csv', tmp_path / 'rows.csv')
-        return read(tmp_path / 'rows.csv')
+        return read_csv(tmp_path / 'rows.csv')
 
     return run
-
-
-def read(path):
-    with path.open(newline='') as file:
-        return list(csv.DictReader(file))
 
 
 def rows_of(times, device='cpu: X, 2 threads', **setting):
@@ -134,7 +128,7 @@ def test_ctrl_c_keeps_the_settings_that_ended(bench, tmp_path, monkeypatch, caps
     with pytest.raises(SystemExit) as caught:
         bench(*TINY, '--norms', 'bn', 'ubn', '--dtypes', 'float32', 'bfloat16')
     assert caught.value.code == 130
-    assert [row['dtype'] for row in read(tmp_path / 'rows.csv')] == ['float32'] * 6
+    assert [row['dtype'] for row in read_csv(tmp_path / 'rows.csv')] == ['float32'] * 6
     out, err = capsys.readouterr()
     assert 'interrupted; what was measured is in' in err
     assert 'bytes kept for backward by a layer' in out
@@ -263,6 +257,6 @@ def test_a_checkout_that_is_not_installed_with_torch_alone(tmp_path):
     command = [sys.executable, '-c', f'{blocked}; {start}', *argv]
     env = {**os.environ, 'PYTHONPATH': str(tmp_path)}
     subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, env=env)
-    rows = read(tmp_path / 'rows.csv')
+    rows = read_csv(tmp_path / 'rows.csv')
     assert {row['mmubn'] for row in rows} == {'not installed'}
     assert {row['commit'] for row in rows} == {'unknown'}

@@ -8,23 +8,17 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import MODELS
+from told import told
 
 pytest.importorskip('mmdet')
 
 from mmubn.cli.class_check import check_classes
 from mmubn.cli.data_check import check_data
-from mmubn.cli.errors import CommandError
 
+SCOPE = 'mmdet'
 NAMES = ('thing', 'other')
 SPLITS = ('train', 'val')
-
-
-@pytest.fixture(autouse=True)
-def _folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with DefaultScope.overwrite_default_scope('mmdet'):
-        yield
 
 
 def content(names=NAMES, first=0) -> dict:
@@ -75,10 +69,7 @@ def cfg() -> Config:
 
 
 def failure(cfg: Config) -> str:
-    with pytest.raises(CommandError) as caught:
-        check_data(cfg, SPLITS)
-    assert '\n' not in str(caught.value)
-    return str(caught.value)
+    return told(check_data, cfg, SPLITS)
 
 
 def test_sound_data(cfg, capsys):
@@ -400,9 +391,7 @@ def test_num_classes_of_the_heads(cfg, base, right, wrong):
         cfg.model, built = model(
             base, **{**dict.fromkeys(right, 2), **dict.fromkeys(wrong, number)}
         )
-        with pytest.raises(CommandError) as caught:
-            check_classes(cfg, built, found)
-        assert str(caught.value) == (
+        assert told(check_classes, cfg, built, found) == (
             f'{wrong[0]}={number}, and there are 2 classes of train_dataloader.dataset '
             f'(CocoDataset); give --cfg-options {wrong[0]}=2'
         )

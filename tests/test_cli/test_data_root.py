@@ -1,14 +1,12 @@
 """--data-root and --eval-on-train on resolved configs."""
 
-from pathlib import Path
-
 import pytest
 from mmengine.config import Config
+from told import told
+from tool import CONFIGS
 
 from mmubn.cli.data_root import evaluate_on_train, set_data_root
 from mmubn.cli.errors import CommandError
-
-CONFIGS = Path(__file__).parents[2] / 'configs'
 
 
 def coco() -> Config:
@@ -91,9 +89,7 @@ def part(root: str) -> dict:
 def test_several_roots_do_not_become_one(tmp_path, loaders):
     cfg = Config(loaders)
     before = cfg.to_dict()
-    with pytest.raises(CommandError) as caught:
-        set_data_root(cfg, str(tmp_path))
-    message = str(caught.value)
+    message = told(set_data_root, cfg, str(tmp_path))
     assert message.startswith('--data-root: the datasets of the config have the roots data/a, ')
     assert 'train_dataloader.dataset' in message
     assert message.endswith('.data_root=DIR')

@@ -7,7 +7,8 @@ import cv2
 import numpy as np
 import pytest
 from mmengine.config import Config
-from mmengine.registry import DATASETS, MODELS, DefaultScope
+from mmengine.registry import DATASETS, MODELS
+from told import told
 from torch import nn
 
 pytest.importorskip('mmpretrain')
@@ -15,17 +16,10 @@ pytest.importorskip('mmpretrain')
 from mmubn.cli.checkpoint_check import build_model
 from mmubn.cli.class_check import check_classes
 from mmubn.cli.data_check import check_data
-from mmubn.cli.errors import CommandError
 
+SCOPE = 'mmpretrain'
 NAMES = ('apple', 'bear', 'cat')
 TYPES = ('CachedImageFolder', 'CustomDataset')
-
-
-@pytest.fixture(autouse=True)
-def _folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with DefaultScope.overwrite_default_scope('mmpretrain'):
-        yield
 
 
 @pytest.fixture(params=TYPES)
@@ -59,10 +53,7 @@ def check(cfg: Config, *splits: str) -> None:
 
 
 def failure(cfg: Config, *splits: str) -> str:
-    with pytest.raises(CommandError) as caught:
-        check(cfg, *splits)
-    assert '\n' not in str(caught.value)
-    return str(caught.value)
+    return told(check, cfg, *splits)
 
 
 def test_sound_folders(cfg):
@@ -210,9 +201,8 @@ def test_num_classes_of_labels_that_are_mixed(cfg):
     cfg.model.backbone = dict(type='LeNet5')
     cfg.model.train_cfg = dict(augments=dict(type='Mixup', alpha=0.8))
     cfg.data_preprocessor = dict(num_classes=1000)
-    with pytest.raises(CommandError) as caught:
-        check_classes(cfg, build_model(cfg), check_data(cfg, ('train',)))
-    assert str(caught.value) == (
+    found = check_data(cfg, ('train',))
+    assert told(check_classes, cfg, build_model(cfg), found) == (
         'data_preprocessor.num_classes=1000, and there are 3 class folders in ./train; give '
         '--cfg-options data_preprocessor.num_classes=3'
     )

@@ -2,16 +2,12 @@
 
 import pytest
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
 from torch import nn
 
 from mmubn.cli.errors import CommandError
 from mmubn.cli.hook_check import check_hooks
 
-
-@pytest.fixture(autouse=True)
-def _scope():
-    init_default_scope('mmengine')
+SCOPE = 'mmengine'
 
 
 def model() -> nn.Module:

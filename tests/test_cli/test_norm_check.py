@@ -2,17 +2,13 @@
 
 import pytest
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
 
 pytest.importorskip('mmcv')
 
 from mmubn.cli.errors import CommandError
 from mmubn.cli.norm_check import check_norms
 
-
-@pytest.fixture(autouse=True)
-def _scope():
-    init_default_scope('mmengine')
+SCOPE = 'mmengine'
 
 
 def config(norm, **others) -> Config:

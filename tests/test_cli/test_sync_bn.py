@@ -1,25 +1,21 @@
-"""sync_bn of a config, and the converters of torch and mmengine."""
+"""sync_bn of a config."""
 
 import pytest
-import torch
 from mmengine.config import Config
-from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
-from mmengine.registry import MODELS, init_default_scope
-from torch import nn
+from mmengine.registry import MODELS
 
 from mmubn.cli.errors import CommandError
 from mmubn.cli.sync_bn import replace_sync_bn
-from mmubn.layers import RBN, UBN, SyncUBN
+from mmubn.layers import UBN, SyncUBN
 
 pytest.importorskip('mmpretrain')
+SCOPE = 'mmpretrain'
 
 
 def config(sync_bn, *norms):
     necks = [dict(type='GlobalAveragePooling', norm_cfg=dict(type=norm)) for norm in norms[1:]]
     backbone = dict(type='ResNet', depth=18, norm_cfg=dict(type=norms[0], eps=1e-3))
-    cfg = Config(dict(model=dict(backbone=backbone, necks=necks), sync_bn=sync_bn))
-    init_default_scope('mmpretrain')
-    return cfg
+    return Config(dict(model=dict(backbone=backbone, necks=necks), sync_bn=sync_bn))
 
 
 def types(cfg):
@@ -50,23 +46,3 @@ def test_what_cannot_be_synchronised_is_one_line():
         replace_sync_bn(config('torch', 'UBN', 'RBN'))
     with pytest.raises(CommandError, match="sync_bn must be 'torch' or 'mmcv', got True"):
         replace_sync_bn(config(True, 'UBN'))
-
-
-@pytest.mark.parametrize('layer', [UBN, SyncUBN, RBN])
-def test_the_converters_refuse_and_name_the_way(layer):
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), layer(4))
-    for convert in (nn.SyncBatchNorm.convert_sync_batchnorm, convert_sync_batchnorm):
-        with pytest.raises(RuntimeError) as caught:
-            convert(model)
-        assert f'{layer.__name__} cannot become SyncBatchNorm' in str(caught.value)
-        assert "mmubn.convert_norm(model, dict(type='SyncUBN'))" in str(caught.value)
-        assert "norm_cfg=dict(type='SyncUBN')" in str(caught.value)
-
-
-def test_revert_sync_batchnorm_leaves_sync_ubn_which_is_ubn_on_one_process():
-    model = nn.Sequential(SyncUBN(3), nn.SyncBatchNorm(3))
-    reverted = revert_sync_batchnorm(model)
-    assert type(reverted[0]) is SyncUBN
-    assert not isinstance(reverted[1], nn.SyncBatchNorm)
-    x = torch.randn(4, 3, 5, 5)
-    assert torch.equal(reverted[0](x), UBN(3)(x))

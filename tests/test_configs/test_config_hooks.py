@@ -1,17 +1,14 @@
 """What trains is what the config says: the hooks of every config, by itself and as a base."""
 
-from pathlib import Path
-
 import pytest
 from mmengine.config import Config
 from mmengine.registry import HOOKS, DefaultScope
+from tool import CONFIGS
 
-import mmubn
 from mmubn.cli.config_check import find_class
 from mmubn.hooks import __all__ as OURS
 
 pytest.importorskip('mmdet')
-CONFIGS = Path(mmubn.__file__).parents[1] / 'configs'
 FILES = sorted(f for f in CONFIGS.rglob('*.py') if '_base_' not in f.parts)
 SHARED = [h.type for h in Config.fromfile(CONFIGS / '_base_' / 'hooks.py').custom_hooks]
 

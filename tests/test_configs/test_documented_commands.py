@@ -2,17 +2,16 @@
 
 import re
 from functools import cache
-from pathlib import Path
 
 import pytest
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
+from tool import ROOT
 
 from mmubn.cli.norm_check import check_norms
 from mmubn.cli.options import make_parser
 
 pytest.importorskip('mmpretrain')
-ROOT = Path(__file__).parents[2]
 COMMANDS = re.findall(r'`P (configs/.+?)`', (ROOT / 'docs' / 'classification.md').read_text())
 
 

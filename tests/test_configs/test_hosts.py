@@ -1,6 +1,5 @@
 """The hosts' own recipes with other norms: what they change, and what norm_eval=True means."""
 
-import csv
 from functools import cache
 from pathlib import Path
 
@@ -9,17 +8,16 @@ import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
+from tool import ROOT, read_csv
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from weights import trained
 
 from mmubn import UBN
 from mmubn.reproduce.rows import HOST_TABLES
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')
-ROOT = Path(__file__).parents[2]
-with HOST_TABLES.open(newline='') as file:
-    BASES = {Path(line['config']).stem: line for line in csv.DictReader(file)}
+BASES = {Path(line['config']).stem: line for line in read_csv(HOST_TABLES)}
 # What each kind changes of its base.
 TRAINS = dict(norm_eval=False)
 CHANGES = {
@@ -79,15 +77,8 @@ def build(kind: str, **backbone) -> nn.Module:
 @pytest.fixture(scope='module')
 def pretrained(tmp_path_factory) -> Path:
     """A backbone with BatchNorm that has been trained, as torchvision's file has it."""
-    model = build('bn', init_cfg=None).backbone
-    generator = torch.Generator().manual_seed(0)
-    for layer in model.modules():
-        if isinstance(layer, _BatchNorm):
-            for tensor in (layer.weight.data, layer.running_var):
-                tensor.uniform_(0.5, 1.5, generator=generator)
-            for tensor in (layer.bias.data, layer.running_mean):
-                tensor.normal_(0, 0.1, generator=generator)
-            layer.num_batches_tracked.fill_(1000)
+    torch.manual_seed(0)
+    model = trained(build('bn', init_cfg=None).backbone)
     path = tmp_path_factory.mktemp('pretrained') / 'resnet50.pth'
     torch.save(model.state_dict(), path)
     return path
@@ -120,9 +111,9 @@ def test_starts_as_the_frozen_batch_norm_network(backbones):
         scales = (torch.randn(out.shape, generator=generator).double() for out in outputs)
         sum((out * scale).sum() for out, scale in zip(outputs, scales)).backward()
         gradients.append({n: p.grad for n, p in backbone.named_parameters() if 'conv' in n})
-    trained = {name for name, grad in gradients[0].items() if grad is not None}
-    assert 'layer2.0.conv1.weight' in trained
-    for name in trained:
+    names = {name for name, grad in gradients[0].items() if grad is not None}
+    assert 'layer2.0.conv1.weight' in names
+    for name in names:
         torch.testing.assert_close(gradients[1][name], gradients[0][name], rtol=1e-8, atol=1e-8)
 
 
@@ -177,7 +168,7 @@ def decays(model: nn.Module, **paramwise) -> dict:
     ('paramwise', 'kernel', 'others'),
     [
         ({}, 1e-4, 1e-4),
-        (dict(norm_decay_mult=0.0), 0, 0),
+        (dict(norm_decay_mult=0.0, dwconv_decay_mult=5.0), 0, 0),
         # Matched by name, custom_keys come first.
         (dict(norm_decay_mult=0.0, custom_keys={'.kernel': dict(decay_mult=1.0)}), 1e-4, 0),
         (dict(custom_keys={'.kernel': dict(decay_mult=0.0)}), 0, 1e-4),

@@ -133,9 +133,10 @@ def test_second_call_writes_nothing(folder):
 
 
 def test_other_settings_replace_all_of_the_folder(tmp_path):
-    make_scenes(tmp_path, num_train=3, num_val=1)
-    assert make_scenes(tmp_path, num_train=2, num_val=1)
-    assert len(list((tmp_path / 'train').iterdir())) == 2
+    make_scenes(tmp_path / 'changed', num_train=3, num_val=1)
+    for name in ('changed', 'new'):
+        assert make_scenes(tmp_path / name, num_train=2, num_val=1)
+    assert contents(tmp_path / 'changed') == contents(tmp_path / 'new')
 
 
 def test_foreign_folder_is_left_alone(tmp_path):

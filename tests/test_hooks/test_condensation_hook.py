@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -64,11 +65,24 @@ def test_weights_are_bit_equal_with_and_without(tmp_path, val):
     )
 
 
-def test_training_rows_are_the_epoch_means(tmp_path):
-    runner = make_runner(tmp_path, hooks=[HOOK])
-    seen = spy(runner.model)
+@pytest.fixture(scope='module')
+def plain(tmp_path_factory):
+    """A Runner after two epochs with the hook, and every similarity of its two layers."""
+    runner = make_runner(tmp_path_factory.mktemp('plain'), hooks=[HOOK])
+    seen = [spy(runner.model, layer) for layer in ('stem.1', 'norm')]
     runner.train()
-    rows = table(tmp_path)
+    return runner, *seen
+
+
+@pytest.fixture
+def copied(plain, tmp_path):
+    """A copy of its work dir."""
+    return shutil.copytree(plain[0].work_dir, tmp_path / 'copied')
+
+
+def test_training_rows_are_the_epoch_means(plain):
+    runner, seen, _ = plain
+    rows = table(runner.work_dir)
     expected = [sum(seen[:4]) / 4, sum(seen[4:]) / 4]
     recorded = column(rows, layer='stem.1', where='train/input')
     assert recorded == pytest.approx(expected, abs=1e-6)
@@ -86,13 +100,11 @@ def test_interval_counts_from_the_start_of_an_epoch(tmp_path):
     assert recorded == pytest.approx(expected, abs=1e-6)
 
 
-def test_layer_called_twice_is_averaged(tmp_path):
-    runner = make_runner(tmp_path, hooks=[HOOK], epochs=1)
-    seen = spy(runner.model, 'norm')
-    runner.train()
-    assert len(seen) == 8
-    recorded = column(table(tmp_path), layer='norm', where='train/input')
-    assert recorded == pytest.approx([sum(seen) / 8], abs=1e-6)
+def test_layer_called_twice_is_averaged(plain):
+    runner, _, seen = plain
+    assert len(seen) == 16
+    recorded = column(table(runner.work_dir), layer='norm', where='train/input')
+    assert recorded == pytest.approx([sum(seen[:8]) / 8, sum(seen[8:]) / 8], abs=1e-6)
 
 
 def test_fixed_batch_is_evaluated_before_the_first_and_after_every_epoch(tmp_path):
@@ -168,15 +180,13 @@ def test_gradient_accumulation(tmp_path):
     assert column(rows, 'iter', layer='norm', where='train/input') == [4, 8]
 
 
-def test_ema_leaves_both_models_alone_and_the_trained_one_is_measured(tmp_path):
+def test_ema_leaves_both_models_alone_and_the_trained_one_is_measured(plain, tmp_path):
     def ema():
         return [dict(type='EMAHook', momentum=0.5, update_buffers=True)]
 
     runner = assert_same_training(tmp_path, hooks=ema)
-    plain = make_runner(tmp_path / 'plain', hooks=[HOOK])
-    plain.train()
     # EMA changes no training, so the trained weights give the same table.
-    assert table(runner.work_dir) == table(tmp_path / 'plain')
+    assert table(runner.work_dir) == table(plain[0].work_dir)
     averaged = [
         torch.load(tmp_path / name / 'epoch_2.pth', weights_only=False)['state_dict']
         for name in ('without', 'with')
@@ -204,13 +214,12 @@ def other_tables(work_dir):
     return [path for path in work_dir.glob('condensation*.csv') if path.name != 'condensation.csv']
 
 
-def test_new_training_in_an_old_work_dir_keeps_the_old_table(tmp_path):
-    make_runner(tmp_path, hooks=[HOOK], epochs=2).train()
-    before = (tmp_path / 'condensation.csv').read_bytes()
-    runner = make_runner(tmp_path, hooks=[HOOK], epochs=1)
+def test_new_training_in_an_old_work_dir_keeps_the_old_table(copied):
+    before = (copied / 'condensation.csv').read_bytes()
+    runner = make_runner(copied, hooks=[HOOK], epochs=1)
     runner.train()
-    assert column(table(tmp_path), 'epoch', layer='norm', where='fixed/input') == [0, 1]
-    (old,) = other_tables(tmp_path)
+    assert column(table(copied), 'epoch', layer='norm', where='fixed/input') == [0, 1]
+    (old,) = other_tables(copied)
     assert old.read_bytes() == before
     assert f'condensation.csv is of another training: kept as {old}' in log_of(runner)
 
@@ -225,20 +234,18 @@ def test_rows_beyond_an_earlier_checkpoint_are_kept_aside(tmp_path):
     assert old.read_bytes() == before
 
 
-def test_a_start_by_mistake_between_a_training_and_its_resumption(tmp_path):
-    make_runner(tmp_path, hooks=[HOOK], epochs=2).train()
-    before = table(tmp_path)
-    begun = make_runner(tmp_path, hooks=[HOOK], epochs=3)  # without resume=True, and broken off
+def test_a_start_by_mistake_between_a_training_and_its_resumption(copied):
+    before = table(copied)
+    begun = make_runner(copied, hooks=[HOOK], epochs=3)  # without resume=True, and broken off
     next(hook for hook in begun.hooks if isinstance(hook, CondensationHook)).before_train(begun)
-    runner = make_runner(tmp_path, hooks=[HOOK], epochs=3, resume=True)
+    runner = make_runner(copied, hooks=[HOOK], epochs=3, resume=True)
     runner.train()
-    rows = table(tmp_path)
+    rows = table(copied)
     assert rows[: len(before)] == before
     assert column(rows, 'epoch', layer='norm', where='fixed/input') == [0, 1, 2, 3]
     assert 'condensation.csv is of another training: kept as' in log_of(runner)
-    assert {row['epoch'] for path in other_tables(tmp_path) for row in read_condensation(path)} == {
-        *(0, 1, 2)
-    }
+    tables = map(read_condensation, other_tables(copied))
+    assert {row['epoch'] for rows in tables for row in rows} == {0, 1, 2}
 
 
 def test_a_foreign_file_is_kept(tmp_path):
@@ -386,13 +393,12 @@ def test_compiled_training_is_left_alone_and_unseen(tmp_path):
     assert None not in column(rows, layer='stem.1', where='fixed/input')
 
 
-def test_scalars_are_means_over_groups(tmp_path):
-    runner = make_runner(tmp_path, hooks=[HOOK], epochs=1)
-    runner.train()
+def test_scalars_are_means_over_groups(plain):
+    runner = plain[0]
     lines = (Path(runner.log_dir) / 'vis_data' / 'scalars.json').read_text().splitlines()
     scalars = [json.loads(line) for line in lines if 'condensation/' in line]
-    assert [s['step'] for s in scalars] == [0, 4]
-    rows = table(tmp_path)
+    assert [s['step'] for s in scalars] == [0, 4, 8]
+    rows = table(runner.work_dir)
     stem, norm = column(rows, epoch=1, where='fixed/input')
     assert scalars[1]['condensation/stem/fixed/input'] == pytest.approx(stem, abs=1e-5)
     assert scalars[1]['condensation/norm/fixed/input'] == pytest.approx(norm, abs=1e-5)
@@ -407,11 +413,10 @@ def test_bad_settings():
         CondensationHook(fixed_samples=-1)
 
 
-def test_resume_refuses_a_foreign_table(tmp_path):
-    make_runner(tmp_path, hooks=[HOOK], epochs=1).train()
-    (tmp_path / 'condensation.csv').write_text('a,b\n1,2\n')
+def test_resume_refuses_a_foreign_table(copied):
+    (copied / 'condensation.csv').write_text('a,b\n1,2\n')
     with pytest.raises(ValueError, match=r'condensation.csv is no condensation table'):
-        make_runner(tmp_path, hooks=[HOOK], epochs=2, resume=True).train()
+        make_runner(copied, hooks=[HOOK], epochs=3, resume=True).train()
 
 
 def distributed_net():

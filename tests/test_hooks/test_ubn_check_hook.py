@@ -38,7 +38,7 @@ def checked(tmp_path, model):
     runner = make_runner(tmp_path, model, hooks=[HOOK], epochs=1, val=False)
     for handler in [runner.logger, *runner.logger.handlers]:
         handler.setLevel('INFO')
-    runner.train()
+    runner.call_hook('before_train')
     return re.search(r'- (\w+) - ((?:\w+, )*UBN: .*)', log_of(runner)).groups()
 
 
@@ -103,7 +103,7 @@ class HoldsBatchNorm2d(ToyNet):
 
 def test_norm_eval_without_effect_is_told(tmp_path):
     runner = make_runner(tmp_path, HoldsBatchNorm2d(), hooks=[HOOK], epochs=1, val=False)
-    runner.train()
+    runner.call_hook('before_train')
     (line,) = [line for line in log_of(runner).splitlines() if 'norm_eval' in line]
     assert 'WARNING' in line
     expected = 'model: norm_eval=True has no effect on 1 of the 1 layers of UBN: HoldsBatchNorm2d'

@@ -1,6 +1,5 @@
 """A Runner that trains a small net in a second, real in every part."""
 
-import csv
 import itertools
 import random
 from pathlib import Path
@@ -10,11 +9,13 @@ import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
+from tool import read_csv
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 import mmubn
+from mmubn.ops import reference
 
 HOOK = dict(type='CondensationHook', interval=1)
 _numbers = itertools.count()
@@ -115,8 +116,7 @@ def log_of(runner):
 
 def table(work_dir):
     """The rows that the condensation hook wrote."""
-    with (Path(work_dir) / 'condensation.csv').open(newline='') as file:
-        return list(csv.DictReader(file))
+    return read_csv(Path(work_dir) / 'condensation.csv')
 
 
 def column(rows, name='similarity', **where):
@@ -127,6 +127,4 @@ def column(rows, name='similarity', **where):
 
 def pairwise(x):
     """Mean cosine over i != j from the N x N matrix, in float64."""
-    features = F.normalize(x.detach().double().flatten(1), dim=1)
-    matrix = features @ features.T
-    return ((matrix.sum() - matrix.trace()) / (len(x) * (len(x) - 1))).item()
+    return reference.mean_cosine_similarity(x.detach().double()).item()

@@ -2,11 +2,10 @@
 
 import importlib.util
 import re
-from pathlib import Path
 
 import pytest
+from tool import ROOT
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / 'docs' / 'deployment.md').read_text(encoding='utf-8')
 BLOCKS = dict(re.findall(r'<!-- run: (\w+) -->\n```python\n(.*?)```', PAGE, flags=re.DOTALL))
 NEEDS = {

@@ -1,12 +1,12 @@
 """OpenMMLab's models: boxes, scores, masks and AP stay; what ONNX gets of a detector."""
 
 import copy
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from of_inference import difference, randomize
+from tool import CONFIGS
+from weights import difference, trained
 
 pytest.importorskip('mmdet')
 
@@ -20,8 +20,6 @@ from torch import nn
 from mmubn import prepare_for_inference
 from mmubn.datasets.scenes import make_scenes
 from mmubn.inference.runtimes import export_onnx
-
-CONFIGS = Path(__file__).parents[2] / 'configs'
 
 
 def build(config: Config) -> nn.Module:
@@ -37,7 +35,7 @@ def mask_rcnn():
     config.model.neck.norm_cfg = config.model.roi_head.mask_head.norm_cfg = dict(type='UBN')
     config.model.test_cfg.rcnn.score_thr = 0.0
     torch.manual_seed(0)
-    return randomize(build(config), 0.05)
+    return trained(build(config), 0.05)
 
 
 def call(size=(160, 192)):

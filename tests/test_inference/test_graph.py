@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from of_inference import difference, randomize
 from torch import nn
 from torch.nn import functional as F
+from weights import difference, trained
 
 import mmubn
 from mmubn import UBN, prepare_for_inference
@@ -240,7 +240,7 @@ def leaves(output):
 @pytest.mark.parametrize('how', ['read', 'watched'])
 @pytest.mark.parametrize('case', CASES, ids=lambda case: case.__name__)
 def test_certain_or_left(case, how):
-    model = randomize(case())
+    model = trained(case())
     x = torch.randn(2, 3, 8, 8)
     prepared = prepare_for_inference(model, (x,) if how == 'watched' else None)
     with torch.no_grad():
@@ -260,7 +260,7 @@ class Branching(Block):
 
 
 def test_watches_a_run_where_forward_cannot_be_read():
-    model = randomize(Branching())
+    model = trained(Branching())
     state = torch.random.get_rng_state()
     prepared = prepare_for_inference(model)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -280,7 +280,7 @@ class Demanding(Branching):
 
 
 def test_says_that_it_needs_an_example():
-    model = randomize(Demanding())
+    model = trained(Demanding())
     x = torch.rand(1, 3, 6, 6)
     (layer,) = prepare_for_inference(model).inference_report
     assert layer.reason == 'the order of the layers is not known: pass example_inputs'
@@ -307,6 +307,6 @@ class Detector(nn.Module):
 
 
 def test_extract_feat_stands_for_a_detector():
-    report = prepare_for_inference(randomize(Detector())).inference_report
+    report = prepare_for_inference(trained(Detector())).inference_report
     assert [layer.convolution for layer in report] == ['backbone.conv', '']
     assert report[1].reason == 'it is not called'

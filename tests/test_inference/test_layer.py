@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from of_inference import KINDS, difference, randomize
+from of_inference import KINDS
 from torch import nn
+from weights import difference, trained
 
 import mmubn
 from mmubn.inference.layer import InferenceNorm, constants_of, fold
@@ -28,7 +29,7 @@ HALF = pytest.param(torch.float16, marks=pytest.mark.newer_torch('no float16 on 
 
 def make_layer(channels: int = 6, **norm_cfg) -> nn.Module:
     norm_cfg = dict(norm_cfg)
-    return randomize(getattr(mmubn, norm_cfg.pop('type'))(channels, **norm_cfg))
+    return trained(getattr(mmubn, norm_cfg.pop('type'))(channels, **norm_cfg))
 
 
 def literal(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -70,7 +71,7 @@ def test_another_type_that_scales_from_its_input():
     class InputScaledRBN(mmubn.RBN):
         _scale_from_input = True
 
-    norm, x = randomize(InputScaledRBN(6)), torch.randn(3, 6, 7, 5) + torch.randn(3, 6, 1, 1)
+    norm, x = trained(InputScaledRBN(6)), torch.randn(3, 6, 7, 5) + torch.randn(3, 6, 1, 1)
     assert difference(run(constants_of(norm), x.double()), literal(norm, x)) < 1e-12
     assert difference(folded(norm, x), literal(norm, x)) < 1e-12
 

@@ -7,8 +7,9 @@ import pytest
 import timm
 import torch
 import torchvision
-from of_inference import KINDS, difference, randomize
+from of_inference import KINDS
 from torch import nn
+from weights import assert_same_state, difference, trained
 
 import mmubn
 from mmubn import prepare_for_inference
@@ -22,51 +23,45 @@ def network(kind: str = 'UBN', name: str = 'resnet18') -> nn.Module:
     model = torchvision.models.get_model(name)
     if kind != 'BN':
         mmubn.convert_norm(model, dict(type=kind))
-    return randomize(model, 0.1)
+    return trained(model, 0.1)
 
 
 def modules_of(model: nn.Module, kind: type) -> list:
     return [module for module in model.modules() if isinstance(module, kind)]
 
 
-@pytest.mark.parametrize('kind', [*KINDS, 'BN'])
-def test_outputs_are_the_models(kind):
-    model = network(kind)
-    state = copy.deepcopy(model.state_dict())
-    prepared = prepare_for_inference(model)
-    x = torch.randn(2, 3, 64, 48)
-    assert difference(prepared(x), model(x)) < 1e-5
-    assert all(layer.convolution for layer in prepared.inference_report)
-    assert not any(p.requires_grad for p in prepared.parameters())
-    # The model given is as it was, and shares nothing with the copy.
-    assert all(p.requires_grad for p in model.parameters())
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, state[name]), name
-    with torch.no_grad():
-        prepared.fc.weight.zero_()
-    assert model.fc.weight.any()
-
-
 @pytest.mark.parametrize(
     ('kind', 'left'),
     [
         ('UBN', 'offset, factor, convolution'),
+        ('SyncUBN', 'offset, factor, convolution'),
         ('RBN', 'offset, factor'),
         ('BNET', 'convolution'),
         ('IEBN', 'factor'),
         ('BN', 'nothing'),
     ],
 )
-def test_what_is_left(kind, left):
-    prepared = prepare_for_inference(network(kind))
+def test_outputs_are_the_models(kind, left):
+    model = network(kind)
+    state = copy.deepcopy(model.state_dict())
+    prepared = prepare_for_inference(model)
+    x = torch.randn(2, 3, 64, 48)
+    assert difference(prepared(x), model(x)) < 1e-5
+    assert all(layer.convolution for layer in prepared.inference_report)
     assert {layer.left for layer in prepared.inference_report} == {left}
-    convolutions = 20 if kind in ('BN', 'RBN', 'IEBN') else 40
-    assert len(modules_of(prepared, nn.Conv2d)) == convolutions
+    assert len(modules_of(prepared, nn.Conv2d)) == (40 if 'convolution' in left else 20)
+    assert not any(p.requires_grad for p in prepared.parameters())
+    # The model given is as it was, and shares nothing with the copy.
+    assert all(p.requires_grad for p in model.parameters())
+    assert_same_state(model, state)
+    with torch.no_grad():
+        prepared.fc.weight.zero_()
+    assert model.fc.weight.any()
 
 
 def test_resnet50_of_timm():
     model = timm.create_model('resnet50')
-    model = randomize(mmubn.convert_norm(model, dict(type='UBN')), 0.1)
+    model = trained(mmubn.convert_norm(model, dict(type='UBN')), 0.1)
     prepared = prepare_for_inference(model)
     x = torch.randn(1, 3, 96, 96)
     with torch.no_grad():
@@ -94,7 +89,7 @@ def test_converted_and_not_trained_is_the_fused_batch_norm_network(kind):
 def test_networks_of_timm(name):
     """Fused activations, norms before convolutions, concatenation, many branches."""
     model = timm.create_model(name)
-    model = randomize(mmubn.convert_norm(model, dict(type='UBN')), 0.05)
+    model = trained(mmubn.convert_norm(model, dict(type='UBN')), 0.05)
     prepared = prepare_for_inference(model)
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -109,7 +104,7 @@ def test_norms_without_a_convolution_stand_alone():
         nn.ReLU(), mmubn.UBN(4), nn.ReLU(), mmubn.BNET(4), nn.ReLU(), nn.BatchNorm2d(4)
     )
     model.append(mmubn.UBN(4, kernel_size=1, center=False, scale=False))
-    randomize(model)
+    trained(model)
     prepared = prepare_for_inference(model)
     x = torch.randn(2, 4, 6, 6)
     kept = x.clone()
@@ -123,7 +118,7 @@ def test_norms_without_a_convolution_stand_alone():
 def test_report_and_log(caplog):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), mmubn.UBN(4), nn.ReLU(), mmubn.RBN(4))
     with caplog.at_level(logging.INFO, 'mmubn'):
-        prepared = prepare_for_inference(randomize(model))
+        prepared = prepare_for_inference(trained(model))
     lines = [
         '1 (UBN): into 0; left: offset, factor, convolution',
         '3 (RBN): not folded: it does not follow a convolution; left: offset, factor',
@@ -182,7 +177,7 @@ def test_channels_last_and_double():
 def test_compiled_in_one_graph(kind):
     torch._dynamo.reset()
     layers = [getattr(mmubn, kind)(8), nn.ReLU(), getattr(mmubn, kind)(8)]
-    model = randomize(nn.Sequential(nn.Conv2d(3, 8, 3), *layers))
+    model = trained(nn.Sequential(nn.Conv2d(3, 8, 3), *layers))
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         compiled = torch.compile(prepare_for_inference(model), fullgraph=True, backend='aot_eager')

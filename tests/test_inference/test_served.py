@@ -5,8 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from of_inference import KINDS, difference, randomize
+from of_inference import KINDS
 from torch import nn
+from weights import difference, trained
 
 import mmubn
 from mmubn import prepare_for_inference
@@ -19,7 +20,7 @@ ANY = getattr(getattr(torch.export, 'Dim', None), 'DYNAMIC', None)
 DYNAMIC = {0: ANY, 2: ANY, 3: ANY}
 
 
-def network(norm_cfg: dict) -> nn.Module:
+def network(kind: str) -> nn.Module:
     """Folded layers, one that stands alone, strides, groups."""
     model = nn.Sequential(
         *(nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU()),
@@ -27,13 +28,10 @@ def network(norm_cfg: dict) -> nn.Module:
         *(nn.Conv2d(16, 24, 1, bias=False), nn.BatchNorm2d(24), nn.AdaptiveAvgPool2d(1)),
         *(nn.Flatten(), nn.Linear(24, 5)),
     )
-    return randomize(mmubn.convert_norm(model, norm_cfg))
+    return trained(mmubn.convert_norm(model, dict(type=kind)))
 
 
-NORMS = [dict(type=kind) for kind in KINDS if kind != 'SyncUBN']  # which is UBN there
-
-
-@pytest.fixture(params=NORMS, ids=lambda norm_cfg: norm_cfg['type'])
+@pytest.fixture(params=KINDS)
 def pair(request):
     """A network and itself prepared."""
     model = network(request.param)
@@ -69,8 +67,15 @@ SUPPORTED = {
 }
 
 
-@pytest.mark.parametrize('dynamo', [True, False], ids=['dynamo', 'torchscript'])
-@pytest.mark.parametrize('dynamic', [True, False], ids=['dynamic', 'static'])
+@pytest.mark.parametrize(
+    ('pair', 'dynamo', 'dynamic'),
+    [
+        *(('UBN', dynamo, dynamic) for dynamo in (True, False) for dynamic in (True, False)),
+        *((kind, True, True) for kind in ('RBN', 'BNET', 'IEBN')),
+        ('IEBN', False, False),
+    ],
+    indirect=['pair'],
+)
 def test_onnx(pair, dynamo, dynamic, tmp_path):
     model, prepared = pair
     path = tmp_path / 'net.onnx'
@@ -90,7 +95,7 @@ def test_onnx(pair, dynamo, dynamic, tmp_path):
 )
 def test_onnx_opsets(dynamo, opset, tmp_path):
     onnx = pytest.importorskip('onnx')
-    model = network(NORMS[0])
+    model = network('UBN')
     x = torch.randn(2, 3, 24, 20)
     path = tmp_path / 'net.onnx'
     to_onnx(prepare_for_inference(model), x, path, dynamo, opset=opset)
@@ -106,11 +111,11 @@ def test_nodes_of_a_layer(dynamo, tmp_path):
     layer = nn.Sequential(nn.Conv2d(3, 8, 3), mmubn.UBN(8))
     path = tmp_path / 'net.onnx'
     x = torch.randn(1, 3, 8, 8)
-    to_onnx(prepare_for_inference(randomize(layer)), x, path, dynamo)
+    to_onnx(prepare_for_inference(trained(layer)), x, path, dynamo)
     expected = dict(Conv=4, GlobalAveragePool=1, Sigmoid=1, Sub=1, Mul=1)
     assert operators(path) == expected
     layer = nn.Sequential(nn.Conv2d(3, 8, 3), mmubn.BNET(8))
-    to_onnx(prepare_for_inference(randomize(layer)), x, path, dynamo)
+    to_onnx(prepare_for_inference(trained(layer)), x, path, dynamo)
     assert operators(path) == dict(Conv=2)
 
 

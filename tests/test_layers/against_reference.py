@@ -2,6 +2,7 @@
 
 from typing import Dict
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -29,6 +30,19 @@ def randomize(layer: torch.nn.Module) -> None:
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
+
+
+MODES = {'open': (-1.0, True), 'shut': (1.0, True), 'evaluation': (1.0, False)}
+
+
+def set_mode(layer: torch.nn.Module, mode: str) -> None:
+    """One of ``MODES``; without a gate there is none to shut."""
+    fct, training = MODES[mode]
+    if getattr(layer, 'fct', None) is not None:
+        layer.fct = fct
+    elif mode == 'shut':
+        pytest.skip('no gate')
+    layer.train(training)
 
 
 class Reference:

@@ -1,18 +1,18 @@
 """What a training step of Mask R-CNN R-50 sends, from which docs/distributed.md starts."""
 
 import functools
-from pathlib import Path
 
 import pytest
 import torch
 from processes import Traffic, in_processes
+from tool import CONFIGS
 from torch import distributed
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip('mmdet')
 
-CONFIG = Path(__file__).parents[2] / 'configs' / 'mask_rcnn_r50_ubn_1x_coco.py'
+CONFIG = CONFIGS / 'mask_rcnn_r50_ubn_1x_coco.py'
 
 
 def step(norm, rank, world):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from against_reference import LAYERS, Reference, assert_equals_reference, randomize
 from torch import nn
+from weights import assert_same_state
 
 from mmubn.layers import RBN, UBN
 from mmubn.ops import mean_cosine_similarity, reference
@@ -92,8 +93,7 @@ def test_one_bad_image_poisons_nothing(make_layer, bad):
     broken = good.clone()
     broken[2] = bad
     assert not torch.isfinite(layer(broken)).all()  # shown, as BatchNorm would, and not hidden
-    for name, value in layer.state_dict().items():
-        assert torch.equal(value, before[name]), name
+    assert_same_state(layer, before)
     layer.zero_grad()
     layer(good).square().mean().backward()
     for name, parameter in layer.named_parameters():
@@ -125,8 +125,7 @@ def test_empty_batch(make_layer, training):
     assert x.grad.shape == x.shape
     for name, parameter in layer.named_parameters():
         assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name
-    for name, value in layer.state_dict().items():
-        assert torch.equal(value, before[name]), name
+    assert_same_state(layer, before)
 
 
 def test_half_precision_model():
@@ -160,8 +159,7 @@ def test_activation_checkpointing(name, checkpoint):
             wrapped, again, use_reentrant=checkpoint == 'reentrant'
         ).backward(upstream)
         torch.testing.assert_close(again.grad, x.grad)
-    for (key, value), other in zip(plain.state_dict().items(), wrapped.state_dict().values()):
-        assert torch.equal(value, other), key
+    assert_same_state(wrapped, plain)
     for parameter, other in zip(plain.parameters(), wrapped.parameters()):
         torch.testing.assert_close(other.grad, parameter.grad)
 

@@ -393,7 +393,5 @@ def test_on_one_process_it_is_ubn(name):
 def test_takes_what_ubn_takes_and_refuses_what_it_refuses():
     keys, more = (inspect.signature(layer).parameters.values() for layer in (UBN, SyncUBN))
     assert [key for key in more if key.name != 'process_group'] == list(keys)
-    with pytest.raises(TypeError, match="SyncUBN got an unknown key 'fctt', did you mean 'fct'"):
-        SyncUBN(3, fctt=1)
     with pytest.raises(ValueError, match='more than 1 value per channel'):
         SyncUBN(3)(torch.randn(1, 3, 1, 1))

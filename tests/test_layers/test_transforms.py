@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from against_reference import randomize
+from against_reference import MODES, randomize, set_mode
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
@@ -19,14 +19,10 @@ def trained(layer, training=False):
     return layer.train(training)
 
 
-@pytest.mark.parametrize('fct', [-1.0, 1.0], ids=['open', 'shut'])
-@pytest.mark.parametrize('training', [True, False])
-def test_gradients_of_gradients(make_layer, fct, training):
-    layer = trained(make_layer(2).double(), training)
-    if getattr(layer, 'fct', None) is not None:
-        layer.fct = fct
-    elif fct == 1.0:
-        pytest.skip('no gate')
+@pytest.mark.parametrize('mode', MODES)
+def test_gradients_of_gradients(make_layer, mode):
+    layer = trained(make_layer(2).double())
+    set_mode(layer, mode)
     names = [name for name, _ in layer.named_parameters()]
 
     def function(x, *parameters):

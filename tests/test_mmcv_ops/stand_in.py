@@ -2,11 +2,12 @@
 
 import importlib.util
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import List
 
-PART = Path(__file__).parents[2] / 'tools' / 'mmcv_ops'
+from tool import ROOT
+
+PART = ROOT / 'tools' / 'mmcv_ops'
 
 
 def load_stand_in() -> ModuleType:

@@ -1,10 +1,9 @@
 """The demo trains with the stand-in as it does with mmcv's compiled operators."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from stand_in import users
+from tool import CONFIGS
 
 pytest.importorskip('mmdet')
 
@@ -14,7 +13,7 @@ from mmengine.runner import Runner
 
 from mmubn.datasets.scenes import make_scenes
 
-CONFIG = Path(__file__).parents[2] / 'configs' / 'demo' / 'mask_rcnn_r18_ubn_scenes.py'
+CONFIG = CONFIGS / 'demo' / 'mask_rcnn_r18_ubn_scenes.py'
 ITERATIONS = 20
 
 

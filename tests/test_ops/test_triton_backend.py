@@ -154,9 +154,14 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize('dtype', [torch.float64, torch.float16])
-@pytest.mark.parametrize('rows', ROWS)
-@pytest.mark.parametrize('settings', SETTINGS)
+@pytest.mark.parametrize(
+    ('settings', 'rows', 'dtype'),
+    [
+        *((settings, rows, torch.float64) for settings in SETTINGS for rows in ROWS),
+        ('no_gate', 'open', torch.float16),
+        ('gate', 'ranks', torch.float16),
+    ],
+)
 def test_gate_and_running_statistics(settings, rows, dtype):
     """With the NaN a mean that is not finite, in the second block of channels."""
     settings, channels = SETTINGS[settings], 1030 if rows == 'nan' else 5
@@ -306,14 +311,6 @@ def test_error_is_at_most_twice_that_of_torch(dtype, kernel_device):
     assert (by_triton <= 2 * by_torch + 2e-6).all(), by_triton / by_torch
 
 
-def test_a_step_has_the_same_bits_every_time():
-    x, dy = random_input((5, 3, 2, 9), dtype=torch.float32), torch.randn(5, 3, 2, 9)
-    parameters, buffers = random_parameters(3, 3, torch.float32), random_buffers(3, torch.float32)
-    settings = Settings(fct=0.35)
-    first = run_step(TRITON, x, dy, parameters, copy(buffers), settings)
-    assert_same(run_step(TRITON, x, dy, parameters, copy(buffers), settings), first, rtol=0, atol=0)
-
-
 # Corners, edges and the middle, one a channel; tiles meet at row 24.
 PLACES = [(0, 0), (0, 2), (24, 1), (25, 4), (26, 3), (12, 2)]
 
@@ -395,8 +392,10 @@ COUNTED = {
 
 
 @pytest.mark.parametrize('training', [True, False], ids=['training', 'evaluation'])
-@pytest.mark.parametrize('width', [7, 60])  # the image means are kept only for the larger
-@pytest.mark.parametrize('name', COUNTED)
+@pytest.mark.parametrize(
+    ('name', 'width'),
+    [('ubn', 7), *((name, 60) for name in COUNTED)],  # the larger alone keeps the image means
+)
 def test_at_most_five_launches_forward_and_four_backward(name, width, training, monkeypatch):
     layer = COUNTED[name]().train(training)
     if name == 'sync_ubn':

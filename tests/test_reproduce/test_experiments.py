@@ -1,8 +1,7 @@
 """The experiments: their rows, configs and values."""
 
-import csv
-
 from mmengine.config import Config
+from tool import read_csv
 
 from mmubn.paths import ROOT
 from mmubn.reproduce.experiments import EXPERIMENTS, ROWS, select
@@ -49,8 +48,7 @@ def test_papers_values_are_those_of_the_csv():
     assert values['table8', 'CIFAR-10, ResNet-50, UBN'] == {'train_seconds': 3606, 'epochs': 73}
     mask = values['table6', 'COCO, Mask R-CNN R50, BN']
     assert (mask['bbox_AP'], mask['segm_APl']) == (34.0, 46.4)
-    with PAPER.open(newline='') as file:
-        assert len(list(csv.DictReader(file))) == sum(len(paper) for paper in values.values())
+    assert len(read_csv(PAPER)) == sum(len(paper) for paper in values.values())
 
 
 def test_one_network_keeps_the_norms_of_the_first():

@@ -1,12 +1,12 @@
 """host_tables.csv: its values are those of the installed metafiles."""
 
-import csv
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 import yaml
 from mmengine.utils import get_installed_path
+from tool import ROOT, read_csv
 
 from mmubn.reproduce.rows import HOST_TABLES, PAPER
 
@@ -16,8 +16,7 @@ METRICS = {
     'bbox_AP': 'box AP',
     'segm_AP': 'mask AP',
 }
-with HOST_TABLES.open(newline='') as file:
-    LINES = list(csv.DictReader(file))
+LINES = read_csv(HOST_TABLES)
 
 
 def metafile(line: dict) -> dict:
@@ -53,11 +52,10 @@ def test_no_value_of_an_entry_is_missing():
 
 def test_the_documented_table_has_the_same_values():
     paper = {}
-    with PAPER.open(newline='') as file:
-        for line in csv.DictReader(file):
-            key = line['dataset'], line['model'], line['norm'], line['metric']
-            paper.setdefault(key, float(line['value']))
-    text = (Path(__file__).parents[2] / 'docs' / 'evidence.md').read_text()
+    for line in read_csv(PAPER):
+        key = line['dataset'], line['model'], line['norm'], line['metric']
+        paper.setdefault(key, float(line['value']))
+    text = (ROOT / 'docs' / 'evidence.md').read_text()
     rows = [line.strip('| ').split(' | ') for line in text.splitlines() if line.startswith('| ')]
     found = {name: cells for name, *cells in rows if len(cells) == 3}
     expected: dict = {}

@@ -1,24 +1,35 @@
 """The report: its arithmetic, its tables and its pictures."""
 
-import csv
 import json
 import math
 from pathlib import Path
 
 import pytest
-from hand_made import small, write_run
-from tool import run_tool
+from hand_made import small, write_logs, write_run
+from tool import read_csv, run_tool, saved_figures
 
 from mmubn.reproduce.logs import SETTINGS
 from mmubn.reproduce.report import paired
+from mmubn.runs import COLUMNS
 
 REPORT = ('report', 'table3', 'table8', '--config', 'net.py', '--work-dir', 'runs', '--out', 'out')
 
 
-def test_report_has_the_values_computed_by_hand(logs):
-    run_tool('reproduce', *REPORT)
-    with Path('out/report.csv').open(newline='') as file:
-        cells = {(c['experiment'], c['norm'], c['metric']): c for c in csv.DictReader(file)}
+@pytest.fixture(scope='module')
+def report(tmp_path_factory):
+    """The folder of the report on the logs, and its figures by the names of their files."""
+    folder = tmp_path_factory.mktemp('report')
+    with pytest.MonkeyPatch.context() as patch, saved_figures() as drawn:
+        patch.chdir(folder)
+        write_logs()
+        run_tool('reproduce', *REPORT)
+    return folder / 'out', drawn
+
+
+def test_report_has_the_values_computed_by_hand(report):
+    out, _ = report
+    rows = read_csv(out / 'report.csv')
+    cells = {(c['experiment'], c['norm'], c['metric']): c for c in rows}
     ubn = cells['table3', 'UBN', 'top1']
     # Last epochs 40, 42, 44 and 41, 45, 48: differences 1, 3, 4 of mean 2.667 and sd 1.528;
     # the t of two degrees of freedom is 4.303, so half an interval is 3.795.
@@ -30,7 +41,7 @@ def test_report_has_the_values_computed_by_hand(logs):
     rbn = cells['table3', 'RBN', 'top1']
     assert (rbn['state'], rbn['mean'], rbn['paper']) == ('not run', '', '77.79')
 
-    text = Path('out/report.md').read_text()
+    text = (out / 'report.md').read_text()
     assert (
         '| UBN | top1 | 78.67 | +1.65 | 79.9 | 44.67 ± 3.51 | 3 done | +2.67 [-1.13, +6.46] |'
         in text
@@ -38,17 +49,15 @@ def test_report_has_the_values_computed_by_hand(logs):
     assert '| RBN | top1 | 77.79 | +0.77 | 79.9 |  | not run |  |' in text
     assert '- ResNet-50 on CIFAR-100: `mmpretrain::resnet/resnet50_8xb16_cifar100.py`, ' in text
     assert '`net`; 3 epochs; data `d`; seeds 0, 1, 2; cpu: none; torch 2; commit abc' in text
-    with Path('out/curves.csv').open(newline='') as file:
-        curves = list(csv.DictReader(file))
+    curves = read_csv(out / 'curves.csv')
     assert len(curves) == 2 * 18
     first = dict(setting='net-BN', epoch='1', train_seconds='1.50', metric='top1', value='30')
     assert curves[0].items() >= first.items()
     assert {c['metric'] for c in curves} == {'top1', 'loss'}
 
 
-def test_table_8_is_of_pairs(logs):
-    run_tool('reproduce', *REPORT)
-    text = Path('out/report.md').read_text()
+def test_table_8_is_of_pairs(report):
+    text = (report[0] / 'report.md').read_text()
     (row,) = [line for line in text.splitlines() if line.startswith('| CIFAR-10, ResNet-34')]
     _, _, paper_bn, paper_ubn, bn, itself, ubn, ratio, _ = (c.strip() for c in row.split('|'))
     assert (paper_bn, paper_ubn) == ('200 epochs, 3760 s', '101 epochs, 3605 s')
@@ -69,10 +78,9 @@ def test_table_8_says_who_never_got_there(logs):
 
 
 def test_the_report_has_the_layers_of_the_last_epoch(logs):
-    columns = 'epoch,iter,layer,type,where,similarity,running_similarity,batch_statistics_used'
     rows = ['2,30,a,UBN,train/input,0.1,0.2,1', '3,45,a,UBN,train/input,0.3,0.4,0']
     rows += ['3,45,a,UBN,fixed/input,0.5,0.4,']
-    (small('UBN', 1) / 'condensation.csv').write_text('\r\n'.join([columns, *rows, '']))
+    (small('UBN', 1) / 'condensation.csv').write_text('\r\n'.join([','.join(COLUMNS), *rows, '']))
     run_tool('reproduce', *REPORT)
     _, row = Path('out/layers.csv').read_text().splitlines()
     assert row == 'net-UBN,1,3,a,UBN,0.3,0.4,0'
@@ -85,10 +93,9 @@ def test_an_unfinished_run_counts_for_nothing(logs):
     assert '43.00 ± 2.83 | 2 done, 1 part | +2.00 [' in Path('out/report.md').read_text()
 
 
-def test_pictures_of_the_report(logs, capsys, drawn):
-    run_tool('reproduce', *REPORT)
-    assert {Path(line).name for line in capsys.readouterr().out.splitlines()} >= set(drawn)
-    assert all((logs / 'out' / name).is_file() for name in drawn)
+def test_pictures_of_the_report(report):
+    out, drawn = report
+    assert {path.name for path in out.glob('*.png')} == set(drawn)
     assert {'table3_differences.png', 'table8_time.png'} <= set(drawn)
 
     def curves(picture):

@@ -1,7 +1,7 @@
 """The studies of tools/reproduce.py: their stages, what is chosen, what is told of it."""
 
-import csv
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 from mmpretrain.datasets.categories import CIFAR10_CATEGORIES
-from tool import run_tool
+from tool import read_csv, run_tool
 
 from mmubn.datasets import pasted_scenes
 from mmubn.reproduce import studies
@@ -39,10 +39,9 @@ def finish(job, value: float) -> None:
     (logs / 'scalars.json').write_text('\n'.join(map(json.dumps, lines)) + '\n')
 
 
-@pytest.fixture
-def stages(tmp_path, monkeypatch):
+@contextmanager
+def instant_runs(folder):
     """Runs that end at once; the jobs of each call, and what a job reaches."""
-    monkeypatch.chdir(tmp_path)
     calls = []
 
     def value_of(job) -> float:
@@ -61,12 +60,20 @@ def stages(tmp_path, monkeypatch):
 
     run.value_of = value_of
     run.calls = calls
-    monkeypatch.setattr(studies, 'run_jobs', run)
+    for data in ('data/cifar100', 'made/data'):
+        (folder / data).mkdir(parents=True)
     changed = replace(TWO_IMAGES.study, prepare=lambda given, out: Path('made') / given)
-    monkeypatch.setitem(EXPERIMENTS, TWO_IMAGES.name, replace(TWO_IMAGES, study=changed))
-    for folder in ('data/cifar100', 'made/data'):
-        Path(folder).mkdir(parents=True)
-    return run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(studies, 'run_jobs', run)
+        patch.setitem(EXPERIMENTS, TWO_IMAGES.name, replace(TWO_IMAGES, study=changed))
+        yield run
+
+
+@pytest.fixture
+def stages(tmp_path):
+    with instant_runs(tmp_path) as run:
+        yield run
 
 
 def options(job) -> dict:
@@ -87,16 +94,23 @@ def run_two(*more):
     run_tool('reproduce', 'run', *TWO, '--seeds', '2', '--data-root', 'data', *more)
 
 
-def test_each_row_is_tuned_then_trained_with_what_won(stages):
-    best = {'BN': 0.03, 'UBN': 0.01}
+BATCH = 'train_dataloader.batch_size'
+BEST = {'BN': 0.03, 'UBN': 0.01}
 
-    def value_of(job):
-        kind = job.setting.norm
-        return 60.0 if rate(job) == best[kind] and not options(job).get(BATCH) else 40.0
 
-    stages.value_of = value_of
-    run_two()
-    pretraining, tuning, training = stages.calls
+@pytest.fixture(scope='module')
+def tuned(tmp_path_factory):
+    """The jobs of the three stages; each norm has its best rate. Then the report."""
+    folder = tmp_path_factory.mktemp('tuned')
+    with instant_runs(folder) as run:
+        run.value_of = lambda job: 60.0 if rate(job) == BEST[job.setting.norm] else 40.0
+        run_two()
+        run_tool('reproduce', 'report', *TWO, '--out', 'out')
+    return *run.calls, folder / 'out'
+
+
+def test_each_row_is_tuned_then_trained_with_what_won(tuned):
+    pretraining, tuning, training, _ = tuned
     assert [job.folder for job in pretraining] == [
         Path('runs/pretraining/resnet18_pretraining_cifar100-BN/seed0')
     ]
@@ -117,12 +131,8 @@ def test_each_row_is_tuned_then_trained_with_what_won(stages):
         assert job.arguments[job.arguments.index('--data-root') + 1] == 'made/data'
 
 
-BATCH = 'train_dataloader.batch_size'
-
-
-def test_the_checkpoint_is_an_argument_and_in_no_record(stages):
-    run_two()
-    _, tuning, training = stages.calls
+def test_the_checkpoint_is_an_argument_and_in_no_record(tuned):
+    _, tuning, training, _ = tuned
     for job in [*tuning, *training]:
         path = Path(options(job)['model.backbone.init_cfg.checkpoint'])
         assert path.is_absolute()
@@ -166,16 +176,13 @@ def test_the_strong_recipe_is_tuned_for_bn(stages):
     assert {job.settings['epochs'] for job in training} == {24}
 
 
-def test_report_and_table_of_the_tuning(stages):
-    stages.value_of = lambda job: 60.0 if rate(job) == 0.01 else 40.0
-    run_two()
-    run_tool('reproduce', 'report', *TWO, '--out', 'out')
-    text = Path('out/report.md').read_text()
+def test_report_and_table_of_the_tuning(tuned):
+    out = tuned[-1]
+    text = (out / 'report.md').read_text()
     assert '- pretraining with BN: top1 40.00' in text
     grid = 'lr 0.001: 40.00; lr 0.003: 40.00; lr 0.01: 60.00; lr 0.03: 40.00'
-    assert f'| BN | lr 0.01 | {grid} |' in text
-    with Path('out/tuning.csv').open(newline='') as file:
-        rows = list(csv.DictReader(file))
+    assert f'| UBN | lr 0.01 | {grid} |' in text
+    rows = read_csv(out / 'tuning.csv')
     assert len(rows) == 6 * 4
     chosen = {(row['row'], row['setting']) for row in rows if row['chosen'] == 'True'}
     assert ('UBN, batch 8', 'lr 0.01') in chosen

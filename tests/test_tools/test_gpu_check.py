@@ -21,10 +21,7 @@ def test_no_gpu(fails, monkeypatch):
 
 def test_benchmarks_are_ones_that_there_are(tool):
     for name, arguments in tool.BENCHMARKS:
-        args = names_of(name)['parse_args']([*arguments, '--device', 'cpu'])
-        assert len(args.shapes) >= 1
-        assert name != 'benchmark_norm' or {'bn', 'ubn'} <= set(args.norms)
-        assert (len(args.dtypes), len(args.layouts)) == (2, 2)
+        names_of(name)['parse_args']([*arguments, '--device', 'cpu'])  # exits where it refuses
 
 
 def test_tests_are_ones_that_there_are(tool):

@@ -1,10 +1,8 @@
 """tools/similarity_options.py: what it simulates is what the layer does; a short real run."""
 
-import csv
-
 import pytest
 import torch
-from tool import ROOT, run_tool
+from tool import ROOT, read_csv, run_tool
 
 from mmubn.layers import UBN
 from mmubn.ops import mean_cosine_similarity
@@ -31,7 +29,7 @@ def test_table_of_a_training(tmp_path, capsys):
     arguments += ['train_dataloader.dataset.count=48', 'train_dataloader.num_workers=0']
     config = ROOT / 'configs' / 'demo' / 'resnet18_ubn_shapes.py'
     run_tool('similarity_options', config, '--work-dir', tmp_path / 'run', *arguments)
-    rows = list(csv.DictReader((tmp_path / 'table.csv').open()))
+    rows = read_csv(tmp_path / 'table.csv')
     found = {(row['fct_interval'], row['fct_stride']): row for row in rows}
     assert set(found) == {('1', '1'), ('1', '4'), ('4', '1'), ('4', '4')}
     assert float(found['1', '1']['largest_difference']) == 0
