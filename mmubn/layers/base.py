@@ -205,7 +205,7 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
             held = {prefix + name: v for name, v in {**self._parameters, **self._buffers}.items()}
             held = {name: value for name, value in held.items() if value is not None}
             names = [n for n in held if n in state_dict and not n.endswith('num_batches_tracked')]
-            if all(state_dict[name].shape == held[name].shape for name in names):
+            if all(getattr(state_dict[n], 'shape', None) == held[n].shape for n in names):
                 state_dict = {**state_dict, **self._complete_batch_norm(state_dict, prefix)}
                 _announce_batch_norm(type(self).__name__, prefix[:-1], missing_keys)
             else:  # torch refuses it, so what BatchNorm lacks stays as well

@@ -190,10 +190,18 @@ def test_batch_norm_on_meta_by_assignment(make_layer):
         assert parameter.requires_grad, name
 
 
-def test_a_load_that_fails_changes_nothing(make_layer):
+@pytest.mark.parametrize(
+    ('running_mean', 'fault'),
+    [(torch.zeros(5), 'size mismatch for running_mean'), ([0.0], 'expected torch.Tensor')],
+    ids=['size', 'type'],
+)
+def test_a_load_that_fails_changes_nothing(running_mean, fault, make_layer):
     layer = learned(make_layer)
     before = copy.deepcopy(layer.state_dict())
-    with pytest.raises(RuntimeError, match='size mismatch for running_mean'):
-        layer.load_state_dict(nn.BatchNorm2d(5).state_dict())
+    channels = layer.num_features
+    bad = {name: before[name].clone() for name in nn.BatchNorm2d(channels).state_dict()}
+    bad.update(running_mean=running_mean, num_batches_tracked=torch.tensor(0))
+    with pytest.raises(RuntimeError, match=fault):
+        layer.load_state_dict(bad)
     before['num_batches_tracked'].zero_()  # a scalar fits, and torch takes what does
     assert_same_state(layer, before)
