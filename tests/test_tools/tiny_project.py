@@ -4,8 +4,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from tool import ROOT
 
+ROOT = Path(__file__).parents[2]  # not of tool.py: scripts outside import this file alone
 CONFIG = f"""
 _base_ = {str(ROOT / 'configs' / '_base_' / 'hooks.py')!r}
 default_scope = 'mmpretrain'
