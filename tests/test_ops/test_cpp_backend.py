@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -152,20 +153,26 @@ def test_strides(strided):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('shape', [(8, 33, 4, 4), (4, 20, 19, 21)], ids=str)
 def test_error_is_at_most_twice_that_of_torch(shape, dtype, layout):
-    """Both beside float64 on the same rounded input."""
-    x = (torch.randn(shape) + 1).to(dtype).contiguous(memory_format=layout)
-    dy = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
-    given = parameters(shape[1], dtype=torch.float32)
+    """Both beside float64 on the same rounded input; over eight, as one is chance."""
     settings = Settings(fct=0.15)
-    by_cpp, by_torch = both(x, dy, given, settings)
-    wide = Parameters(*[value.double() for value in given])
-    _, oracle = both(x.double(), dy.double(), wide, settings)
-    for name, expected in oracle.items():
-        if expected is None or not expected.is_floating_point() or name.startswith('buffer'):
-            continue
-        assert by_cpp[name].dtype == by_torch[name].dtype
-        allowed = 2 * (by_torch[name] - expected).abs().max() + 2e-6 * expected.abs().max()
-        assert (by_cpp[name] - expected).abs().max() <= allowed, name
+    error, allowed = Counter(), Counter()
+    for _ in range(8):
+        x = (torch.randn(shape) + 1).to(dtype).contiguous(memory_format=layout)
+        dy = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+        given = parameters(shape[1], dtype=torch.float32)
+        by_cpp, by_torch = both(x, dy, given, settings)
+        wide = Parameters(*[value.double() for value in given])
+        _, oracle = both(x.double(), dy.double(), wide, settings)
+        for name, expected in oracle.items():
+            if expected is None or not expected.is_floating_point() or name.startswith('buffer'):
+                continue
+            assert by_cpp[name].dtype == by_torch[name].dtype
+            largest = expected.abs().max()
+            error[name] += ((by_cpp[name] - expected).abs().max() / largest).item()
+            by_torch_error = (by_torch[name] - expected).abs().max() / largest
+            allowed[name] += (2 * by_torch_error + 2e-6).item()
+    assert error
+    assert all(error[name] <= allowed[name] for name in error), (error, allowed)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
