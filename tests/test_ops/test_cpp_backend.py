@@ -226,6 +226,21 @@ def test_what_is_not_finite_reaches_what_it_should(shape, layout, bad):
         assert torch.equal(~made['d_kernel'].isfinite(), reached)
 
 
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('shape', [(2, 5, 4, 5), (2, 16, 12, 30), (2, 16, 30, 160)], ids=str)
+def test_an_infinite_mean_is_infinite(shape, layout):
+    """It shuts or opens the scaling in evaluation, which leaves the other pixels finite."""
+    given = parameters(shape[1], 3, 'scale', torch.float32)
+    x = torch.randn(shape).contiguous(memory_format=layout)
+    x[1, 3, 2, 1] = float('inf')
+    settings = Settings(training=False, scale_from_input=True)
+    made, expected = both(x, torch.randn_like(x), given, settings)
+    finite = expected['y'].isfinite()
+    assert (~finite).sum() == 9  # what the taps reach
+    assert torch.equal(made['y'].isfinite(), finite)
+    torch.testing.assert_close(made['y'][finite], expected['y'][finite])
+
+
 @pytest.mark.parametrize('make', [UBN, RBN, BNET, IEBN])
 def test_autograd_takes_it(make):
     """Layers with it and with torch give the same, in training and in evaluation."""

@@ -59,12 +59,15 @@ struct Lanes {
               about[b] += d * d;
             }
           }
-        for (int b = 0; b < B; b++) {  // Chan's update
-          const V old = load<A>(mean + c + b * N), move = part[b] - old;
-          store<A>(mean + c + b * N, old + move * weight);
-          if constexpr (squared) {
+        for (int b = 0; b < B; b++) {
+          const V old = load<A>(mean + c + b * N);
+          if constexpr (squared) {  // Chan's update
+            const V move = part[b] - old;
+            store<A>(mean + c + b * N, old + move * weight);
             about[b] += move * move * (A(seen + q) * weight);
             store<A>(squares + c + b * N, load<A>(squares + c + b * N) + about[b]);
+          } else {  // no difference, so that infinity stays infinity, as in a sum
+            store<A>(mean + c + b * N, old * (1 - weight) + part[b] * weight);
           }
         }
       });

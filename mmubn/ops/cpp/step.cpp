@@ -112,8 +112,9 @@ struct Plan {
   int64_t pieces() const { return blocks * parts; }
   Piece piece(int64_t index) const {
     const int64_t part = index % parts, c = index / parts * block;
-    return {c, std::min(C, c + block), H * part / parts, H * (part + 1) / parts, part};
+    return {c, std::min(C, c + block), first_row(part), first_row(part + 1), part};
   }
+  int64_t first_row(int64_t part) const { return H * part / parts; }
   // Where what is summed of part `part` of image n lies in (parts, N, Cp).
   int64_t at(int64_t part, int64_t n) const { return (part * B + n) * Cp; }
 
@@ -213,18 +214,19 @@ void add_moments(const Plan& p, const T* x, int64_t n, const Piece& piece, A* me
   }
 }
 
-// Joins the parts of channels c0 ... c1 to the first one, by Chan's update.
+// Joins the parts of channels c0 ... c1 to the first one, by Chan's update; means alone as they are
+// averaged in lanes.h.
 template <bool squared>
 void join_parts(const Plan& p, int64_t c0, int64_t c1, A* mean, A* squares) {
   for (int64_t part = 1; part < p.parts; part++) {
-    const int64_t first = p.H * part / p.parts, end = p.H * (part + 1) / p.parts;
+    const int64_t first = p.first_row(part), end = p.first_row(part + 1);
     const A weight = A(end - first) / A(end), both = A(first * p.W) * weight;
     for (int64_t n = 0; n < p.B; n++) {
       const int64_t to = p.at(0, n), from = p.at(part, n);
 #pragma omp simd
       for (int64_t c = c0; c < c1; c++) {
-        const A move = mean[from + c] - mean[to + c];
-        mean[to + c] += move * weight;
+        const A old = mean[to + c], move = mean[from + c] - old;
+        mean[to + c] = squared ? old + move * weight : old * (1 - weight) + mean[from + c] * weight;
         if (squared) squares[to + c] += squares[from + c] + move * move * both;
       }
     }
@@ -491,7 +493,7 @@ struct Groups {
 // Whether the sums of `count` channels, at least a vector of them, are finite: 0 times what is not
 // is NaN.
 bool all_finite(const A* products, const A* d_sum, int64_t pitch, int64_t count) {
-  typename Vec<A>::type zeros{};
+  V zeros{};
   for (int64_t c = 0; c < count; c += N) {
     zeros += load<A>(d_sum + c) * A(0);
     for (int t = 0; t < KK; t++) zeros += load<A>(products + t * pitch + c) * A(0);
@@ -502,7 +504,6 @@ bool all_finite(const A* products, const A* d_sum, int64_t pitch, int64_t count)
 // Sums of the block of channels from c on, packed.
 void block_sums(const Plan& p, const T* x, const T* dy, int64_t n, int64_t c, const A* shift,
                 const A* taps, A* products, A* d_sum, int64_t pitch) {
-  typedef typename Vec<A>::type V;
   A* memory = p.tiles(2);
   Tile<A, K> tile(memory, p.H, p.W), dy_tile(memory + tile.size(p.H, p.W), p.H, p.W);
   p.pack_block(x, n, c, tile.filling(load<A>(shift)), true);
@@ -768,7 +769,7 @@ void ubn_backward_sums(const Layer* layer, const T* x, const T* dy, const A* ima
       std::memset(total, 0, (KK + 1) * g.block * sizeof(A));
       for (int64_t unit = units * group / g.count; unit < units * (group + 1) / g.count; unit++) {
         const int64_t n = unit / p.parts, part = unit % p.parts, at = n * Cp + c0;
-        const Piece piece{c0, c1, p.H * part / p.parts, p.H * (part + 1) / p.parts, part};
+        const Piece piece{c0, c1, p.first_row(part), p.first_row(part + 1), part};
         image_sums(p, x, dy, n, piece, shift + at, taps, products, d_sum, g.block);
         const A *a = scale + at, *plain = products + KK * g.block;
         A *dot = d_scale + p.at(part, n) + c0, *d_h = d_shifts + p.at(part, n) + c0;
