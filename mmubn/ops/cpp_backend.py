@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .cpp_build import BuildError, library
-from .interface import Buffers, Parameters, Settings, Sums
+from .interface import Backend, Buffers, Parameters, Settings, Sums
 from .torch_backend import TorchBackend, similarity_of_pairs
 from .utils import KERNEL_SIZES, no_kernel, statistics_dtype
 
@@ -35,8 +35,8 @@ class Rest(NamedTuple):
     alive: Parameters  # what ``layer`` points to
 
 
-class CppBackend:
-    """The :class:`mmubn.ops.interface.Backend` for CPUs."""
+class CppBackend(Backend):
+    """The backend for CPUs."""
 
     name = 'cpp'
 
@@ -51,6 +51,41 @@ class CppBackend:
         if x.dtype not in _DTYPES:
             return f'it has no kernels for {str(x.dtype).replace("torch.", "")}'
         return no_kernel(kernel_size)
+
+    def forward(
+        self, x: Tensor, stride: int, parameters: Parameters, buffers: Buffers, settings: Settings
+    ) -> Tuple[Tensor, Optional[Tensor], Tensor]:
+        """See :meth:`mmubn.ops.interface.Backend.forward`; one call."""
+        if stride > 1:
+            return super().forward(x, stride, parameters, buffers, settings)
+        return _output('ubn_forward', x, None, parameters, buffers, settings, stride)
+
+    def backward(
+        self,
+        x: Tensor,
+        dy: Tensor,
+        image_mean: Optional[Tensor],
+        statistics: Tensor,
+        parameters: Parameters,
+        settings: Settings,
+    ) -> Tuple[Tensor, Parameters]:
+        """See :meth:`mmubn.ops.interface.Backend.backward`; one call."""
+        x, pixels = _dense(x)
+        dy = _like(dy, x)
+        parameters = _as(parameters, statistics.dtype)
+        gradients = _gradients(parameters, statistics)
+        dx = torch.empty_like(x)
+        _library(x.dtype, parameters.kernel_size).ubn_backward(
+            _layer(x, pixels, parameters, settings),
+            x.data_ptr(),
+            dy.data_ptr(),
+            _pointer(image_mean),
+            settings.needs_image_mean(parameters),
+            statistics.data_ptr(),
+            *map(_pointer, gradients),
+            dx.data_ptr(),
+        )
+        return dx, gradients
 
     def measure(
         self, x: Tensor, center_weight: Optional[Tensor], stride: int
@@ -83,30 +118,8 @@ class CppBackend:
         settings: Settings,
     ) -> Tuple[Tensor, Optional[Tensor], Tensor]:
         """See :meth:`mmubn.ops.interface.Backend.normalize`."""
-        x, pixels = _dense(x)
-        dtype = statistics_dtype(x.dtype)
-        parameters = _as(parameters, dtype)
-        state = _owned(buffers, dtype)
-        batch, channels = x.shape[:2]
-        if image_mean is None and settings.needs_image_mean(parameters):
-            image_mean = torch.empty((batch, channels), dtype=dtype)
-        y = torch.empty_like(x)
-        statistics = torch.empty(2 * channels + 1, dtype=dtype)
-        _library(x.dtype, parameters.kernel_size).ubn_normalize(
-            _layer(x, pixels, parameters, settings),
-            _state(state, settings),
-            x.data_ptr(),
-            _pointer(image_mean),
-            _pointer(rows),
-            0 if rows is None else len(rows),
-            y.data_ptr(),
-            statistics.data_ptr(),
-        )
-        if state is not buffers and settings.update:
-            for original, moved in zip(buffers, state):
-                if moved is not None and moved is not original:
-                    original.copy_(moved)
-        return y, image_mean, statistics
+        known = (0, 0) if rows is None else (rows.data_ptr(), len(rows))
+        return _output('ubn_normalize', x, image_mean, parameters, buffers, settings, *known)
 
     def backward_sums(
         self,
@@ -120,15 +133,9 @@ class CppBackend:
         """See :meth:`mmubn.ops.interface.Backend.backward_sums`."""
         x, pixels = _dense(x)
         dy = _like(dy, x)
-        code = _library(x.dtype, parameters.kernel_size)
         parameters = _as(parameters, statistics.dtype)
-        gradients = Parameters(
-            weight=_gradient(parameters.weight),
-            kernel=_gradient(parameters.kernel),
-            bias=statistics.new_empty(x.shape[1]),
-            scale_weight=_gradient(parameters.scale_weight),
-            scale_bias=_gradient(parameters.scale_bias),
-        )
+        gradients = _gradients(parameters, statistics)._replace(center_weight=None)
+        code = _library(x.dtype, parameters.kernel_size)
         d_statistics = statistics.new_empty((2, x.shape[1]))
         numbers = statistics.new_empty(code.ubn_rest_size(*x.shape[:2]))
         layer = _layer(x, pixels, parameters, settings)
@@ -188,6 +195,41 @@ class CppBackend:
         return torch.tensor(total, dtype=weight.dtype)
 
 
+def _output(
+    function: str,
+    x: Tensor,
+    image_mean: Optional[Tensor],
+    parameters: Parameters,
+    buffers: Buffers,
+    settings: Settings,
+    *known: int,
+) -> Tuple[Tensor, Optional[Tensor], Tensor]:
+    """Y, m and the statistics, by a function of the library that knows ``known`` of the batch."""
+    x, pixels = _dense(x)
+    dtype = statistics_dtype(x.dtype)
+    parameters = _as(parameters, dtype)
+    state = _owned(buffers, dtype)
+    batch, channels = x.shape[:2]
+    if image_mean is None and settings.needs_image_mean(parameters):
+        image_mean = torch.empty((batch, channels), dtype=dtype)
+    y = torch.empty_like(x)
+    statistics = torch.empty(2 * channels + 1, dtype=dtype)
+    getattr(_library(x.dtype, parameters.kernel_size), function)(
+        _layer(x, pixels, parameters, settings),
+        _state(state, settings),
+        x.data_ptr(),
+        _pointer(image_mean),
+        *known,
+        y.data_ptr(),
+        statistics.data_ptr(),
+    )
+    if state is not buffers and settings.update:
+        for original, moved in zip(buffers, state):
+            if moved is not None and moved is not original:
+                original.copy_(moved)
+    return y, image_mean, statistics
+
+
 @functools.cache
 def _why_no_library(dtype: torch.dtype, kernel_size: int) -> str:
     try:
@@ -215,16 +257,18 @@ def _any_library(dtype: torch.dtype) -> ctypes.CDLL:
 
 def _declare(code: ctypes.CDLL) -> None:
     layer, state = ctypes.c_char_p, ctypes.c_char_p
-    code.ubn_rest_size.argtypes = [_LONG] * 2
-    code.ubn_rest_size.restype = _LONG
-    code.ubn_measure.argtypes = [layer, _POINTER, _INT, *[_POINTER] * 2]
-    code.ubn_normalize.argtypes = [layer, state, *[_POINTER] * 3, _LONG, *[_POINTER] * 2]
-    code.ubn_backward_sums.argtypes = [layer, *[_POINTER] * 3, _INT, *[_POINTER] * 8]
-    code.ubn_backward_input.argtypes = [layer, *[_POINTER] * 7]
-    code.ubn_squared_sum.argtypes = [_POINTER, _POINTER, *[_LONG] * 3]
-    code.ubn_squared_sum.restype = ctypes.c_double
-    for function in ('measure', 'normalize', 'backward_sums', 'backward_input'):
-        getattr(code, f'ubn_{function}').restype = None
+    for name, arguments, result in (
+        ('forward', [layer, state, *[_POINTER] * 2, _INT, *[_POINTER] * 2], None),
+        ('backward', [layer, *[_POINTER] * 3, _INT, *[_POINTER] * 8], None),
+        ('measure', [layer, _POINTER, _INT, *[_POINTER] * 2], None),
+        ('normalize', [layer, state, *[_POINTER] * 3, _LONG, *[_POINTER] * 2], None),
+        ('backward_sums', [layer, *[_POINTER] * 3, _INT, *[_POINTER] * 8], None),
+        ('backward_input', [layer, *[_POINTER] * 7], None),
+        ('rest_size', [_LONG] * 2, _LONG),
+        ('squared_sum', [_POINTER, _POINTER, *[_LONG] * 3], ctypes.c_double),
+    ):
+        function = getattr(code, f'ubn_{name}')
+        function.argtypes, function.restype = arguments, result
 
 
 def _layer(x: Tensor, pixels: bool, parameters: Parameters, settings: Settings) -> bytes:
@@ -275,6 +319,12 @@ def _refuse(value: Tensor) -> None:
 
 def _gradient(parameter: Optional[Tensor]) -> Optional[Tensor]:
     return None if parameter is None else torch.empty_like(parameter)
+
+
+def _gradients(parameters: Parameters, statistics: Tensor) -> Parameters:
+    """To be filled. There is one of the bias, which the backward pass is not given."""
+    weight, kernel, _, *rectifiers = map(_gradient, parameters)
+    return Parameters(weight, kernel, statistics.new_empty(len(statistics) // 2), *rectifiers)
 
 
 def _with_dtype(value: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]:

@@ -33,6 +33,9 @@ and backwards
 5. in SyncUBN, one collective that adds that gradient up;
 6. :meth:`Backend.backward_input`: dX.
 
+One process alone calls :meth:`Backend.forward`, which is 1 and 3, and :meth:`Backend.backward`,
+4 and 6.
+
 Numbers a channel or an image and channel have the dtype of the statistics: float32, for
 float64 input float64. Parameters and buffers may have another, which a backend converts.
 """
@@ -146,13 +149,42 @@ class Sums(NamedTuple):
 
 
 class Backend(Protocol):
-    """Does the work of a step on one kind of device; one object, without state of its own."""
+    """Does the work of a step on one kind of device; one object, without state of its own.
+
+    A backend is a subclass, and fills every method but :meth:`forward` and :meth:`backward`.
+    """
 
     name: str
     """What the layers' ``backend=`` calls it."""
 
     def why_not(self, x: Tensor, kernel_size: int) -> str:
         """Why it cannot serve ``x`` with taps of that size, in a few words; '' where it can."""
+
+    def forward(
+        self, x: Tensor, stride: int, parameters: Parameters, buffers: Buffers, settings: Settings
+    ) -> Tuple[Tensor, Optional[Tensor], Tensor]:
+        """:meth:`measure` and :meth:`normalize`, for a training step of one process.
+
+        A backend may make one call of the two.
+        """
+        image_mean, row = self.measure(x, parameters.center_weight, stride)
+        return self.normalize(x, image_mean, row[None], parameters, buffers, settings)
+
+    def backward(
+        self,
+        x: Tensor,
+        dy: Tensor,
+        image_mean: Optional[Tensor],
+        statistics: Tensor,
+        parameters: Parameters,
+        settings: Settings,
+    ) -> Tuple[Tensor, Parameters]:
+        """:meth:`backward_sums` and :meth:`backward_input`, of one process: all gradients."""
+        sums = self.backward_sums(x, dy, image_mean, statistics, parameters, settings)
+        dx, d_center_weight = self.backward_input(
+            x, statistics, sums.d_statistics, parameters, settings, sums
+        )
+        return dx, sums.gradients._replace(center_weight=d_center_weight)
 
     def measure(
         self, x: Tensor, center_weight: Optional[Tensor], stride: int

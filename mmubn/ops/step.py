@@ -29,6 +29,8 @@ def step_forward(
     if not x.numel():
         return _forward_without_images(x, parameters, step)
     stride = settings.stride if due is not False else 0
+    if group is None and not isinstance(due, Tensor):
+        return backend.forward(x, stride, parameters, buffers, settings)
     image_mean, row = backend.measure(x, parameters.center_weight, stride)
     if isinstance(due, Tensor):  # without pairs there is no similarity
         count, pairs, rest = row.split([1, 2, len(row) - 3])
@@ -49,12 +51,12 @@ def step_backward(
     backend, _, settings, group = step
     if not x.numel():
         return _backward_without_images(x, statistics, parameters, group)
+    if group is None:
+        return backend.backward(x, dy, image_mean, statistics, parameters, settings)
     sums = backend.backward_sums(x, dy, image_mean, statistics, parameters, settings)
-    d_statistics = sums.d_statistics
-    if group is not None:
-        distributed.all_reduce(d_statistics, group=group)
+    distributed.all_reduce(sums.d_statistics, group=group)
     dx, d_center_weight = backend.backward_input(
-        x, statistics, d_statistics, parameters, settings, sums
+        x, statistics, sums.d_statistics, parameters, settings, sums
     )
     return dx, sums.gradients._replace(center_weight=d_center_weight)
 

@@ -72,8 +72,8 @@ class Rest(NamedTuple):
     d_x_r: Tensor
 
 
-class TorchBackend:
-    """The :class:`mmubn.ops.interface.Backend` in plain torch."""
+class TorchBackend(Backend):
+    """The backend in plain torch."""
 
     name = 'torch'
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from .interface import Buffers, Parameters, Settings, Sums
+from .interface import Backend, Buffers, Parameters, Settings, Sums
 from .utils import KERNEL_SIZES, is_dense, no_kernel, statistics_dtype
 
 # The oldest that was seen to compile them: they carry tuples through loops.
@@ -59,8 +59,8 @@ class _Rest(NamedTuple):
     center_sums: Optional[Tensor]  # (3, C), over n: dh m, m and ((1 + w_m) m - mu) m
 
 
-class TritonBackend:
-    """The :class:`mmubn.ops.interface.Backend` for GPUs, and for Triton's interpreter."""
+class TritonBackend(Backend):
+    """The backend for GPUs, and for Triton's interpreter."""
 
     name = 'triton'
     tiles = Tiles()

@@ -15,6 +15,7 @@ from torch import multiprocessing
 from mmubn.layers import BNET, IEBN, RBN, UBN
 from mmubn.ops import Buffers, Parameters, Settings, cpp_build
 from mmubn.ops.backend import CPP, TORCH
+from mmubn.ops.interface import Backend
 
 WHY_NOT = CPP.why_not(torch.zeros(1, 1, 1, 1), 3)
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
@@ -129,6 +130,30 @@ def test_settings(settings, rectified, ranks):
         pytest.skip('IEBN scales and does not center')
     x = torch.randn(4, 19, 6, 5, dtype=torch.float64) + 0.5
     equal(x, torch.randn_like(x), parameters(19, 3, rectified), settings, ranks)
+
+
+@pytest.mark.parametrize('rectified', RECTIFIED)
+@pytest.mark.parametrize('shape', [(4, 19, 6, 5), (3, 17, 14, 11), (2, 40, 7, 450)], ids=str)
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_one_call_is_the_parts(shape, layout, rectified):
+    """Of one process; bit for bit."""
+    x = torch.randn(shape).contiguous(memory_format=layout)
+    dy, given = torch.randn_like(x), parameters(shape[1], 3, rectified, torch.float32)
+    for settings in (Settings(fct=0.15), Settings(fct=0.99), Settings(stride=0)):
+        made = []
+        for forward, backward in (
+            (CPP.forward, CPP.backward),
+            (Backend.forward.__get__(CPP), Backend.backward.__get__(CPP)),
+        ):
+            torch.manual_seed(0)
+            state = buffers(shape[1], torch.float32)
+            y, image_mean, statistics = forward(x, settings.stride, given, state, settings)
+            results = [y, image_mean, statistics, *state]
+            for known in (image_mean, None):
+                dx, gradients = backward(x, dy, known, statistics, given, settings)
+                results += [dx, *gradients]
+            made.append([value for value in results if value is not None])
+        assert all(torch.equal(*pair) for pair in zip(*made, strict=True))
 
 
 def test_one_image_has_no_similarity():

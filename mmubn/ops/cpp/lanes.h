@@ -297,7 +297,8 @@ inline void unpack(const A* tile, T* planes, int64_t hw, int64_t count, F f) {
   for (int64_t c = 0; c < count; c++)
     store_some<A>(planes + c * hw + q, f(c, q, v[c], int(pixels)), pixels);
 }
-// The pixels of N channels of an image, converted, with p zeros around.
+// The pixels of N channels of an image, converted. Around them are p zeros, once the border has
+// been cleared.
 template <class A, int K>
 class Tile {
  public:
@@ -307,11 +308,14 @@ class Tile {
   static int64_t size(int64_t H, int64_t W) { return (H + 2 * P) * (W + 2 * P) * N; }
 
   Tile(A* memory, int64_t H, int64_t W)
-      : H_(H), W_(W), pitch_((W + 2 * P) * N), first_(memory + P * pitch_ + P * N) {
-    clear(memory, first_);
-    for (int64_t i = 0; i + 1 < H; i++)
-      clear(first_ + i * pitch_ + W * N, first_ + (i + 1) * pitch_);
-    clear(first_ + (H - 1) * pitch_ + W * N, memory + size(H, W));
+      : H_(H), W_(W), pitch_((W + 2 * P) * N), first_(memory + P * pitch_ + P * N) {}
+
+  void clear_border() const {
+    const int64_t row = W_ * N;
+    clear(first_ - P * pitch_ - P * N, first_);
+    for (int64_t i = 0; i + 1 < H_; i++) clear(first_ + i * pitch_ + row, first_ + (i + 1) * pitch_);
+    A* last = first_ + (H_ - 1) * pitch_ + row;
+    clear(last, last + P * pitch_ + P * N);
   }
 
   // What takes the pixels one after the other.

@@ -6,6 +6,8 @@
 // C, so that the library belongs to no version of Python or torch. All tensors are dense, in one
 // of two formats: NCHW or, `pixels`, NHWC. Sums are added up in an order that the shape alone
 // decides: one thread and many give the same bits.
+#include <array>
+
 #include "lanes.h"
 #include "planes.h"
 
@@ -178,9 +180,26 @@ struct Plan {
   void unpack_block(const A* tile, T* y, int64_t n, int64_t c, F f) const {
     unpack(tile, image(y, n, c), hw, std::min<int64_t>(N, C - c), f);
   }
-  A* tiles(int count) const {
+  // Memory of a packed block.
+  A* packed() const {
     static thread_local Buffer buffer;
-    return buffer.get<A>(size_t(count) * Tile<A, K>::size(H, W));
+    return buffer.get<A>(size_t(hw) * N);
+  }
+  // Two tiles of this thread. Their borders are zeros, inside is what was left there.
+  std::array<Tile<A, K>, 2> tiles() const {
+    static thread_local struct {
+      Buffer buffer;
+      A* memory = nullptr;
+      int64_t H = 0, W = 0;
+    } kept;
+    const int64_t size = Tile<A, K>::size(H, W);
+    A* memory = kept.buffer.get<A>(2 * size);
+    const Tile<A, K> one(memory, H, W), two(memory + size, H, W);
+    if (kept.memory != memory || kept.H != H || kept.W != W) {
+      one.clear_border(), two.clear_border();
+      kept.memory = memory, kept.H = H, kept.W = W;
+    }
+    return {one, two};
   }
 };
 
@@ -200,7 +219,7 @@ void add_moments(const Plan& p, const T* x, int64_t n, const Piece& piece, A* me
                                            rows_before * p.W, mean, squares);
   } else if (p.lanes) {
     for (int64_t c = 0; c < count; c += N) {
-      A* tile = p.tiles(1);
+      A* tile = p.packed();
       p.pack_block(x, tile, n, c0 + c);
       Packed::template add_moments<squared>(tile, p.hw, N, N, 0, mean + c, squares + c);
     }
@@ -348,15 +367,17 @@ double squared(const T* x, const A* weight, int64_t batch, int64_t size, int thr
   return total;
 }
 
-// Effective taps, gamma K: (C, k * k) for planes, (k * k, Cp) with zeros behind C for lanes.
+// Effective taps, gamma K: (k * k, Cp), zeros behind C.
 void effective_taps(const Plan& p, const Layer& l, A* taps) {
-  if (p.lanes) std::memset(taps, 0, KK * p.Cp * sizeof(A));
-  for (int64_t c = 0; c < p.C; c++)
-    for (int t = 0; t < KK; t++) {
-      A tap = l.weight ? l.weight[c] : A(1);
-      if (l.kernel) tap *= l.kernel[c * KK + t];
-      taps[p.lanes ? t * p.Cp + c : c * KK + t] = tap;
-    }
+  const int64_t C = p.C;
+  const A *weight = l.weight, *kernel = l.kernel;
+  for (int t = 0; t < KK; t++, taps += p.Cp) {
+    for (int64_t c = 0; c < C; c++) taps[c] = weight ? weight[c] : A(1);
+    if (kernel)
+#pragma omp simd
+      for (int64_t c = 0; c < C; c++) taps[c] *= kernel[c * KK + t];
+    std::fill(taps + C, taps + p.Cp, A(0));
+  }
 }
 
 // h, a and, if asked for, g of `count` channels, first of which is c.
@@ -459,8 +480,8 @@ void forward(const Plan& p, const T* x, T* y, int64_t n, const Piece& piece, con
       });
     });
   } else if (p.lanes) {
-    A* out = p.tiles(2);
-    Tile<A, K> tile(out + p.hw * N, p.H, p.W);
+    A* out = p.packed();
+    Tile<A, K> tile = p.tiles()[0];
     for (int64_t c = c0; c < c1; c += N) {
       p.pack_block(x, n, c, tile.filling(load<A>(shift + c - c0)));
       V effective[KK];
@@ -472,7 +493,7 @@ void forward(const Plan& p, const T* x, T* y, int64_t n, const Piece& piece, con
   } else {
     for (int64_t c = c0; c < c1; c++) {
       A scaled[KK];
-      for (int t = 0; t < KK; t++) scaled[t] = taps[c * KK + t] * scale[c - c0];
+      for (int t = 0; t < KK; t++) scaled[t] = taps[t * p.Cp + c] * scale[c - c0];
       plane_forward<A, K>(p.plane(x, n, c), p.image(y, n, c), shift[c - c0], scaled, bias[c]);
     }
   }
@@ -484,7 +505,7 @@ struct Groups {
   int64_t count, blocks, block;
   explicit Groups(const Plan& p) {
     const bool whole = p.pixels && p.hw > SMALL_PLANE;  // else the sums would fill the cache
-    block = whole ? p.Cp : p.pixels ? 4 * N : p.lanes ? N : std::min<int64_t>(p.C, 16);
+    block = whole ? p.Cp : p.pixels ? 4 * N : N;
     blocks = (p.C + block - 1) / block;
     count = std::min<int64_t>(p.B * p.parts, std::max<int64_t>(1, (TASKS + blocks - 1) / blocks));
   }
@@ -504,8 +525,7 @@ bool all_finite(const A* products, const A* d_sum, int64_t pitch, int64_t count)
 // Sums of the block of channels from c on, packed.
 void block_sums(const Plan& p, const T* x, const T* dy, int64_t n, int64_t c, const A* shift,
                 const A* taps, A* products, A* d_sum, int64_t pitch) {
-  A* memory = p.tiles(2);
-  Tile<A, K> tile(memory, p.H, p.W), dy_tile(memory + tile.size(p.H, p.W), p.H, p.W);
+  auto [tile, dy_tile] = p.tiles();
   p.pack_block(x, n, c, tile.filling(load<A>(shift)), true);
   p.pack_block(dy, n, c, dy_tile.filling(V{}), true);
   V effective[KK], sums[KK], total, d;
@@ -523,7 +543,7 @@ void image_sums(const Plan& p, const T* x, const T* dy, int64_t n, const Piece& 
   const int64_t c0 = piece.c0, c1 = piece.c1;
   A sums[KK], own_taps[KK];
   const auto read_taps = [&](int64_t c) {
-    for (int t = 0; t < KK; t++) own_taps[t] = taps[p.lanes ? t * p.Cp + c : c * KK + t];
+    for (int t = 0; t < KK; t++) own_taps[t] = taps[t * p.Cp + c];
   };
   const auto write_products = [&](int64_t c) {
     for (int t = 0; t < KK; t++) products[t * pitch + c - c0] = sums[t];
@@ -580,8 +600,8 @@ void input(const Plan& p, const T* x, const T* dy, T* dx, int64_t n, const Piece
       });
     });
   } else if (p.lanes) {
-    A* out = p.tiles(2);
-    Tile<A, K> dy_tile(out + p.hw * N, p.H, p.W);
+    A* out = p.packed();
+    Tile<A, K> dy_tile = p.tiles()[0];
     for (int64_t c = c0; c < c1; c += N) {
       const A *m = mean + c - c0, *slopes = slope + c;
       p.pack_block(dy, n, c, dy_tile.filling(V{}));
@@ -598,7 +618,7 @@ void input(const Plan& p, const T* x, const T* dy, T* dx, int64_t n, const Piece
   } else {
     for (int64_t c = c0; c < c1; c++) {
       A scaled[KK];
-      for (int t = 0; t < KK; t++) scaled[t] = taps[c * KK + KK - 1 - t] * scale[c - c0];
+      for (int t = 0; t < KK; t++) scaled[t] = taps[(KK - 1 - t) * p.Cp + c] * scale[c - c0];
       plane_input<A, K>(p.plane(dy, n, c), p.image(x, n, c), p.image(dx, n, c), scaled,
                         mean[c - c0], slope[c], level[c - c0]);
     }
@@ -762,6 +782,7 @@ void ubn_backward_sums(const Layer* layer, const T* x, const T* dy, const A* ima
   parallel(g.count * g.blocks, p.threads, [&](int64_t begin, int64_t end) {
     static thread_local Buffer buffer;
     A *products = buffer.get<A>((KK + 2) * g.block), *d_sum = products + (KK + 1) * g.block;
+    std::memset(products, 0, (KK + 2) * g.block * sizeof(A));  // the lanes behind C, too
     for (int64_t task = begin; task < end; task++) {
       const int64_t group = task / g.blocks, c0 = task % g.blocks * g.block;
       const int64_t c1 = std::min(C, c0 + g.block), channels = c1 - c0;
@@ -771,28 +792,18 @@ void ubn_backward_sums(const Layer* layer, const T* x, const T* dy, const A* ima
         const int64_t n = unit / p.parts, part = unit % p.parts, at = n * Cp + c0;
         const Piece piece{c0, c1, p.first_row(part), p.first_row(part + 1), part};
         image_sums(p, x, dy, n, piece, shift + at, taps, products, d_sum, g.block);
-        const A *a = scale + at, *plain = products + KK * g.block;
-        A *dot = d_scale + p.at(part, n) + c0, *d_h = d_shifts + p.at(part, n) + c0;
-        A* sum_plain = total + KK * g.block;
-#pragma omp simd
-        for (int64_t c = 0; c < channels; c++) {
-          dot[c] = 0;
-          d_h[c] = a[c] * d_sum[c];
-          sum_plain[c] += plain[c];
-        }
-        for (int t = 0; t < KK; t++) {
-          const A* product = products + t * g.block;
-          A* sum = total + t * g.block;
-#pragma omp simd
-          for (int64_t c = 0; c < channels; c++) sum[c] += a[c] * product[c];
-          if (p.lanes) {
-            const A* tap = taps + t * Cp + c0;
-#pragma omp simd
-            for (int64_t c = 0; c < channels; c++) dot[c] += product[c] * tap[c];
-          } else {
-            const A* tap = taps + c0 * KK + t;
-            for (int64_t c = 0; c < channels; c++) dot[c] += product[c] * tap[c * KK];
+        A *dots = d_scale + p.at(part, n) + c0, *d_h = d_shifts + p.at(part, n) + c0;
+        for (int64_t c = 0; c < channels; c += N) {
+          const V a = load<A>(scale + at + c);
+          V dot{};
+          for (int t = 0; t <= KK; t++) {  // the last one is the sum of dY
+            const V product = load<A>(products + t * g.block + c);
+            A* sum = total + t * g.block + c;
+            store<A>(sum, load<A>(sum) + (t < KK ? a * product : product));
+            if (t < KK) dot += product * load<A>(taps + t * Cp + c0 + c);
           }
+          store<A>(dots + c, dot);
+          store<A>(d_h + c, a * load<A>(d_sum + c));
         }
       }
     }
@@ -926,6 +937,26 @@ void ubn_backward_input(const Layer* layer, const T* x, const T* dy, const A* ke
     const int64_t at = n * Cp + piece.c0;
     input(p, x, dy, dx, n, piece, mean + at, scale + at, slope, level + at, share > 0, taps);
   });
+}
+
+// A step of one process and its backward pass: the functions above, one after the other.
+void ubn_forward(const Layer* layer, const State* state, const T* x, A* image_mean, int similar,
+                 T* y, A* out) {
+  static thread_local Buffer buffer;
+  A* row = buffer.get<A>(2 * layer->channels + 3);
+  ubn_measure(layer, x, similar, image_mean, row);
+  ubn_normalize(layer, state, x, image_mean, row, 1, y, out);
+}
+
+void ubn_backward(const Layer* layer, const T* x, const T* dy, const A* image_mean, int needs_mean,
+                  const A* kept, A* d_weight, A* d_kernel, A* d_bias, A* d_center_weight,
+                  A* d_scale_weight, A* d_scale_bias, T* dx) {
+  static thread_local Buffer buffer;
+  A* rest = buffer.get<A>(ubn_rest_size(layer->batch, layer->channels) + 2 * layer->channels);
+  A* d_statistics = rest + ubn_rest_size(layer->batch, layer->channels);
+  ubn_backward_sums(layer, x, dy, image_mean, needs_mean, kept, d_statistics, d_weight, d_kernel,
+                    d_bias, d_scale_weight, d_scale_bias, rest);
+  ubn_backward_input(layer, x, dy, kept, d_statistics, rest, dx, d_center_weight);
 }
 
 double ubn_squared_sum(const T* x, const A* weight, int64_t batch, int64_t size, int64_t threads) {
