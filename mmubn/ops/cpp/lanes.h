@@ -102,6 +102,13 @@ struct Lanes {
     }
   }
 
+  // k = factor taps, of one block; `mirrored` for the transposed convolution.
+  template <bool mirrored = false>
+  static inline void scaled(const A* taps, int64_t pitch, V factor, V (&k)[K * K]) {
+    for (int t = 0; t < K * K; t++)
+      k[t] = load<A>(taps + (mirrored ? K * K - 1 - t : t) * pitch) * factor;
+  }
+
   template <bool past, class Some>
   static inline void put(Some lanes, T* out, int64_t next_row, V value) {
     if constexpr (past && lanes.all) {
@@ -134,8 +141,7 @@ struct Lanes {
     for (int b = 0; b < B; b++) {
       h[b] = load<A>(shift + b * N);
       beta[b] = load<A>(bias + b * N);
-      for (int t = 0; t < K * K; t++)
-        k[b][t] = load<A>(taps + t * pitch + b * N) * load<A>(scale + b * N);
+      scaled(taps + b * N, pitch, load<A>(scale + b * N), k[b]);
     }
     const int64_t R = s.W * s.step;
     for (int64_t i = s.first; i < s.end; i++, ahead += s.W * B * N) {
@@ -156,8 +162,7 @@ struct Lanes {
                     const A* level, bool has_slope) {
     V k[B][K * K], zero[B] = {};
     for (int b = 0; b < B; b++)
-      for (int t = 0; t < K * K; t++)
-        k[b][t] = load<A>(taps + (K * K - 1 - t) * pitch + b * N) * load<A>(scale + b * N);
+      scaled<true>(taps + b * N, pitch, load<A>(scale + b * N), k[b]);
     const int64_t R = s.W * s.step;
     for (int64_t i = s.first; i < s.end; i++, ahead += s.W * B * N) {
       const T* source = x + i * R;

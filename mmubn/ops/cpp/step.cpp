@@ -138,11 +138,16 @@ struct Plan {
   int64_t strip_rows() const {
     return std::max<int64_t>(1, STRIP / (W * C * int64_t(sizeof(T))));
   }
-  // f(strip) for the strips of a piece, which stay in the second level cache.
-  template <class F>
-  void each_strip(const Piece& piece, F f) const {
-    for (int64_t i = piece.first; i < piece.end; i += strip_rows())
-      f(Strip{i, std::min(piece.end, i + strip_rows()), H, W, C});
+  // f(strip, c, how many blocks, which of their lanes there are) for the blocks of channels, up to
+  // M at once, of each strip of a piece. A strip stays in the second level cache.
+  template <int M, class F>
+  void each_block(const Piece& piece, F f) const {
+    for (int64_t i = piece.first; i < piece.end; i += strip_rows()) {
+      const Strip strip{i, std::min(piece.end, i + strip_rows()), H, W, C};
+      InPlace::each_blocks<M>(piece.c0, piece.c1, [&](int64_t c, auto blocks, auto lanes) {
+        f(strip, c, blocks, lanes);
+      });
+    }
   }
   // What the block of channels from c on prefetches: its share of the strip after this one, which
   // begins `halo` rows behind it.
@@ -471,12 +476,10 @@ void forward(const Plan& p, const T* x, T* y, int64_t n, const Piece& piece, con
   const int64_t c0 = piece.c0, c1 = piece.c1;
   if (p.pixels) {
     p.with_past(y, [&](auto past) {
-      p.each_strip(piece, [&](const Strip& s) {
-        InPlace::each_blocks<2>(c0, c1, [&](int64_t c, auto blocks, auto lanes) {
-          InPlace::template forward<blocks, past>(
-              lanes, s, p.image(x, n, c), p.image(y, n, c), p.ahead(x, n, s, c, P), shift + c - c0,
-              scale + c - c0, taps + c, p.Cp, bias + c);
-        });
+      p.each_block<2>(piece, [&](const Strip& s, int64_t c, auto blocks, auto lanes) {
+        InPlace::forward<blocks, past>(lanes, s, p.image(x, n, c), p.image(y, n, c),
+                                       p.ahead(x, n, s, c, P), shift + c - c0, scale + c - c0,
+                                       taps + c, p.Cp, bias + c);
       });
     });
   } else if (p.lanes) {
@@ -485,8 +488,7 @@ void forward(const Plan& p, const T* x, T* y, int64_t n, const Piece& piece, con
     for (int64_t c = c0; c < c1; c += N) {
       p.pack_block(x, n, c, tile.filling(load<A>(shift + c - c0)));
       V effective[KK];
-      for (int t = 0; t < KK; t++)
-        effective[t] = load<A>(taps + t * p.Cp + c) * load<A>(scale + c - c0);
+      Packed::scaled(taps + c, p.Cp, load<A>(scale + c - c0), effective);
       tile.convolve(effective, load<A>(bias + c), out);
       p.unpack_block(out, y, n, c, [](int64_t, int64_t, V v, auto) { return v; });
     }
@@ -560,12 +562,10 @@ void image_sums(const Plan& p, const T* x, const T* dy, int64_t n, const Piece& 
   if (p.pixels) {
     std::memset(products, 0, (KK + 1) * pitch * sizeof(A));
     std::memset(d_sum, 0, pitch * sizeof(A));
-    p.each_strip(piece, [&](const Strip& s) {
-      InPlace::each_blocks<1>(c0, c1, [&](int64_t c, auto, auto lanes) {
-        InPlace::sums(lanes, s, p.image(x, n, c), p.image(dy, n, c), p.ahead(x, n, s, c, P),
-                      p.ahead(dy, n, s, c, 0), shift + c - c0, taps + c, p.Cp, products + c - c0,
-                      d_sum + c - c0, pitch);
-      });
+    p.each_block<1>(piece, [&](const Strip& s, int64_t c, auto, auto lanes) {
+      InPlace::sums(lanes, s, p.image(x, n, c), p.image(dy, n, c), p.ahead(x, n, s, c, P),
+                    p.ahead(dy, n, s, c, 0), shift + c - c0, taps + c, p.Cp, products + c - c0,
+                    d_sum + c - c0, pitch);
     });
   } else {
     for (int64_t c = c0; c < c1; c += N)
@@ -590,13 +590,11 @@ void input(const Plan& p, const T* x, const T* dy, T* dx, int64_t n, const Piece
   const int64_t c0 = piece.c0, c1 = piece.c1;
   if (p.pixels) {
     p.with_past(dx, [&](auto past) {
-      p.each_strip(piece, [&](const Strip& s) {
-        InPlace::each_blocks<2>(c0, c1, [&](int64_t c, auto blocks, auto lanes) {
-          InPlace::template input<blocks, past>(
-              lanes, s, p.image(x, n, c), p.image(dy, n, c), p.image(dx, n, c),
-              p.ahead(dy, n, s, c, P), scale + c - c0, taps + c, p.Cp, mean + c - c0, slope + c,
-              level + c - c0, has_slope);
-        });
+      p.each_block<2>(piece, [&](const Strip& s, int64_t c, auto blocks, auto lanes) {
+        InPlace::input<blocks, past>(lanes, s, p.image(x, n, c), p.image(dy, n, c),
+                                     p.image(dx, n, c), p.ahead(dy, n, s, c, P), scale + c - c0,
+                                     taps + c, p.Cp, mean + c - c0, slope + c, level + c - c0,
+                                     has_slope);
       });
     });
   } else if (p.lanes) {
@@ -606,8 +604,7 @@ void input(const Plan& p, const T* x, const T* dy, T* dx, int64_t n, const Piece
       const A *m = mean + c - c0, *slopes = slope + c;
       p.pack_block(dy, n, c, dy_tile.filling(V{}));
       V effective[KK];
-      for (int t = 0; t < KK; t++)
-        effective[t] = load<A>(taps + (KK - 1 - t) * p.Cp + c) * load<A>(scale + c - c0);
+      Packed::scaled<true>(taps + c, p.Cp, load<A>(scale + c - c0), effective);
       dy_tile.convolve(effective, load<A>(level + c - c0), out);
       p.unpack_block(out, dx, n, c, [=](int64_t i, int64_t q, V v, auto pixels) {
         if (!has_slope) return v;
