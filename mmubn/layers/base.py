@@ -5,7 +5,7 @@ import inspect
 import logging
 import numbers
 from collections.abc import Mapping
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterable, List, Optional
 
 import torch
 import torch.fx
@@ -21,6 +21,8 @@ logger = logging.getLogger('mmubn')
 
 # What has to fit the input.
 _CHECKED = (*ops.Parameters._fields, 'running_mean', 'running_var')
+# What BatchNorm's training moves.
+_TRACKED = ('running_mean', 'running_var', 'num_batches_tracked')
 # What a state dict of these layers may hold and one of BatchNorm never does.
 _OWN_NAMES = ('kernel', 'center_weight', 'scale_weight', 'scale_bias', 'running_similarity')
 
@@ -115,39 +117,49 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
         counts = self.training and self.track_running_stats and buffers.running_mean is None
         if counts and buffers.num_batches_tracked is not None:  # as BatchNorm, with nothing to move
             buffers.num_batches_tracked.add_(1)
-        return ops.ubn(x, parameters, buffers, self._settings(), self._group(), self.backend)
+        settings = self._settings(buffers)
+        return ops.ubn(x, parameters, buffers, settings, self._group(), self.backend)
 
     def _parameters_of_step(self) -> ops.Parameters:
-        weight = self.weight
-        if weight is None and self.kernel is not None:  # taken away on the built layer
-            weight = self.kernel.new_ones(len(self.kernel))
-        return ops.Parameters(
-            weight, self.kernel, self.bias, self.center_weight, self.scale_weight, self.scale_bias
-        )
+        weight, kernel, *others = self._tensors(self._parameters, ops.Parameters._fields)
+        if weight is None and kernel is not None:  # taken away on the built layer
+            weight = kernel.new_ones(len(kernel))
+        return ops.Parameters(weight, kernel, *others)
+
+    def _tensors(self, own: Dict[str, Optional[Tensor]], names: Iterable[str]) -> list:
+        """Attributes by name, from the dict of nn.Module in which they are, if they are there.
+
+        A parametrized one is not. In a small layer, nn.Module's ``__getattr__`` takes time.
+        """
+        return [own[name] if name in own else getattr(self, name) for name in names]
 
     def _state(self) -> ops.Buffers:
         """What a training step moves."""
-        count = self.num_batches_tracked
-        if count is None and self.running_mean is not None:  # as BatchNorm: nobody counts
-            count = torch.zeros((), dtype=torch.long, device=self.running_mean.device)
-        return ops.Buffers(self.running_mean, self.running_var, count)
+        mean, var, count = self._tensors(self._buffers, _TRACKED)
+        if count is None and mean is not None:  # as BatchNorm: nobody counts
+            count = torch.zeros((), dtype=torch.long, device=mean.device)
+        return ops.Buffers(mean, var, count)
 
-    def _settings(self, **gate: Any) -> ops.Settings:
+    def _settings(
+        self, buffers: ops.Buffers, update: Optional[bool] = None, **gate: Any
+    ) -> ops.Settings:
         """What this step does, by what the attributes say at this moment, as in BatchNorm."""
-        settings = dict(
+        if update is None:
+            update = self._tracks(buffers) and not recomputing()
+        return ops.Settings(
             eps=self._eps,
-            training=self.training or self.running_mean is None,
+            training=self.training or buffers.running_mean is None,
             momentum=self.momentum,
-            update=self._tracks() and not recomputing(),
+            update=update,
             scale_from_input=self._scale_from_input,
+            **gate,
         )
-        return ops.Settings(**{**settings, **gate})
 
-    def _tracks(self) -> bool:
+    def _tracks(self, buffers: ops.Buffers) -> bool:
         """Whether this step belongs into the running statistics."""
         if self.momentum is None and self.num_batches_tracked is None:
             return False  # no average without a count
-        return bool(self.training and self.track_running_stats and self.running_mean is not None)
+        return bool(self.training and self.track_running_stats and buffers.running_mean is not None)
 
     def _group(self) -> Optional[Any]:
         """The processes whose batches are one, None where it is this one alone."""

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import ops
-from ..ops.utils import is_vmapped
 from .base import RectifiedBatchNorm, check_integer, recomputing
 
 # More batches than there will be.
@@ -202,19 +201,16 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         if tau is not None and self._gate.device != tau.device:
             # Tensors were put in place of the buffers, as load_state_dict(assign=True) does.
             self._gate = torch.ones((), dtype=torch.bool, device=tau.device)
-        gate = self._gate
-        if tau is not None and is_vmapped(tau):  # one for each model, which ends with the call
-            gate = torch.ones_like(tau, dtype=torch.bool)
         # No step to count, and for torch.compile to carry along, where each one measures.
         steps = self._steps if self.fct_interval > 1 else None
-        return ops.Buffers(running_mean, running_var, count, tau, gate, steps)
+        return ops.Buffers(running_mean, running_var, count, tau, self._gate, steps)
 
-    def _settings(self) -> ops.Settings:
+    def _settings(self, buffers: ops.Buffers) -> ops.Settings:
         # PreciseBN sets a momentum of 1 to read the statistics of single batches: there is no
         # past that a shut gate could use.
-        gated = self.fct is not None and self._tracks() and self.momentum != 1
-        if not gated or self.running_similarity is None:
-            return super()._settings()
+        gated = self.fct is not None and self._tracks(buffers) and self.momentum != 1
+        if not gated or buffers.running_similarity is None:
+            return super()._settings(buffers)
         warmup = self.fct_warmup if self.fct_warmup is None else int(self.fct_warmup)
         if self.momentum is None:
             # update_bn and stochastic weight averaging set it: the average is to be that of
@@ -222,17 +218,17 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
             warmup = _FOREVER
         elif warmup is None:
             warmup = math.ceil(10 / self.momentum) if self.momentum else 10
-        gate = dict(
+        again = recomputing() and self._decided['once']
+        self._decided['once'] = True
+        return super()._settings(
+            buffers,
+            update=not again,
             fct=self.fct,
             similarity_weight=1 - (1 - self.fct_momentum) ** self.fct_interval,
             interval=self.fct_interval,
             stride=self.fct_stride,
             warmup=warmup,
         )
-        if recomputing() and not self._decided['once']:
-            gate['update'] = True
-        self._decided['once'] = True
-        return super()._settings(**gate)
 
     def extra_repr(self) -> str:
         """The settings, BatchNorm's first."""

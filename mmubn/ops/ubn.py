@@ -9,7 +9,7 @@ from . import backend as backends
 from . import compiled
 from .interface import Buffers, Parameters, Settings
 from .step import Step, an_image, keeps, step_backward, step_forward
-from .utils import compiling, differentiable, is_batched, tracing
+from .utils import compiling, differentiable, is_batched, is_vmapped, tracing
 
 
 class _Gradients(NamedTuple):
@@ -72,6 +72,10 @@ def ubn(
     chosen = backends.choose(backend, x if x.numel() else an_image(x), parameters.kernel_size)
     step = Step(chosen, buffers, settings, group)
     if tracing():
+        tau = buffers.running_similarity
+        if tau is not None and is_vmapped(tau):  # a gate for each model, which ends with the call
+            gate = torch.ones_like(tau, dtype=torch.bool)
+            step = step._replace(buffers=buffers._replace(gate=gate))
         return step_forward(x, parameters, step)[0]
     wanted = (x, *parameters)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted):
