@@ -18,8 +18,12 @@ os.environ.setdefault('TRITON_INTERPRET', '0' if torch.cuda.is_available() else 
 
 def pytest_runtest_setup(item):
     marker = item.get_closest_marker('newer_torch')
-    if marker and torch.__version__.startswith('2.1.'):
+    if marker and _version(torch.__version__) <= _version(marker.kwargs.get('than', '2.1')):
         pytest.skip(f'torch {torch.__version__}: {marker.args[0]}')
+
+
+def _version(text: str) -> tuple:
+    return tuple(int(part) for part in text.split('.')[:2])
 
 
 @pytest.fixture(autouse=True)

@@ -314,7 +314,7 @@ def test_tensors_of_another_shape_are_refused(name, shape):
         layer(torch.randn(2, CHANNELS, 5, 5))
 
 
-@pytest.mark.newer_torch('DTensor is a prototype there')
+@pytest.mark.newer_torch('DTensor is a prototype there', than='2.4')
 def test_distributed_parameters_with_a_plain_input_are_refused(kind):
     tensor = pytest.importorskip('torch.distributed.tensor')
     store = torch.distributed.HashStore()

@@ -4,12 +4,13 @@ import functools
 
 import pytest
 import torch
-from mmengine.dist import all_reduce_params
 from processes import in_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmubn.layers import UBN
+
+all_reduce_params = pytest.importorskip('mmengine.dist').all_reduce_params
 
 STEPS = 6
 

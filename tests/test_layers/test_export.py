@@ -86,7 +86,7 @@ def evaluated():
     return net.eval(), torch.randn(2, 3, 10, 12)
 
 
-@pytest.mark.newer_torch('torch.export has no dynamic shapes by name')
+@pytest.mark.newer_torch('torch.export takes the size of a batch for a constant', than='2.4')
 def test_torch_export_with_dynamic_batch(evaluated):
     net, x = evaluated
     batch = torch.export.Dim('batch', min=2)

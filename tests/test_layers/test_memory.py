@@ -57,7 +57,7 @@ def ratio(make_model, loss):
     return measure.saved_bytes(lambda: loss(model), model) / bytes_bn
 
 
-@pytest.mark.newer_torch('torch.compile calls the step as one operator from torch 2.4 on')
+@pytest.mark.newer_torch('hooks of saved tensors are traced there', than='2.4')
 @pytest.mark.filterwarnings('ignore')
 def test_a_compiled_network_keeps_what_a_compiled_batch_norm_keeps():
     """With the partition that Inductor takes, which decides what is saved and what is made anew."""
