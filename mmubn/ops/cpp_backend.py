@@ -95,8 +95,8 @@ class CppBackend(Backend):
         dtype = statistics_dtype(x.dtype)
         parameters = _as(Parameters(center_weight=center_weight), dtype)
         batch, channels = x.shape[:2]
-        image_mean = torch.empty((batch, channels), dtype=dtype)
-        row = torch.empty(2 * channels + 3, dtype=dtype)
+        image_mean = x.new_empty((batch, channels), dtype=dtype)
+        row = x.new_empty(2 * channels + 3, dtype=dtype)
         _any_library(x.dtype).ubn_measure(
             _layer(x, pixels, parameters, Settings()),
             x.data_ptr(),
@@ -211,9 +211,9 @@ def _output(
     state = _owned(buffers, dtype)
     batch, channels = x.shape[:2]
     if image_mean is None and settings.needs_image_mean(parameters):
-        image_mean = torch.empty((batch, channels), dtype=dtype)
+        image_mean = x.new_empty((batch, channels), dtype=dtype)
     y = torch.empty_like(x)
-    statistics = torch.empty(2 * channels + 1, dtype=dtype)
+    statistics = x.new_empty(2 * channels + 1, dtype=dtype)
     getattr(_library(x.dtype, parameters.kernel_size), function)(
         _layer(x, pixels, parameters, settings),
         _state(state, settings),
