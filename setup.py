@@ -20,10 +20,10 @@ class BuildWithConfigs(build_py):
         target = target / '.mim' if self.editable_mode else target / 'mmubn' / '.mim'
         target.mkdir(exist_ok=True)
         for name in ('configs', 'tools', 'model-index.yml'):
-            source = ROOT.resolve() / name
-            if self.editable_mode:  # a link, so that edits show
+            source = ROOT / name
+            if self.editable_mode:  # a relative link: edits show, and a copy has its own
                 if not (target / name).is_symlink():
-                    (target / name).symlink_to(source, target_is_directory=source.is_dir())
+                    (target / name).symlink_to(Path('..', '..', name), source.is_dir())
             elif source.is_file():
                 shutil.copy(source, target / name)
             else:

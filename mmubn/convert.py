@@ -26,7 +26,7 @@ def convert_norm(
 ) -> nn.Module:
     """Replaces a model's norm layers in place, such that its output in evaluation stays the same.
 
-    - From BatchNorm2d and SyncBatchNorm to UBN, SyncUBN, RBN, BNET or IEBN: weights and
+    - From BatchNorm2d and SyncBatchNorm to a type of :mod:`mmubn.layers`: weights and
       running statistics are kept as if a checkpoint of BatchNorm were loaded. The fused
       norm and activation layers of timm (such as ``BatchNormAct2d``) keep their drop and
       activation.
@@ -45,7 +45,7 @@ def convert_norm(
     Args:
         model (nn.Module): Any model, or a norm layer itself.
         norm_cfg (dict): ``dict(type='UBN', fct=0.15)``, as in an OpenMMLab config; type
-            is one of UBN, SyncUBN, RBN, BNET, IEBN and BN. ``requires_grad``, if given, is
+            is that of a layer of :mod:`mmubn.layers`, or BN. ``requires_grad``, if given, is
             set on all parameters of the new layers.
         include (str | Sequence[str]): Shell patterns of module names, such as
             ``'layer[34].*'``. A layer that matches no pattern is left alone.

@@ -177,8 +177,9 @@ def devices() -> Iterator[Line]:
     """The GPUs that torch sees, and Triton."""
     torch, _ = _load('torch')
     if torch is not None:
-        cuda = torch.version.cuda or torch.version.hip
-        build = f'torch is built for CUDA {cuda}' if cuda else 'torch is built for CPU'
+        kinds = {'CUDA': torch.version.cuda, 'ROCm': torch.version.hip}
+        built = [f'{kind} {version}' for kind, version in kinds.items() if version]
+        build = f'torch is built for {"".join(built) or "CPU"}'
         if torch.cuda.is_available():
             count = torch.cuda.device_count()
             names = {torch.cuda.get_device_name(i) for i in range(count)}
@@ -191,7 +192,8 @@ def devices() -> Iterator[Line]:
                     'version, or torch came from a CPU index'
                 )
             yield Line('GPU', f'none; {build}', remedy)
-    yield Line('triton', _version('triton') or 'not installed')
+    triton, _ = _load('triton')  # its distributions have several names
+    yield Line('triton', getattr(triton, '__version__', 'not installed'))
     compiler = shutil.which(os.environ.get('CXX') or 'c++')
     yield Line('C++ compiler', compiler or 'none: OPS=1 needs one, nothing else has to')
 

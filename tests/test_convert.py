@@ -125,7 +125,7 @@ def test_back_with_trained_exact_parameters():
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ((dict(type='UBNN'),), "type must be one of UBN, SyncUBN, RBN, BNET, IEBN, BN, got 'UBNN'"),
+        ((dict(type='UBNN'),), f"type must be one of {', '.join(layers.__all__)}, BN, got 'UBNN'"),
         ((dict(type='UBN'), 'layer9*'), "pattern 'layer9\\*' matches none"),
         ((dict(type='BN'),), 'no layer to replace by BN: 0 .already BatchNorm2d'),
         (('UBN',), "norm_cfg must be a dict, such as dict.type='UBN'., got 'UBN'"),
@@ -212,6 +212,10 @@ def with_layer(norm):
     return norm
 
 
+*FIRST, LAST = layers.__all__
+OURS = f'{", ".join(FIRST)} and {LAST}'
+
+
 def with_forward(norm):
     forward = norm.forward
     norm.forward = lambda x: 3 * forward(x)
@@ -225,7 +229,7 @@ def with_forward(norm):
         (RBN(3), dict(type='UBN'), 'RBN, which can only become BN; UBN and SyncUBN can also'),
         (nn.BatchNorm1d(3), dict(type='UBN'), 'BatchNorm1d; BatchNorm2d, SyncBatchNorm and'),
         (nn.LazyBatchNorm2d(), dict(type='UBN'), 'LazyBatchNorm2d; BatchNorm2d, Sync'),
-        (nn.BatchNorm3d(3), dict(type='BN'), 'BatchNorm3d; UBN, SyncUBN, RBN, BNET and IEBN'),
+        (nn.BatchNorm3d(3), dict(type='BN'), f'BatchNorm3d; {OURS}'),
         (
             torch.nn.utils.parametrizations.weight_norm(nn.BatchNorm2d(3)),
             dict(type='UBN'),

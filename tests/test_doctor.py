@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from tool import ROOT
 
 from mmubn import doctor
@@ -127,6 +128,16 @@ def test_a_stand_in_that_does_not_know_this_mmcv(mmcv_ext):
     )
     assert 'torchvision stands in' in line.value
     assert line.remedy == 'they stand in for those of mmcv 1'
+
+
+@pytest.mark.parametrize(
+    ('cuda', 'hip', 'build'),
+    [('13.0', None, 'CUDA 13.0'), (None, '6.2', 'ROCm 6.2'), (None, None, 'CPU')],
+)
+def test_what_torch_is_built_for(cuda, hip, build, monkeypatch):
+    monkeypatch.setattr(torch.version, 'cuda', cuda)
+    monkeypatch.setattr(torch.version, 'hip', hip)
+    assert next(doctor.devices()).value.endswith(f'torch is built for {build}')
 
 
 def test_unmet_requirements(monkeypatch):

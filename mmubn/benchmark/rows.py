@@ -3,7 +3,6 @@
 import csv
 import subprocess
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
@@ -31,8 +30,8 @@ def describe_run(device: torch.device) -> Row:
     else:
         name = f'cpu: {_cpu_name()}, {torch.get_num_threads()} threads'
     try:
-        triton = metadata.version('triton')
-    except metadata.PackageNotFoundError:
+        from triton import __version__ as triton  # its distributions have several names
+    except ImportError:
         triton = ''
     return dict(
         date=datetime.now().isoformat(timespec='seconds'),

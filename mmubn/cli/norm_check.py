@@ -59,7 +59,7 @@ def _unknown_type_message(path: str, kind: str) -> str:
 
 
 def _hint(kind: str) -> str:
-    ours = [name for name in layers.__all__ if name.upper() in kind.upper()]
+    ours = [name for name in layers.__all__ if name.upper() in kind.upper().replace('SYNC', '')]
     if ours and 'SYNC' in kind.upper():
         if 'UBN' not in ours:
             return (

@@ -60,7 +60,8 @@ class NonFiniteHook(Hook):
         self._skips = 0
         self._stepped = 0  # optimizers in this iteration
         self._batches: List[Any] = []
-        self._originals: List[Tuple[Any, Callable]] = []  # optimizers with their own step
+        # Optimizers, their own step, and ours in its place.
+        self._watched: List[Tuple[Any, Callable, Callable]] = []
 
     def before_train(self, runner) -> None:
         """Starts to look at every step."""
@@ -74,18 +75,20 @@ class NonFiniteHook(Hook):
 
         @functools.wraps(original)
         def step(optimizer, *args, **kwargs):
-            self._check_gradients(runner, optimizer)
-            self._stepped += 1
+            if self._watched:
+                self._check_gradients(runner, optimizer)
+                self._stepped += 1
             return original(*args, **kwargs)
 
         optimizer.step = MethodType(step, optimizer)
-        self._originals.append((optimizer, original))
+        self._watched.append((optimizer, original, optimizer.step))
 
     def after_train(self, runner) -> None:
         """Stops looking."""
-        for optimizer, original in self._originals:
-            optimizer.step = original
-        self._originals.clear()
+        for optimizer, original, ours in self._watched:
+            if optimizer.step is ours:  # else another has put its own around it, and keeps it
+                optimizer.step = original
+        self._watched.clear()
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Keeps the batch, beside those that its gradients will be added to."""

@@ -42,7 +42,7 @@ def prepare_for_inference(
 ) -> nn.Module:
     r"""A copy of a model for inference alone, with the same outputs and cheap norm layers.
 
-    The constant part of every UBN, SyncUBN, RBN, BNET, IEBN and BatchNorm2d is folded, exactly,
+    The constant part of every layer of :mod:`mmubn.layers` and BatchNorm2d is folded, exactly,
     into the convolution before it. That is the running statistics. It is the whole layer if all
     calibrations are zero and the kernel is zero beside its middle. What is left is a depthwise
     convolution, and an offset and a factor per image and channel, or less of these; see

@@ -40,6 +40,7 @@ Numbers a channel or an image and channel have the dtype of the statistics: floa
 float64 input float64. Parameters and buffers may have another, which a backend converts.
 """
 
+from abc import abstractmethod
 from typing import Any, NamedTuple, Optional, Protocol, Tuple
 
 from torch import Tensor
@@ -151,12 +152,13 @@ class Sums(NamedTuple):
 class Backend(Protocol):
     """Does the work of a step on one kind of device; one object, without state of its own.
 
-    A backend is a subclass, and fills every method but :meth:`forward` and :meth:`backward`.
+    A backend is a subclass that fills the abstract methods.
     """
 
     name: str
     """What the layers' ``backend=`` calls it."""
 
+    @abstractmethod
     def why_not(self, x: Tensor, kernel_size: int) -> str:
         """Why it cannot serve ``x`` with taps of that size, in a few words; '' where it can."""
 
@@ -186,6 +188,7 @@ class Backend(Protocol):
         )
         return dx, sums.gradients._replace(center_weight=d_center_weight)
 
+    @abstractmethod
     def measure(
         self, x: Tensor, center_weight: Optional[Tensor], stride: int
     ) -> Tuple[Tensor, Tensor]:
@@ -210,6 +213,7 @@ class Backend(Protocol):
             :math:`\sigma^2`. The second and third are 0 where there is no similarity.
         """
 
+    @abstractmethod
     def normalize(
         self,
         x: Tensor,
@@ -243,6 +247,7 @@ class Backend(Protocol):
             of a value in :math:`\mu`, 1 / count or, where the gate is shut, 0.
         """
 
+    @abstractmethod
     def backward_sums(
         self,
         x: Tensor,
@@ -264,6 +269,7 @@ class Backend(Protocol):
             settings (Settings): Of the step.
         """
 
+    @abstractmethod
     def backward_input(
         self,
         x: Tensor,
@@ -284,5 +290,6 @@ class Backend(Protocol):
             sums (Sums): Of :meth:`backward_sums`.
         """
 
+    @abstractmethod
     def squared_sum(self, x: Tensor, weight: Tensor) -> Tensor:
         """``|| sum_n weight_n X_n ||^2``, a scalar, of X (N, ...) and weight (N,)."""

@@ -22,7 +22,7 @@ from .run import (
     run_jobs,
     work_dirs,
 )
-from .studies import Options, run_study, write_tuning
+from .run_study import Options, run_study, write_tuning
 from .study import Study
 
 

@@ -156,16 +156,19 @@ class Row:
         return all(getattr(self, key) == getattr(other, key) for key in keys)
 
 
-def paper_rows(table: str) -> List[Row]:
-    """The rows of a table of the paper, with the values of its CSV."""
+def paper_rows(table: str, paper: Path = PAPER) -> List[Row]:
+    """The rows of a table of a paper, with the values of its CSV.
+
+    Rows of another paper have recipes of their own: give each its ``file``.
+    """
     found: Dict[Tuple, Dict[str, float]] = {}
-    with PAPER.open(newline='') as file:
+    with paper.open(newline='') as file:
         for line in csv.DictReader(file):
             if line['table'] == table:
                 metric, _, batch = line['metric'].partition('_bs')
                 key = line['dataset'], line['model'], line['norm'], int(batch or 0)
                 found.setdefault(key, {})[metric] = float(line['value'])
     return [
-        Row(dataset, model, norm, norm, batch_size=batch, paper=paper)
-        for (dataset, model, norm, batch), paper in found.items()
+        Row(dataset, model, norm, norm, batch_size=batch, paper=values)
+        for (dataset, model, norm, batch), values in found.items()
     ]

@@ -1,4 +1,7 @@
-"""How the rows of an experiment are trained, where that is more than their configs."""
+"""How the rows of an experiment are trained, where that is more than their configs.
+
+The trainings themselves are in :mod:`mmubn.reproduce.run_study`.
+"""
 
 from dataclasses import dataclass
 from itertools import product

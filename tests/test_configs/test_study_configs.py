@@ -12,7 +12,7 @@ from weights import trained
 
 from mmubn.reproduce.experiments import EXPERIMENTS
 from mmubn.reproduce.run import as_arguments, make_setting
-from mmubn.reproduce.studies import _at, pretraining_setting
+from mmubn.reproduce.run_study import _at, pretraining_setting
 
 pytestmark = pytest.mark.skipif(find_spec('mmdet') is None, reason='no mmdet')
 STUDIES = {name: e.study for name, e in EXPERIMENTS.items() if e.study is not None}

@@ -5,8 +5,9 @@ import warnings
 
 import pytest
 import torch
+from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper, OptimWrapperDict
-from mmengine.registry import OPTIM_WRAPPERS
+from mmengine.registry import HOOKS, OPTIM_WRAPPERS
 from torch import nn
 from toy_runner import ToyImages, ToyNet, loader, log_of, make_runner
 
@@ -218,6 +219,33 @@ def test_leaves_the_optimizer_as_it_was(tmp_path):
     step = optimizer.step
     run(tmp_path / 'own', model, optim_wrapper=OptimWrapper(optimizer))
     assert optimizer.step == step
+
+
+@HOOKS.register_module()
+class CountingHook(Hook):
+    """Puts a step of its own around that of the optimizer, and keeps it there."""
+
+    def before_train(self, runner):
+        self.steps, inner = 0, runner.optim_wrapper.optimizer.step
+
+        def step(*args, **kwargs):
+            self.steps += 1
+            return inner(*args, **kwargs)
+
+        runner.optim_wrapper.optimizer.step = step
+
+
+def test_a_step_that_another_hook_put_around_it_stays(tmp_path):
+    model = ubn_net()
+    runner = make_runner(tmp_path, model, [HOOK, dict(type='CountingHook')], val=False, epochs=1)
+    runner.train()
+    (counting,) = (hook for hook in runner.hooks if isinstance(hook, CountingHook))
+    steps, optimizer = counting.steps, runner.optim_wrapper.optimizer
+    assert steps == len(runner.train_dataloader)
+    parameter = next(model.parameters())
+    parameter.grad = torch.full_like(parameter, float('nan'))
+    optimizer.step()  # after training, so nobody stops it
+    assert counting.steps == steps + 1
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import nn
 from weights import assert_same_state, difference, trained
 
 import mmubn
-from mmubn import prepare_for_inference
+from mmubn import layers, prepare_for_inference
 from mmubn.inference.layer import InferenceNorm
 
 # torch 2.1 has no convolution of float16 on a CPU.
@@ -225,7 +225,7 @@ def on_two_devices():
         (on_two_devices, 'the model is on cpu and meta: move it to one device with data'),
         (
             lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.GroupNorm(1, 3)).eval(),
-            'the model has no norm layer to prepare: no UBN, SyncUBN, RBN, BNET, IEBN, BatchNorm2d',
+            f'the model has no norm layer to prepare: no {", ".join(layers.__all__)}, BatchNorm2d',
         ),
     ],
 )

@@ -113,7 +113,7 @@ def step(backend, x, parameters, settings, ranks):
 
 
 def main(architecture, dtype, *kernel_sizes, every_layer=False):
-    target = GPUTarget('hip', architecture, 64)
+    target = GPUTarget('hip', architecture, 64 if architecture.startswith('gfx9') else 32)
     if architecture.isdecimal():
         target = GPUTarget('cuda', int(architecture), 32)
     kernels = {name: getattr(triton_kernels, name) for name in PASSES}

@@ -29,6 +29,7 @@ def test_main_config_trains_and_evaluates():
     options = [
         'model.backbone.init_cfg=None',
         'train_cfg.max_epochs=1',
+        'randomness.seed=0',
         'train_dataloader.dataset.indices=4',
         'val_dataloader.dataset.indices=2',
         'train_dataloader.dataset.pipeline.2.scale=(160,96)',

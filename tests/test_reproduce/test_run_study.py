@@ -12,7 +12,7 @@ from mmpretrain.datasets.categories import CIFAR10_CATEGORIES
 from tool import read_csv, run_tool
 
 from mmubn.datasets import pasted_scenes
-from mmubn.reproduce import studies
+from mmubn.reproduce import run_study
 from mmubn.reproduce.cifar_scenes import make_cifar_scenes
 from mmubn.reproduce.experiments import EXPERIMENTS, ROWS
 from mmubn.reproduce.logs import SETTINGS, read_run
@@ -65,7 +65,7 @@ def instant_runs(folder):
     changed = replace(TWO_IMAGES.study, prepare=lambda given, out: Path('made') / given)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(studies, 'run_jobs', run)
+        patch.setattr(run_study, 'run_jobs', run)
         patch.setitem(EXPERIMENTS, TWO_IMAGES.name, replace(TWO_IMAGES, study=changed))
         yield run
 
@@ -152,7 +152,7 @@ def test_a_failed_point_loses_and_is_told(stages, capsys):
 
 
 def test_without_a_single_result_it_stops(stages, capsys):
-    stages.value_of = lambda job: None if studies.TUNING in job.folder.parts else 50.0
+    stages.value_of = lambda job: None if run_study.TUNING in job.folder.parts else 50.0
     with pytest.raises(SystemExit):
         run_two()
     assert 'BN: no run of its grid ended; see runs/tuning' in capsys.readouterr().err
@@ -271,7 +271,7 @@ def test_a_whole_study_on_a_tiny_budget(tmp_path, monkeypatch, capfd):
     (folder,) = Path('runs').glob('faster_rcnn*/seed0')
     assert read_run(folder).state == 'done'
     assert 'BatchNorm checkpoint loaded into UBN layers' in (folder / 'output.log').read_text()
-    values = studies.grid_values(TWO_IMAGES.study, row, Path('runs'))
+    values = run_study.grid_values(TWO_IMAGES.study, row, Path('runs'))
     assert all(value >= 0 for _, value in values)
     run_tool(
         'reproduce', *argv, '--data-root', 'data', '--work-dir', 'runs', '--cfg-options', *small
