@@ -53,4 +53,5 @@ int main() {
         for (int64_t width : {1, 2, 3, 15, 16, 17, 31, 32, 33, 48, 65})
           for (bool pixels : {false, true}) step(batch, channels, height, width, pixels);
   step(2, 70, 6, 600, true);  // each row is a part of its own
+  step(2, WIDE + 5, 3, 4, true);
 }

@@ -21,7 +21,8 @@ WHY_NOT = CPP.why_not(torch.zeros(1, 1, 1, 1), 3)
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 
 # Planes of a pixel, a row, a column; of fewer and of more than a vector; of several strips, and of
-# parts of an image. Channels that fill vectors and that do not. Few images and more.
+# parts of an image. Channels that fill vectors and that do not, and so many that channels_last
+# packs them. Few images and more.
 SHAPES = [
     (2, 3, 1, 1),
     (3, 17, 4, 4),
@@ -31,6 +32,7 @@ SHAPES = [
     (4, 20, 9, 9),
     (3, 4, 2, 300),
     (6, 18, 40, 30),
+    (3, 1030, 5, 4),
     (2, 40, 7, 450),
 ]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -224,7 +226,9 @@ def test_threads_change_no_bit(shape, layout, dtype):
 
 @pytest.mark.parametrize('bad', [float('inf'), float('nan')])
 @pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('shape', [(2, 5, 4, 5), (2, 16, 12, 30), (2, 16, 30, 160)], ids=str)
+@pytest.mark.parametrize(
+    'shape', [(2, 5, 4, 5), (2, 1030, 4, 5), (2, 16, 12, 30), (2, 16, 30, 160)], ids=str
+)
 def test_what_is_not_finite_reaches_what_it_should(shape, layout, bad):
     """In evaluation without calibrations, where nothing but the convolution spreads it."""
     height, width = shape[2:]

@@ -312,6 +312,7 @@ class Tile {
 
   static int64_t size(int64_t H, int64_t W) { return (H + 2 * P) * (W + 2 * P) * N; }
 
+  Tile() = default;
   Tile(A* memory, int64_t H, int64_t W)
       : H_(H), W_(W), pitch_((W + 2 * P) * N), first_(memory + P * pitch_ + P * N) {}
 
@@ -322,6 +323,8 @@ class Tile {
     A* last = first_ + (H_ - 1) * pitch_ + row;
     clear(last, last + P * pitch_ + P * N);
   }
+
+  A* at(int64_t i, int64_t j) const { return first_ + i * pitch_ + j * N; }
 
   // What takes the pixels one after the other.
   auto filling(V shift) {
@@ -418,8 +421,8 @@ class Tile {
     return sum;
   }
 
-  int64_t H_, W_, pitch_;
-  A* first_;
+  int64_t H_ = 0, W_ = 0, pitch_ = 0;
+  A* first_ = nullptr;
 };
 
 }  // namespace ubn

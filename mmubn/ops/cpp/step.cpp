@@ -28,6 +28,10 @@ constexpr int64_t SMALL_PLANE = 64;
 constexpr int64_t LARGE = 16 << 20;
 // Bytes of a strip of rows in channels_last.
 constexpr int64_t STRIP = 128 << 10;
+// From so many channels on, the sums in channels_last copy PACK blocks at once into tiles of at most
+// TILE bytes: the pixels lie on so many pages that none is to be read for each row of taps.
+constexpr int64_t WIDE = 1024, TILE = 32 << 10;
+constexpr int PACK = 2;
 // Tasks that there are to be at least: for processors with more cores than images.
 constexpr int64_t TASKS = 32;
 // As many images at most have their products summed while their moments are.
@@ -78,14 +82,17 @@ struct Piece {
 struct Plan {
   int64_t B, C, H, W, hw, Cp, block, blocks, parts;
   int threads;
-  bool lanes, pixels;
+  bool lanes, pixels, wide;
 
-  explicit Plan(const Layer& l)
+  // Of the sums of the backward pass, or of another pass.
+  explicit Plan(const Layer& l, bool sums = false)
       : B(l.batch), C(l.channels), H(l.height), W(l.width), hw(H * W), Cp(padded(C)) {
     pixels = l.pixels;
+    wide = sums && pixels && K > 1 && C >= WIDE &&
+           Tile<A, K>::size(H, W) * int64_t(sizeof(A)) <= TILE;
     lanes = pixels || (hw <= SMALL_PLANE && 2 * C >= N);
     const int64_t wanted = (TASKS + B - 1) / B;
-    parts = pixels ? std::min(wanted, (H + strip_rows() - 1) / strip_rows()) : 1;
+    parts = pixels && !wide ? std::min(wanted, (H + strip_rows() - 1) / strip_rows()) : 1;
     block = pixels  ? Cp
             : lanes ? padded((C + wanted - 1) / wanted)
                     : std::max<int64_t>(1, C / wanted);
@@ -190,21 +197,24 @@ struct Plan {
     static thread_local Buffer buffer;
     return buffer.get<A>(size_t(hw) * N);
   }
-  // Two tiles of this thread. Their borders are zeros, inside is what was left there.
-  std::array<Tile<A, K>, 2> tiles() const {
+  // Tiles of this thread. Their borders are zeros, inside is what was left there.
+  template <int count>
+  std::array<Tile<A, K>, count> tiles() const {
     static thread_local struct {
       Buffer buffer;
       A* memory = nullptr;
       int64_t H = 0, W = 0;
     } kept;
     const int64_t size = Tile<A, K>::size(H, W);
-    A* memory = kept.buffer.get<A>(2 * size);
-    const Tile<A, K> one(memory, H, W), two(memory + size, H, W);
-    if (kept.memory != memory || kept.H != H || kept.W != W) {
-      one.clear_border(), two.clear_border();
-      kept.memory = memory, kept.H = H, kept.W = W;
+    A* memory = kept.buffer.template get<A>(count * size);
+    const bool clear = kept.memory != memory || kept.H != H || kept.W != W;
+    std::array<Tile<A, K>, count> tiles;
+    for (int i = 0; i < count; i++) {
+      tiles[i] = Tile<A, K>(memory + i * size, H, W);
+      if (clear) tiles[i].clear_border();
     }
-    return {one, two};
+    kept.memory = memory, kept.H = H, kept.W = W;
+    return tiles;
   }
 };
 
@@ -484,7 +494,7 @@ void forward(const Plan& p, const T* x, T* y, int64_t n, const Piece& piece, con
     });
   } else if (p.lanes) {
     A* out = p.packed();
-    Tile<A, K> tile = p.tiles()[0];
+    auto [tile] = p.tiles<1>();
     for (int64_t c = c0; c < c1; c += N) {
       p.pack_block(x, n, c, tile.filling(load<A>(shift + c - c0)));
       V effective[KK];
@@ -506,7 +516,7 @@ void forward(const Plan& p, const T* x, T* y, int64_t n, const Piece& piece, con
 struct Groups {
   int64_t count, blocks, block;
   explicit Groups(const Plan& p) {
-    const bool whole = p.pixels && p.hw > SMALL_PLANE;  // else the sums would fill the cache
+    const bool whole = p.pixels && !p.wide && p.hw > SMALL_PLANE;  // else sums would fill the cache
     block = whole ? p.Cp : p.pixels ? 4 * N : N;
     blocks = (p.C + block - 1) / block;
     count = std::min<int64_t>(p.B * p.parts, std::max<int64_t>(1, (TASKS + blocks - 1) / blocks));
@@ -524,18 +534,28 @@ bool all_finite(const A* products, const A* d_sum, int64_t pitch, int64_t count)
   return sum<A>(zeros) == 0;
 }
 
-// Sums of the block of channels from c on, packed.
-void block_sums(const Plan& p, const T* x, const T* dy, int64_t n, int64_t c, const A* shift,
-                const A* taps, A* products, A* d_sum, int64_t pitch) {
-  auto [tile, dy_tile] = p.tiles();
-  p.pack_block(x, n, c, tile.filling(load<A>(shift)), true);
-  p.pack_block(dy, n, c, dy_tile.filling(V{}), true);
+// Sums of a block of channels, of X + h and dY in tiles.
+void tile_sums(const Plan& p, const Tile<A, K>& tile, const Tile<A, K>& dy_tile, const A* taps,
+               A* products, A* d_sum, int64_t pitch) {
   V effective[KK], sums[KK], total, d;
   for (int t = 0; t < KK; t++) effective[t] = load<A>(taps + t * p.Cp);
   tile.sums(dy_tile, effective, sums, total, d);
   for (int t = 0; t < KK; t++) store<A>(products + t * pitch, sums[t]);
   store<A>(products + KK * pitch, total);
   store<A>(d_sum, d);
+}
+
+// Copies M blocks side by side of an image in channels_last, shifted, into tiles.
+template <int M, class Some>
+void fill_tiles(const Plan& p, Some lanes, const T* x, const A* shift, Tile<A, K>* tiles) {
+  V h[M] = {};
+  for (int b = 0; shift && b < M; b++) h[b] = load<A>(shift + b * N);
+  for (int64_t i = 0; i < p.H; i++)
+    for (int64_t j = 0; j < p.W; j++, x += p.C)
+      for (int b = 0; b < M; b++) {
+        UBN_PREFETCH(x + (M + b) * N);
+        store<A>(tiles[b].at(i, j), lanes.load(x + b * N) + h[b]);
+      }
 }
 
 // Sums of a piece of an image, to products (KK + 1, pitch) and d_sum, which hold nothing yet; pitch
@@ -559,7 +579,17 @@ void image_sums(const Plan& p, const T* x, const T* dy, int64_t n, const Piece& 
     }
     return;
   }
-  if (p.pixels) {
+  if (p.wide) {
+    InPlace::each_blocks<PACK>(c0, c1, [&](int64_t c, auto blocks, auto lanes) {
+      auto tiles = p.tiles<2 * blocks>();
+      fill_tiles<blocks>(p, lanes, p.image(x, n, c), shift + c - c0, tiles.data());
+      fill_tiles<blocks>(p, lanes, p.image(dy, n, c), nullptr, tiles.data() + blocks);
+      for (int b = 0; b < blocks; b++) {
+        const int64_t i = c - c0 + b * N;
+        tile_sums(p, tiles[b], tiles[blocks + b], taps + c + b * N, products + i, d_sum + i, pitch);
+      }
+    });
+  } else if (p.pixels) {
     std::memset(products, 0, (KK + 1) * pitch * sizeof(A));
     std::memset(d_sum, 0, pitch * sizeof(A));
     p.each_block<1>(piece, [&](const Strip& s, int64_t c, auto, auto lanes) {
@@ -568,9 +598,12 @@ void image_sums(const Plan& p, const T* x, const T* dy, int64_t n, const Piece& 
                     d_sum + c - c0, pitch);
     });
   } else {
-    for (int64_t c = c0; c < c1; c += N)
-      block_sums(p, x, dy, n, c, shift + c - c0, taps + c, products + c - c0, d_sum + c - c0,
-                 pitch);
+    auto [tile, dy_tile] = p.tiles<2>();
+    for (int64_t c = c0; c < c1; c += N) {
+      p.pack_block(x, n, c, tile.filling(load<A>(shift + c - c0)), true);
+      p.pack_block(dy, n, c, dy_tile.filling(V{}), true);
+      tile_sums(p, tile, dy_tile, taps + c, products + c - c0, d_sum + c - c0, pitch);
+    }
   }
   if (all_finite(products, d_sum, pitch, c1 - c0)) return;
   for (int64_t c = c0; c < c1; c++) {
@@ -599,7 +632,7 @@ void input(const Plan& p, const T* x, const T* dy, T* dx, int64_t n, const Piece
     });
   } else if (p.lanes) {
     A* out = p.packed();
-    Tile<A, K> dy_tile = p.tiles()[0];
+    auto [dy_tile] = p.tiles<1>();
     for (int64_t c = c0; c < c1; c += N) {
       const A *m = mean + c - c0, *slopes = slope + c;
       p.pack_block(dy, n, c, dy_tile.filling(V{}));
@@ -748,7 +781,7 @@ void ubn_backward_sums(const Layer* layer, const T* x, const T* dy, const A* ima
                        int needs_mean, const A* kept, A* d_statistics, A* d_weight, A* d_kernel,
                        A* d_bias, A* d_scale_weight, A* d_scale_bias, A* rest) {
   const Layer& l = *layer;
-  const Plan p(l);
+  const Plan p(l, true);
   const Groups g(p);
   const int64_t B = p.B, C = p.C, Cp = p.Cp;
   const A *mu = kept, *rstd = kept + C;
