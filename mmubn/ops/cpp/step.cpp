@@ -29,7 +29,7 @@ constexpr int64_t LARGE = 16 << 20;
 // Bytes of a strip of rows in channels_last.
 constexpr int64_t STRIP = 128 << 10;
 // From so many channels on, the sums in channels_last copy PACK blocks at once into tiles of at most
-// TILE bytes: pixels so far apart are slow to read, so each is read once, and not for each row of taps.
+// TILE bytes: pixels so far apart are slow to read, so each is read once, not for each row of taps.
 constexpr int64_t WIDE = 1024, TILE = 32 << 10;
 constexpr int PACK = 2;
 // Tasks that there are to be at least: for processors with more cores than images.
