@@ -55,8 +55,8 @@ def make_models(name: str, size: int) -> Dict[str, nn.Module]:
     bn = models.get_model(name, weights=None)
     _measure_statistics(bn, size)
     made = {'bn': bn, 'bn_folded': prepare_for_inference(bn)}
-    for kind in KINDS:
-        model = convert_norm(copy.deepcopy(bn), dict(type=kind.upper()))
+    for kind, layer in KINDS.items():
+        model = convert_norm(copy.deepcopy(bn), dict(type=layer))
         if kind == 'ubn':
             made['ubn_converted'] = prepare_for_inference(model)
         for module in model.modules():

@@ -105,6 +105,7 @@ def gpu(monkeypatch, kernel_device):
     triton_backend._why_no_launch.cache_clear()
     backend._say_once.cache_clear()
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, 'hip', None)
     driver = SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0))
     monkeypatch.setattr(triton.runtime, 'driver', driver)
     yield driver
