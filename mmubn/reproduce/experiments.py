@@ -328,7 +328,7 @@ _EXPERIMENTS = (
         contrasts=(_GATE, _KERNEL, ('UBN', 'RBN'), ('UBN', IDENTITY_BNET)),
         study=Study(
             seeds=3,
-            grid={LEARNING_RATE: (0.05, 0.1, 0.2), WEIGHT_DECAY: (2e-4, 5e-4, 1e-3)},
+            grid={LEARNING_RATE: (0.2, 0.4, 0.8), WEIGHT_DECAY: (5e-4, 1e-3, 2e-3)},
             metric='top1',
             validation={
                 'train_dataloader.dataset.indices': 45000,

@@ -162,8 +162,10 @@ def test_without_a_single_result_it_stops(stages, capsys):
 def test_the_strong_recipe_is_tuned_for_bn(stages):
     def value_of(job):
         decay = float(options(job)[WEIGHT_DECAY])
-        return 60.0 if (rate(job), decay) == (0.1, 0.001) else 40.0
+        return 60.0 if (rate(job), decay) == best else 40.0
 
+    grid = EXPERIMENTS['strong-recipe'].study.grid
+    best = grid[LEARNING_RATE][1], grid[WEIGHT_DECAY][2]
     stages.value_of = value_of
     argv = ['run', 'strong-recipe', '--rows', 'UBN', '--data-root', 'data', '--work-dir', 'runs']
     run_tool('reproduce', *argv)
@@ -172,7 +174,7 @@ def test_the_strong_recipe_is_tuned_for_bn(stages):
     assert len(tuning) == 9
     assert {job.settings['epochs'] for job in tuning} == {6}
     assert [job.settings['seed'] for job in training] == [0, 1, 2]
-    assert {(job.setting.norm, rate(job)) for job in training} == {('UBN', 0.1)}
+    assert {(job.setting.norm, rate(job)) for job in training} == {('UBN', best[0])}
     assert {job.settings['epochs'] for job in training} == {24}
 
 
