@@ -177,9 +177,9 @@ def devices() -> Iterator[Line]:
     """The GPUs that torch sees, and Triton."""
     torch, _ = _load('torch')
     if torch is not None:
-        kinds = {'CUDA': torch.version.cuda, 'ROCm': torch.version.hip}
-        built = [f'{kind} {version}' for kind, version in kinds.items() if version]
-        build = f'torch is built for {"".join(built) or "CPU"}'
+        cuda, rocm = torch.version.cuda, torch.version.hip
+        target = f'CUDA {cuda}' if cuda else f'ROCm {rocm}' if rocm else 'CPU'
+        build = f'torch is built for {target}'
         if torch.cuda.is_available():
             count = torch.cuda.device_count()
             names = {torch.cuda.get_device_name(i) for i in range(count)}
@@ -192,8 +192,11 @@ def devices() -> Iterator[Line]:
                     'version, or torch came from a CPU index'
                 )
             yield Line('GPU', f'none; {build}', remedy)
-    triton, _ = _load('triton')  # its distributions have several names
-    yield Line('triton', getattr(triton, '__version__', 'not installed'))
+    if importlib.util.find_spec('triton') is None:
+        yield Line('triton', 'not installed')
+    else:
+        triton, reason = _load('triton')  # its distributions have several names
+        yield Line('triton', getattr(triton, '__version__', '') or f'cannot be imported: {reason}')
     compiler = shutil.which(os.environ.get('CXX') or 'c++')
     yield Line('C++ compiler', compiler or 'none: OPS=1 needs one, nothing else has to')
 

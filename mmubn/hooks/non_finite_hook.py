@@ -60,8 +60,8 @@ class NonFiniteHook(Hook):
         self._skips = 0
         self._stepped = 0  # optimizers in this iteration
         self._batches: List[Any] = []
-        # Optimizers, their own step, and ours in its place.
-        self._watched: List[Tuple[Any, Callable, Callable]] = []
+        # Our steps, with their optimizers and the steps that these had.
+        self._watching: Dict[Callable, Tuple[Any, Callable]] = {}
 
     def before_train(self, runner) -> None:
         """Starts to look at every step."""
@@ -75,20 +75,21 @@ class NonFiniteHook(Hook):
 
         @functools.wraps(original)
         def step(optimizer, *args, **kwargs):
-            if self._watched:
+            if step in self._watching:
                 self._check_gradients(runner, optimizer)
                 self._stepped += 1
             return original(*args, **kwargs)
 
         optimizer.step = MethodType(step, optimizer)
-        self._watched.append((optimizer, original, optimizer.step))
+        self._watching[step] = optimizer, original
 
     def after_train(self, runner) -> None:
         """Stops looking."""
-        for optimizer, original, ours in self._watched:
-            if optimizer.step is ours:  # else another has put its own around it, and keeps it
+        for ours, (optimizer, original) in self._watching.items():
+            # Else another has put its own around ours, and keeps it.
+            if getattr(optimizer.step, '__func__', None) is ours:
                 optimizer.step = original
-        self._watched.clear()
+        self._watching.clear()
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Keeps the batch, beside those that its gradients will be added to."""

@@ -248,6 +248,17 @@ def test_a_step_that_another_hook_put_around_it_stays(tmp_path):
     assert counting.steps == steps + 1
 
 
+def test_a_step_of_an_earlier_training_looks_no_more(tmp_path):
+    """It is still there, inside that of another hook, and would see gradients already zeroed."""
+    hooks = [dict(type='NonFiniteHook', action='skip', max_skips=2), dict(type='CountingHook')]
+    runner = make_runner(tmp_path, ubn_net(), hooks, val=False, epochs=1)
+    runner.train()
+    runner.train_loop._epoch = runner.train_loop._iter = 0
+    runner.train_dataloader.dataset.images.fill_(float('nan'))
+    with pytest.raises(FloatingPointError, match='in a row'):
+        runner.train()
+
+
 @pytest.mark.parametrize(
     ('bad', 'message'),
     [

@@ -319,7 +319,8 @@ class Tile {
   void clear_border() const {
     const int64_t row = W_ * N;
     clear(first_ - P * pitch_ - P * N, first_);
-    for (int64_t i = 0; i + 1 < H_; i++) clear(first_ + i * pitch_ + row, first_ + (i + 1) * pitch_);
+    for (int64_t i = 0; i + 1 < H_; i++)
+      clear(first_ + i * pitch_ + row, first_ + (i + 1) * pitch_);
     A* last = first_ + (H_ - 1) * pitch_ + row;
     clear(last, last + P * pitch_ + P * N);
   }

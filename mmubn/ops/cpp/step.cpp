@@ -28,8 +28,9 @@ constexpr int64_t SMALL_PLANE = 64;
 constexpr int64_t LARGE = 16 << 20;
 // Bytes of a strip of rows in channels_last.
 constexpr int64_t STRIP = 128 << 10;
-// From so many channels on, the sums in channels_last copy PACK blocks at once into tiles of at most
-// TILE bytes: pixels so far apart are slow to read, so each is read once, not for each row of taps.
+// From so many channels on, the sums in channels_last copy PACK blocks at once into tiles of at
+// most TILE bytes: pixels so far apart are slow to read, so each is read once, not for each row of
+// taps.
 constexpr int64_t WIDE = 1024, TILE = 32 << 10;
 constexpr int PACK = 2;
 // Tasks that there are to be at least: for processors with more cores than images.
@@ -93,7 +94,7 @@ struct Plan {
     lanes = pixels || (hw <= SMALL_PLANE && 2 * C >= N);
     const int64_t wanted = (TASKS + B - 1) / B;
     parts = pixels && !wide ? std::min(wanted, (H + strip_rows() - 1) / strip_rows()) : 1;
-    block = pixels  ? Cp
+    block = pixels && !wide ? Cp
             : lanes ? padded((C + wanted - 1) / wanted)
                     : std::max<int64_t>(1, C / wanted);
     blocks = (C + block - 1) / block;
