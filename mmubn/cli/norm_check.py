@@ -59,8 +59,9 @@ def _unknown_type_message(path: str, kind: str) -> str:
 
 
 def _hint(kind: str) -> str:
-    ours = [name for name in layers.__all__ if name.upper() in kind.upper().replace('SYNC', '')]
-    if ours and 'SYNC' in kind.upper():
+    asked = kind.upper()
+    ours = [name for name in layers.__all__ if name.upper() in asked.replace('SYNC', '')]
+    if ours and 'SYNC' in asked:
         if 'UBN' not in ours:
             return (
                 f'there is no synchronised {ours[0]}: '

@@ -134,7 +134,7 @@ class CppBackend(Backend):
         x, pixels = _dense(x)
         dy = _like(dy, x)
         parameters = _as(parameters, statistics.dtype)
-        gradients = _gradients(parameters, statistics)._replace(center_weight=None)
+        gradients = _gradients(parameters._replace(center_weight=None), statistics)
         code = _library(x.dtype, parameters.kernel_size)
         d_statistics = statistics.new_empty((2, x.shape[1]))
         numbers = statistics.new_empty(code.ubn_rest_size(*x.shape[:2]))

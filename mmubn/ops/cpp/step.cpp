@@ -983,8 +983,8 @@ void ubn_backward(const Layer* layer, const T* x, const T* dy, const A* image_me
                   const A* kept, A* d_weight, A* d_kernel, A* d_bias, A* d_center_weight,
                   A* d_scale_weight, A* d_scale_bias, T* dx) {
   static thread_local Buffer buffer;
-  A* rest = buffer.get<A>(ubn_rest_size(layer->batch, layer->channels) + 2 * layer->channels);
-  A* d_statistics = rest + ubn_rest_size(layer->batch, layer->channels);
+  const int64_t size = ubn_rest_size(layer->batch, layer->channels);
+  A *rest = buffer.get<A>(size + 2 * layer->channels), *d_statistics = rest + size;
   ubn_backward_sums(layer, x, dy, image_mean, needs_mean, kept, d_statistics, d_weight, d_kernel,
                     d_bias, d_scale_weight, d_scale_bias, rest);
   ubn_backward_input(layer, x, dy, kept, d_statistics, rest, dx, d_center_weight);
