@@ -216,10 +216,11 @@ def backends() -> Iterator[Line]:
 
 def requirements() -> Iterator[Line]:
     """What pip finds unmet among the installed packages' requirements."""
-    if importlib.util.find_spec('pip') is None:
+    # Not find_spec('pip'): setuptools answers that, and puts a warning on the user's screen.
+    done = subprocess.run([sys.executable, '-m', 'pip', 'check'], capture_output=True, text=True)
+    if 'No module named pip' in done.stderr:
         yield Line('pip check', 'no pip in this environment')
         return
-    done = subprocess.run([sys.executable, '-m', 'pip', 'check'], capture_output=True, text=True)
     for line in done.stdout.splitlines() if done.returncode else ():
         need = re.search(r'requires (\S+?),', line) or re.search(
             r'has requirement (.+?), but', line

@@ -140,16 +140,25 @@ def test_what_torch_is_built_for(cuda, hip, build, monkeypatch):
     assert next(doctor.devices()).value.endswith(f'torch is built for {build}')
 
 
+def answer_of_pip(monkeypatch, **answer):
+    done = types.SimpleNamespace(returncode=1, **{'stdout': '', 'stderr': '', **answer})
+    monkeypatch.setattr(doctor.subprocess, 'run', lambda *a, **k: done)
+
+
 def test_unmet_requirements(monkeypatch):
     out = (
         'mmdet 3.3.0 requires pycocotools, which is not installed.\n'
         'torchvision 0.26.0 has requirement torch==2.11.0, but you have torch 2.1.2.\n'
     )
-    done = types.SimpleNamespace(returncode=1, stdout=out)
-    monkeypatch.setattr(doctor.subprocess, 'run', lambda *a, **k: done)
+    answer_of_pip(monkeypatch, stdout=out)
     first, second = doctor.requirements()
     assert first.remedy == "`pip install 'pycocotools'`"
     assert second.remedy == "`pip install 'torch==2.11.0'`"
+
+
+def test_an_environment_without_pip(monkeypatch):
+    answer_of_pip(monkeypatch, stderr='/usr/bin/python3: No module named pip\n')
+    assert [line.value for line in doctor.requirements()] == ['no pip in this environment']
 
 
 def test_one_failing_check_leaves_the_others(monkeypatch):
