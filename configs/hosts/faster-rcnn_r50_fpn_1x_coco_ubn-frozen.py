@@ -1,5 +1,5 @@
 # norm_eval=True stays mmdet's: the statistics are those of the pretrained BatchNorm and the gate
 # does nothing, while kernels, calibrations and affines train. Starts as the BatchNorm network.
-_base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '../_base_/hooks.py']
+_base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '../_base_/hooks_frozen.py']
 
 model = dict(backbone=dict(norm_cfg=dict(type='UBN', fct=0.15, requires_grad=True)))

@@ -22,12 +22,17 @@ class UBNCheckHook(Hook):
     - no layer trains;
     - all layers that train are in evaluation mode (``norm_eval=True``): then their
       statistics are frozen and the gate does nothing, and it is easy to copy this
-      setting without noticing it;
+      setting without noticing it. With ``frozen_statistics=True`` the warning is the other
+      way round: if not all of them are;
     - ``norm_eval=True`` has no effect: some backbones look for ``nn.BatchNorm2d`` alone,
       and not for what derives from ``_BatchNorm``.
 
     It is an error if the config asks for a type of :mod:`mmubn.layers` and the model has
     none: something (``sync_bn``, ``convert_sync_batchnorm``) has replaced them.
+
+    Args:
+        frozen_statistics (bool): Whether frozen statistics are what the config wants.
+            Default: False.
 
     Raises:
         RuntimeError: The layers that the config asks for are not in the model.
@@ -35,6 +40,9 @@ class UBNCheckHook(Hook):
     Examples:
         >>> custom_hooks = [dict(type='UBNCheckHook')]
     """
+
+    def __init__(self, frozen_statistics: bool = False) -> None:
+        self.frozen_statistics = frozen_statistics
 
     def before_train(self, runner) -> None:
         """Counts, and logs, warns or raises."""
@@ -61,7 +69,12 @@ class UBNCheckHook(Hook):
             runner.logger.warning(
                 f'{line}. None of {_kinds(built)} can train: set frozen_stages=-1 in the backbone.'
             )
-        elif evaluating == trained:
+        elif self.frozen_statistics and evaluating < trained:
+            runner.logger.warning(
+                f'{line}. frozen_statistics=True, but {trained - evaluating} have statistics that '
+                'train; set norm_eval=True in the backbone for those.'
+            )
+        elif evaluating == trained and not self.frozen_statistics:
             runner.logger.warning(
                 f'{line}. No batch statistics and no gate anywhere; set norm_eval=False in the '
                 'backbone for those.'

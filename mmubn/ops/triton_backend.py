@@ -6,12 +6,11 @@ A step of training takes at most five launches forward and four backward:
 measure  moments; where the similarity is measured squared_sums; finish_row
 (SyncUBN gathers the rows)
 output   decide; write_output
-sums     where m was not kept moments; sum_pixels; reduce_sums
+sums     where m was not kept moments, else where dY comes in another memory format than X
+         a copy of it; sum_pixels; reduce_sums
 (SyncUBN adds up d_statistics)
 dX       write_input_gradient
 ======== =================================================================================
-
-and one copy more where dY comes in another memory format than X.
 """
 
 import functools
@@ -148,13 +147,14 @@ class TritonBackend(Backend):
         """See :meth:`mmubn.ops.interface.Backend.backward_sums`."""
         batch, channels, height, width = x.shape
         size = parameters.kernel_size
-        dy = _readable(dy, x)
+        missing = image_mean is None and settings.needs_image_mean(parameters)
+        if not missing:  # else planes are small, and the caches do what the copy would
+            dy = _readable(dy, x)
         groups, share, tiling = _tile_groups(self.tiles, *x.shape, _channels_last(x), size)
         parts = groups * tiling.grid[1]
         new = statistics.new_empty
         with torch.cuda.device_of(x):
-            if image_mean is None and settings.needs_image_mean(parameters):
-                # Not kept where planes are small: no reason to split them.
+            if missing:  # no reason to split small planes
                 image_mean = self._moments(x, 0, may_split=False).mean[0]
             known = (image_mean, statistics, parameters.weight, parameters.kernel)
             known += _calibration(parameters)

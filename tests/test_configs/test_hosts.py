@@ -53,7 +53,8 @@ def test_changes_the_norm_alone(file):
     expected.merge_from_dict(dict(model=dict(backbone=CHANGES[kind])))
     cfg = Config.fromfile(file).to_dict()
     assert cfg.pop('custom_imports') == dict(imports=['mmubn'], allow_failed_imports=False)
-    cfg.pop('custom_hooks')
+    (check,) = [hook for hook in cfg.pop('custom_hooks') if hook['type'] == 'UBNCheckHook']
+    assert check.get('frozen_statistics', False) == (kind == 'ubn-frozen')  # else it would warn
     assert cfg == expected.to_dict()
 
 

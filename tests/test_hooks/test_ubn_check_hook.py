@@ -34,8 +34,8 @@ class Held(ToyNet):
         return self
 
 
-def checked(tmp_path, model):
-    runner = make_runner(tmp_path, model, hooks=[HOOK], epochs=1, val=False)
+def checked(tmp_path, model, **settings):
+    runner = make_runner(tmp_path, model, hooks=[dict(HOOK, **settings)], epochs=1, val=False)
     for handler in [runner.logger, *runner.logger.handlers]:
         handler.setLevel('INFO')
     runner.call_hook('before_train')
@@ -85,6 +85,21 @@ def test_all_with_frozen_statistics(tmp_path):
     assert line.startswith('RBN, UBN: 3 layers built, 3 train, 3 of them with frozen statistics')
     assert line.endswith(
         'No batch statistics and no gate anywhere; set norm_eval=False in the backbone for those.'
+    )
+
+
+def test_frozen_statistics_on_purpose(tmp_path):
+    held = ['norm', 'more.0', 'more.1']
+    assert checked(tmp_path / 'all', Held(evaluate=held), frozen_statistics=True) == (
+        'INFO',
+        'RBN, UBN: 3 layers built, 3 train, 3 of them with frozen statistics (norm_eval=True)'
+        '; 1 other batch norms: BatchNorm2d',
+    )
+    level, line = checked(tmp_path / 'some', Held(evaluate=held[:2]), frozen_statistics=True)
+    assert level == 'WARNING'
+    assert line.endswith(
+        'frozen_statistics=True, but 1 have statistics that train; set norm_eval=True in the '
+        'backbone for those.'
     )
 
 

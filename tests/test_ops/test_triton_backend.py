@@ -396,7 +396,11 @@ COUNTED = {
     ('name', 'width'),
     [('ubn', 7), *((name, 60) for name in COUNTED)],  # the larger alone keeps the image means
 )
-def test_at_most_five_launches_forward_and_four_backward(name, width, training, monkeypatch):
+@pytest.mark.parametrize('layouts', [LAYOUTS[:1] * 2, LAYOUTS[:2], LAYOUTS[1::-1]], ids='_'.join)
+def test_at_most_five_launches_forward_and_four_backward(
+    name, width, layouts, training, monkeypatch
+):
+    """Also where dY comes in another memory format than X."""
     layer = COUNTED[name]().train(training)
     if name == 'sync_ubn':
         rows = torch.rand(2, 2 * 4 + 3)
@@ -404,7 +408,8 @@ def test_at_most_five_launches_forward_and_four_backward(name, width, training, 
         monkeypatch.setattr(sys.modules['mmubn.ops.step'], '_all_gather', lambda row, group: rows)
         monkeypatch.setattr(torch.distributed, 'all_reduce', lambda value, group: None)
     dtype = torch.float16 if name == 'ubn_half' else torch.float32
-    x, dy = torch.randn(2, 2, 4, 1, width).to(dtype)
+    values = torch.randn(2, 2, 4, 3, width).to(dtype)
+    x, dy = map(arrange, values, layouts)
     inputs = [x.requires_grad_(), *layer.parameters()]
     for _ in range(2 if name == 'ubn_sampled' else 1):  # measures the similarity, and does not
         with Launches(monkeypatch, layer) as launches:
