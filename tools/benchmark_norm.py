@@ -11,7 +11,7 @@ ratios are medians of the ratios within a round. Tables and goals go to stdout, 
 and each setting's rows to a CSV as it ends.
 
 The norms: bn is nn.BatchNorm2d; ubn chooses its backend itself, ubn_torch, ubn_cpp and
-ubn_triton name it, ubn_compiled is ubn under torch.compile; literal is UBN's equations
+ubn_triton name it, bn_compiled and ubn_compiled are under torch.compile; literal is UBN's equations
 under autograd with the N x N matrix of similarities; rbn, bnet and iebn are the layers of
 that name.
 """

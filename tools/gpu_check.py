@@ -31,16 +31,19 @@ TESTS = [
 ]
 _DTYPES, _LAYOUTS = ('bfloat16', 'float32'), ('channels_last', 'contiguous')
 _ALL = ['--dtypes', *_DTYPES, '--layouts', *_LAYOUTS]
-_NORMS = ['bn', 'ubn', 'rbn', 'bnet', 'literal']
+_NORMS = ['bn', 'ubn', 'rbn', 'bnet', 'iebn', 'literal']
 _LAYERS = ['32,64,56,56', '32,256,14,14', '128,64,32,32', '2,256,100,152']
+_SMALL = ['64,512,4,4', '4,16,4,4']
 _R50 = ['--model', 'resnet50', '--norms', 'bn', 'ubn', '--shapes']
+_R18_SMALL = ['--model', 'resnet18_small', '--norms', 'bn', 'ubn', '--shapes']
 _MASK_RCNN = ['--model', 'mask_rcnn_r50', '--norms', 'bn', 'ubn', '--shapes']
 # Tools with their arguments, one run after the other.
 BENCHMARKS = [
     ('benchmark_kernels', ['--shapes', *_LAYERS]),
-    ('benchmark_norm', ['--norms', *_NORMS, '--shapes', *_LAYERS, *_ALL]),
+    ('benchmark_norm', ['--norms', *_NORMS, '--shapes', *_LAYERS, *_SMALL, *_ALL]),
     ('benchmark_norm', [*_R50, '32,3,224,224', *_ALL]),
     ('benchmark_norm', [*_MASK_RCNN, '2,3,800,1344', *_ALL]),
+    ('benchmark_norm', [*_R18_SMALL, '128,3,32,32', *_ALL]),
     ('benchmark_kernels', ['--tiles', '--shapes', *_LAYERS[:2]]),
     ('benchmark_norm', [*_R50, '256,3,224,224', *_ALL]),
     ('benchmark_norm', [*_MASK_RCNN, '8,3,800,1344', *_ALL]),

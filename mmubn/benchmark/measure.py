@@ -96,18 +96,22 @@ class CudaStepClock:
         self.iterations = iterations
 
     def laps(self, step: Step) -> Laps:
-        """Milliseconds of each phase on the device; their sum is the time of a step."""
+        """Milliseconds of each phase on the device, whose sum is the time of a step, and
+        ``enqueue``: what the host takes until a step is enqueued, waits for the device included.
+        """
         torch.cuda.synchronize()
+        begin = time.perf_counter()
         events, phases = [_record()], []
         for _ in range(self.iterations):
             for phase in step():
                 events.append(_record())
                 phases.append(phase)
+        enqueue = 1e3 * (time.perf_counter() - begin) / self.iterations
         torch.cuda.synchronize()
         laps = dict.fromkeys(phases, 0.0)
         for phase, start, end in zip(phases, events, events[1:]):
             laps[phase] += start.elapsed_time(end) / self.iterations
-        return laps
+        return {**laps, 'enqueue': enqueue}
 
 
 def _record() -> torch.cuda.Event:

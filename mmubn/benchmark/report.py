@@ -71,6 +71,7 @@ def _limits(row: Row) -> Iterator[Tuple[str, float, float]]:
 
 # On the CPU in float32, times BatchNorm's.
 _CPU_STEPS = {'resnet50': 1.03, 'resnet18_small': 1.08}
+_CPU_LAYER = 'time of a float32 layer, x bn'
 
 
 def _layer_goal(row: Row, on_cuda: bool) -> Tuple[str, float, float]:
@@ -87,7 +88,7 @@ def _layer_goal(row: Row, on_cuda: bool) -> Tuple[str, float, float]:
         return f'time of a layer in {row["dtype"]}, x bn', ratio, 1.5
     if row['layout'] == 'channels_last':
         return 'time of a layer in channels_last, x bn', ratio, 1.2
-    return 'time of a layer, x bn', ratio, 1.15
+    return _CPU_LAYER, ratio, 1.15
 
 
 def goals(rows: List[Row]) -> List[str]:
@@ -101,6 +102,10 @@ def goals(rows: List[Row]) -> List[str]:
         worst, limit = max(pairs)
         met = sum(value <= limit for value, limit in pairs)
         lines.append(_verdict(f'{goal}, worst of {len(pairs)} ({met} reach it)', worst, limit))
+    layers = [value for value, _ in limits.get(_CPU_LAYER, ())]
+    if layers:
+        mean = sum(layers) / len(layers)
+        lines.append(_verdict(f'{_CPU_LAYER}, mean of {len(layers)}', mean, 0.95))
     cpu = [
         math.log(float(row['ratio_literal']))
         for row in rows

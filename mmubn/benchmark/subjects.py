@@ -18,6 +18,7 @@ KINDS = {name.lower(): name for name in layers.__all__ if not name.startswith('S
 _UBN = dict(type='UBN', fct=0.15, fct_warmup=10**9)
 NORMS: Dict[str, Optional[dict]] = {
     'bn': None,
+    'bn_compiled': None,
     'ubn': _UBN,
     **{f'ubn_{name}': dict(_UBN, backend=name) for name in BACKENDS if name != 'auto'},
     'ubn_compiled': _UBN,
@@ -60,10 +61,9 @@ class Literal(nn.Module):
 
 def with_norm(model: nn.Module, name: str) -> nn.Module:
     """``model`` with its BatchNorm layers, or the layer that it is, replaced by a norm."""
-    if NORMS[name] is None:
-        return model
-    model = convert_norm(model, NORMS[name])
-    if name == 'ubn_compiled':
+    if NORMS[name] is not None:
+        model = convert_norm(model, NORMS[name])
+    if name.endswith('_compiled'):
         torch._dynamo.reset()  # each shape anew, not as one more variant of a dynamic one
         return torch.compile(model, dynamic=False)
     if name == 'literal':

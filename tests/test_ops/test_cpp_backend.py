@@ -16,6 +16,7 @@ from mmubn.layers import BNET, IEBN, RBN, UBN
 from mmubn.ops import Buffers, Parameters, Settings, cpp_build
 from mmubn.ops.backend import CPP, TORCH
 from mmubn.ops.interface import Backend
+from mmubn.ops.utils import statistics_dtype
 
 WHY_NOT = CPP.why_not(torch.zeros(1, 1, 1, 1), 3)
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
@@ -229,30 +230,42 @@ def test_threads_change_no_bit(shape, layout, dtype):
 @pytest.mark.parametrize(
     'shape', [(2, 5, 4, 5), (2, 1030, 4, 5), (2, 16, 12, 30), (2, 16, 30, 160)], ids=str
 )
-def test_what_is_not_finite_reaches_what_it_should(shape, layout, bad):
+@pytest.mark.parametrize(
+    ('dtype', 'k'),
+    [
+        (torch.float32, 3),
+        (torch.bfloat16, 3),
+        (torch.float64, 3),
+        *((torch.float32, k) for k in (1, 5, 7)),
+    ],
+    ids=str,
+)
+def test_what_is_not_finite_reaches_what_it_should(dtype, k, shape, layout, bad):
     """In evaluation without calibrations, where nothing but the convolution spreads it."""
     height, width = shape[2:]
-    given = parameters(shape[1], 3, 'none', torch.float32)
+    p, kept = k // 2, statistics_dtype(dtype)
+    given = parameters(shape[1], k, 'none', kept)
     settings = Settings(training=False)
     for i, j in ((0, 2), (height - 1, width - 1), (2, 0), (1, 2), (height // 3, 0)):
-        x = torch.randn(shape).contiguous(memory_format=layout)
+        x = torch.randn(shape, dtype=dtype).contiguous(memory_format=layout)
         dy = torch.randn_like(x)
         x[1, 3, i, j] = bad
-        made = step(CPP, x, dy, given, buffers(shape[1], torch.float32), settings)
+        made = step(CPP, x, dy, given, buffers(shape[1], kept), settings)
         near = torch.zeros(shape, dtype=torch.bool)
-        near[1, 3, max(0, i - 1) : i + 2, max(0, j - 1) : j + 2] = True
+        near[1, 3, max(0, i - p) : i + p + 1, max(0, j - p) : j + p + 1] = True
         assert torch.equal(~made['y'].isfinite(), near)
         assert made['dx'].isfinite().all()
 
         x, dy[1, 3, i, j] = torch.randn_like(x), bad
-        made = step(CPP, x, dy, given, buffers(shape[1], torch.float32), settings)
+        made = step(CPP, x, dy, given, buffers(shape[1], kept), settings)
         assert torch.equal(~made['dx'].isfinite(), near)
         # A tap meets this pixel of dY where it sees a pixel of X inside the plane.
-        rows = [u for u in range(3) if 0 <= i + u - 1 < height]
-        columns = [v for v in range(3) if 0 <= j + v - 1 < width]
-        reached = torch.zeros(shape[1], 1, 3, 3, dtype=torch.bool)
-        reached[3, 0, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = True
-        assert torch.equal(~made['d_kernel'].isfinite(), reached)
+        rows = [u for u in range(k) if 0 <= i + u - p < height]
+        columns = [v for v in range(k) if 0 <= j + v - p < width]
+        reached = torch.zeros(shape[1], k, k, dtype=torch.bool)
+        reached[3, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = True
+        taps = made['d_weight' if k == 1 else 'd_kernel'].reshape(shape[1], k, k)
+        assert torch.equal(~taps.isfinite(), reached)
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
@@ -369,6 +382,18 @@ def test_folder_that_cannot_be_written(fresh, tmp_path):
     fresh.setenv('MMUBN_CACHE', str(tmp_path))
     with pytest.raises(cpp_build.BuildError, match='cannot be written'):
         cpp_build.library('float', 3)
+
+
+def test_processors_that_share_a_folder_share_no_library(fresh, tmp_path):
+    fresh.setenv('MMUBN_CACHE', str(tmp_path))
+    fresh.setattr(cpp_build, '_build', lambda command, path: path.touch())
+    fresh.setattr(cpp_build.ctypes, 'CDLL', str)
+    paths = []
+    for flags in ('avx2', 'avx2 avx512f', 'avx2'):
+        fresh.setattr(cpp_build, '_processor', lambda flags=flags: f'flags : {flags}')
+        cpp_build.library.cache_clear()
+        paths.append(cpp_build.library('float', 3))
+    assert paths[0] == paths[2] != paths[1]
 
 
 def test_without_a_compiler_torch_serves_and_one_line_says_so(tmp_path):
