@@ -2,6 +2,7 @@
 
     python tools/benchmark_kernels.py
     python tools/benchmark_kernels.py --tiles --shapes 32,64,56,56 --dtypes bfloat16
+    python tools/benchmark_kernels.py --host    # what the launches cost Python; needs no GPU
 
 It needs torch and triton alone. In a checkout that is not installed, set PYTHONPATH=. first. Times
 are medians on the device, by torch's profiler. A table for each setting goes to stdout, its rows to
@@ -15,6 +16,7 @@ from typing import Optional, Sequence
 
 import torch
 
+from mmubn.benchmark.host import host_table, host_us
 from mmubn.benchmark.kernels import COLUMNS, OTHER_TILES, compile_all, table, time_kernels
 from mmubn.benchmark.norm import BASE_SHAPES, LAYOUTS, parse_shape
 from mmubn.benchmark.rows import append_csv, check_csv, describe_run
@@ -29,6 +31,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        '--host', action='store_true', help="time the host's share alone, with no GPU"
     )
     parser.add_argument('--tiles', action='store_true', help='try other tiles too')
     parser.add_argument(
@@ -50,6 +55,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Reads the command line, compiles, measures and reports."""
     args = parse_args(argv)
+    if args.host:
+        print(host_table(host_us()))
+        return
     if args.device.type != 'cuda' or not torch.cuda.is_available():
         raise SystemExit(f'benchmark_kernels: torch sees no GPU {args.device}')
     check_file('--csv', args.csv)

@@ -1,8 +1,12 @@
 """The kernels' benchmark: other tiles compute the same; rows and table say what was measured."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from tool import run_tool
+from tool import ROOT, run_tool
 
 from mmubn.benchmark.kernels import COLUMNS, OTHER_TILES, PASSES, table, time_kernels
 from mmubn.layers import UBN
@@ -64,3 +68,19 @@ def test_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(SystemExit, match='benchmark_kernels: torch sees no GPU cuda'):
         run_tool('benchmark_kernels')
+
+
+@pytest.mark.slow
+def test_the_host_alone():
+    """Without a GPU, beside BatchNorm, which launches nothing of Triton's."""
+    done = subprocess.run(
+        [sys.executable, ROOT / 'tools' / 'benchmark_kernels.py', '--host'],
+        env={**os.environ, 'TRITON_INTERPRET': '0', 'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    launches = {kind: int(last) for kind, *_, last in rows}
+    assert launches == dict(bn=0, ubn=9, rbn=8, bnet=8, iebn=8)
+    assert all(float(time) > 0 for _, *times, _ in rows for time in times)
