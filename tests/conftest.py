@@ -51,7 +51,32 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope='session')
-def kernel_device() -> str:
+def quick_interpreter():
+    """Leaves out what Triton's interpreter repeats at each call of one device function by another.
+
+    It patches Triton's language. The launch has done so already for all functions that see the
+    language by the same name.
+    """
+    interpreter = pytest.importorskip('triton.runtime.interpreter')
+    if not hasattr(interpreter, '_patch_lang'):
+        yield
+        return
+    patched = set()
+
+    def call(self, *arguments, **keywords):
+        module = self.fn.__module__
+        if module not in patched and not module.startswith('mmubn'):
+            patched.add(module)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*arguments, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, '__call__', call)
+        yield
+
+
+@pytest.fixture(scope='session')
+def kernel_device(quick_interpreter) -> str:
     """Where the Triton kernels run in these tests; skipped where Triton cannot compile them."""
     pytest.importorskip('triton', minversion='3.3')
     return 'cpu' if os.environ['TRITON_INTERPRET'] == '1' else 'cuda'

@@ -66,7 +66,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if importlib.util.find_spec('xdist'):
         pytest += ['-n', str(min(os.cpu_count() or 1, 12))]
     pytest += ['-m', 'not slow', *TESTS]
-    undone = [] if _finish(_start(pytest), end) else [pytest]
+    undone = [] if _finish(end, _start(pytest)) else [pytest]
     for tool, arguments in BENCHMARKS:
         command = [sys.executable, str(ROOT / 'tools' / f'{tool}.py'), *arguments]
         if tool == 'benchmark_norm':
@@ -74,7 +74,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             _compile([*command, '--repeats', '1'], end)
         if args.out:
             command += ['--csv', str(args.out.resolve() / f'{tool}.csv')]
-        if not _finish(_start(command), end):
+        if not _finish(end, _start(command)):
             undone.append(command)
     for command in undone:
         print('failed or out of time:', ' '.join(command))
@@ -91,27 +91,30 @@ def _compile(command: Sequence[str], end: float) -> None:
             )
             for i, (dtype, layout) in enumerate(product(_DTYPES, _LAYOUTS))
         ]
-        for process in started:
-            _finish(process, end)
+        _finish(end, *started)
 
 
 def _start(command: Sequence[str], quiet: bool = False) -> subprocess.Popen:
-    environment = {**os.environ, 'TRITON_INTERPRET': '0', 'PYTHONPATH': str(ROOT)}
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
+    environment = {**os.environ, 'TRITON_INTERPRET': '0', 'PYTHONPATH': paths}
     output = subprocess.DEVNULL if quiet else None
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
 
 
-def _finish(process: subprocess.Popen, end: float) -> bool:
-    """Whether it ended well in time; what it measured before is kept."""
-    try:
-        return process.wait(max(end - time.monotonic(), 0)) == 0
-    except subprocess.TimeoutExpired:
+def _finish(end: float, *processes: subprocess.Popen) -> bool:
+    """Whether they ended well in time; what they measured before is kept."""
+    while time.monotonic() < end and any(process.poll() is None for process in processes):
+        time.sleep(0.1)
+    late = [process for process in processes if process.poll() is None]
+    for process in late:
         process.send_signal(signal.SIGINT)
+    last = time.monotonic() + 10
+    for process in late:
         try:
-            process.wait(10)
+            process.wait(max(last - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
             process.kill()
-        return False
+    return not late and all(process.returncode == 0 for process in processes)
 
 
 if __name__ == '__main__':

@@ -71,9 +71,11 @@ def host_us(rounds: int = 300) -> Dict[str, List[float]]:
     x = torch.randn(SHAPE, dtype=torch.bfloat16, requires_grad=True)
     found = {}
     # Without a launch Y stays as it was allocated, which nobody reads.
-    with mock.patch.object(driver, '_active', own), mock.patch.object(
-        type(backend.TRITON), 'why_not', lambda *_: ''
-    ), mock.patch.dict(backend._BY_DEVICE, cpu=backend.TRITON):
+    with (
+        mock.patch.object(driver, '_active', own),
+        mock.patch.object(type(backend.TRITON), 'why_not', lambda *_: ''),
+        mock.patch.dict(backend._BY_DEVICE, cpu=backend.TRITON),
+    ):
         for kind in ('bn', *KINDS):
             layer = with_norm(nn.BatchNorm2d(SHAPE[1]), kind)
             step = layer_step(layer, x, torch.randn_like(x))

@@ -98,8 +98,9 @@ def _present(values: Iterable[Optional[Tensor]]) -> List[Tensor]:
     return [value for value in values if value is not None]
 
 
-def _empty_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x if is_dense(x) else x.contiguous())
+def _dense(x: Tensor) -> Tensor:
+    """What the operators compute with: outputs of the other strides would not be promised ones."""
+    return x if is_dense(x) else x.contiguous()
 
 
 if available:
@@ -110,6 +111,7 @@ if available:
         schema=f'(Tensor x, {_COMMON}) -> (Tensor, Tensor, Tensor, Tensor[])',
     )
     def _step(x, *common):
+        x = _dense(x)
         parameters, buffers, settings, backend = _split(common)
         moved = Buffers(*[None if value is None else value.clone() for value in buffers])
         chosen = backends.choose(backend, x, parameters.kernel_size)
@@ -124,7 +126,7 @@ if available:
         mean = x.new_empty(x.shape[:2], dtype=dtype)
         known = settings.needs_image_mean(parameters) and keeps(mean, x)
         return (
-            _empty_like(x),
+            torch.empty_like(_dense(x)),
             mean if known else mean.new_empty(0),
             x.new_empty(2 * x.shape[1] + 1, dtype=dtype),
             [torch.empty_like(value) for value in _present(buffers)],
@@ -137,18 +139,20 @@ if available:
         f'{_COMMON}) -> Tensor[]',
     )
     def _step_backward(dy, x, image_mean, statistics, *common):
+        x = _dense(x)
         parameters, buffers, settings, backend = _split(common)
         chosen = backends.choose(backend, x, parameters.kernel_size)
         step = Step(chosen, buffers, settings)
         dx, gradients = step_backward(x, dy, _none(image_mean), statistics, parameters, step)
-        return [dx, *_present(gradients)]
+        # Some backends give the parameters' dtype, others that of the statistics.
+        return [dx, *[gradient.to(statistics.dtype) for gradient in _present(gradients)]]
 
     @_step_backward.register_fake
     def _(dy, x, image_mean, statistics, *common):
         # There is always a gradient of the bias.
         parameters = _split(common)[0]._replace(bias=x.new_empty(x.shape[1]))
         return [
-            _empty_like(x),
+            torch.empty_like(_dense(x)),
             *[torch.empty_like(v, dtype=statistics.dtype) for v in _present(parameters)],
         ]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .cpp_build import BuildError, library
 from .interface import Backend, Buffers, Parameters, Settings, Sums
 from .torch_backend import TorchBackend, similarity_of_pairs
-from .utils import KERNEL_SIZES, no_kernel, statistics_dtype
+from .utils import KERNEL_SIZES, copy_back, no_kernel, statistics_dtype
 
 _DTYPES = {torch.float32: 'float', torch.float64: 'double', torch.bfloat16: 'bf16'}
 
@@ -223,10 +223,8 @@ def _output(
         y.data_ptr(),
         statistics.data_ptr(),
     )
-    if state is not buffers and settings.update:
-        for original, moved in zip(buffers, state):
-            if moved is not None and moved is not original:
-                original.copy_(moved)
+    if settings.update:
+        copy_back(buffers, state)
     return y, image_mean, statistics
 
 

@@ -23,7 +23,14 @@ import torch
 from torch import Tensor
 
 from .interface import Backend, Buffers, Parameters, Settings, Sums
-from .utils import KERNEL_SIZES, is_dense, no_kernel, statistics_dtype
+from .utils import (
+    KERNEL_SIZES,
+    copy_back,
+    in_one_piece,
+    is_dense,
+    no_kernel,
+    statistics_dtype,
+)
 
 # The oldest that was seen to compile them: they carry tuples through loops.
 _TRITON_VERSION = (3, 3)
@@ -86,6 +93,8 @@ class TritonBackend(Backend):
         self, x: Tensor, center_weight: Optional[Tensor], stride: int
     ) -> Tuple[Tensor, Tensor]:
         """See :meth:`mmubn.ops.interface.Backend.measure`."""
+        if center_weight is not None:
+            center_weight = center_weight.contiguous()
         with torch.cuda.device_of(x):
             moments = self._moments(x, stride if len(x) > 1 else 0)
             partial = None
@@ -104,6 +113,7 @@ class TritonBackend(Backend):
     ) -> Tuple[Tensor, Optional[Tensor], Tensor]:
         """See :meth:`mmubn.ops.interface.Backend.normalize`."""
         _, channels, height, width = x.shape
+        parameters = in_one_piece(parameters)
         with torch.cuda.device_of(x):
             if image_mean is None and settings.needs_image_mean(parameters):
                 moments = self._moments(x, 0)
@@ -147,6 +157,7 @@ class TritonBackend(Backend):
         """See :meth:`mmubn.ops.interface.Backend.backward_sums`."""
         batch, channels, height, width = x.shape
         size = parameters.kernel_size
+        parameters = in_one_piece(parameters)
         missing = image_mean is None and settings.needs_image_mean(parameters)
         if not missing:  # else planes are small, and the caches do what the copy would
             dy = _readable(dy, x)
@@ -238,6 +249,7 @@ class TritonBackend(Backend):
         """See :meth:`mmubn.ops.interface.Backend.backward_input`."""
         _, channels, height, width = x.shape
         rest = sums.rest
+        parameters = in_one_piece(parameters)
         dx, d_center_weight = torch.empty_like(x), _like(parameters.center_weight)
         tiling = _tile(self.tiles, *x.shape, _channels_last(x), parameters.kernel_size)
         with torch.cuda.device_of(x):
@@ -398,14 +410,15 @@ class TritonBackend(Backend):
         channels = x.shape[1]
         statistics = x.new_empty(2 * channels + 1, dtype=statistics_dtype(x.dtype))
         momentum, fct = settings.momentum, settings.fct
+        moved = in_one_piece(buffers)
         self._kernels.decide[(1,)](
             rows,
             statistics,
-            buffers.running_mean,
-            buffers.running_var,
-            buffers.num_batches_tracked,
-            buffers.running_similarity,
-            buffers.gate,
+            moved.running_mean,
+            moved.running_var,
+            moved.num_batches_tracked,
+            moved.running_similarity,
+            moved.gate,
             channels,
             settings.warmup,
             float(settings.eps),
@@ -418,6 +431,7 @@ class TritonBackend(Backend):
             momentum is None,
             _BLOCK,
         )
+        copy_back(buffers, moved)
         return statistics
 
 

@@ -1,7 +1,7 @@
 """Small things that the ops share."""
 
 from contextlib import nullcontext
-from typing import Callable, ContextManager, List
+from typing import Any, Callable, ContextManager, Iterable, List, Optional
 
 import torch
 from torch import Tensor
@@ -110,6 +110,20 @@ def over_batch(x: Tensor, function: Callable[[slice], Tensor]) -> Tensor:
 def is_dense(x: Tensor) -> bool:
     """Whether an image is one stretch of memory, in one of the two memory formats."""
     return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+
+
+def in_one_piece(values: Any) -> Any:
+    """A NamedTuple of tensors, with a copy in place of each that is not contiguous."""
+    if all(value is None or value.is_contiguous() for value in values):
+        return values  # nearly always, and the rest would be felt in a small layer
+    return type(values)(*[None if value is None else value.contiguous() for value in values])
+
+
+def copy_back(originals: Iterable[Optional[Tensor]], moved: Iterable[Optional[Tensor]]) -> None:
+    """What became of the copies that stood in for some of ``originals``."""
+    for original, copy in zip(originals, moved):
+        if copy is not original:
+            original.copy_(copy)
 
 
 def plane(value: Tensor) -> Tensor:

@@ -82,9 +82,10 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize('backend', ['auto', 'torch'])
 @pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES)
-def test_a_change_has_batch_norms_effect(kind, change):
-    batch_norm, layer = pair(kind)
+def test_a_change_has_batch_norms_effect(kind, change, backend):
+    batch_norm, layer = pair(kind, dict(backend=backend))
     change(batch_norm)
     change(layer)
     training = batch_norm.training
@@ -92,6 +93,15 @@ def test_a_change_has_batch_norms_effect(kind, change):
     tracks = layer.track_running_stats and layer.running_mean is not None and training
     if isinstance(layer, layers.UBN) and not tracks:  # the similarity is one of them
         assert layer.running_similarity == 1
+
+
+@pytest.mark.usefixtures('on_kernel_device')
+@pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES)
+def test_a_change_has_batch_norms_effect_on_the_kernels(change):
+    norms = pair('UBN', dict(backend='triton'))
+    for norm in norms:
+        change(norm)
+    assert_same_steps(*norms, steps=1)
 
 
 def on_meta_then_assigned(layer):

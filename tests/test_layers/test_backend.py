@@ -38,6 +38,34 @@ def test_similarity_with_triton():
 
 
 @pytest.mark.usefixtures('on_kernel_device')
+@pytest.mark.parametrize('name', ['torch', 'cpp', 'triton'])
+def test_parameters_and_buffers_that_are_views(name, kernel_device):
+    """As functional_call gives those of one of several models, stacked behind the channels."""
+    if name == 'cpp' and (kernel_device != 'cpu' or CPP.why_not(torch.zeros(1, 3, 1, 1), 3)):
+        pytest.skip('no C++ here')
+    layer, plain = UBN(3, backend=name), UBN(3, backend='torch')
+    randomize(layer)
+    plain.load_state_dict(layer.state_dict())
+    stacked = {key: torch.stack([value] * 2, -1) for key, value in layer.state_dict().items()}
+    views = {key: value[..., 0] for key, value in stacked.items()}
+    names = [key for key, _ in layer.named_parameters()]
+    leaves = [views[key].requires_grad_() for key in names]
+    x = torch.randn(4, 3, 5, 6)
+    y, expected = torch.func.functional_call(layer, views, x), plain(x)
+    torch.testing.assert_close(y, expected)
+    upstream = torch.randn_like(x)
+    gradients = torch.autograd.grad(y, leaves, upstream)
+    for key, gradient, other in zip(
+        names, gradients, torch.autograd.grad(expected, [*plain.parameters()], upstream)
+    ):
+        torch.testing.assert_close(gradient, other, msg=key)
+    for key, buffer in plain.named_buffers():
+        torch.testing.assert_close(stacked[key][..., 0], buffer, msg=key)
+        if buffer.dim():  # nothing beside them has moved
+            torch.testing.assert_close(stacked[key][..., 1], layer.state_dict()[key], msg=key)
+
+
+@pytest.mark.usefixtures('on_kernel_device')
 def test_empty_batch_with_triton():
     layer = UBN(3, backend='triton')
     layer(torch.randn(0, 3, 4, 4)).sum().backward()

@@ -16,6 +16,12 @@ pytest.importorskip('mmubn.ops.triton_kernels', exc_type=ImportError)
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 
 
+@pytest.fixture(autouse=True)
+def _no_tf32(monkeypatch):
+    """Torch's convolutions, which some of these tests compare with, would round to 10 bits."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+
+
 def step(layer, x, upstream):
     """Output and gradients of one training step."""
     x.grad = None

@@ -31,7 +31,8 @@ def test_tests_are_ones_that_there_are(tool):
 def test_what_takes_too_long_is_interrupted(tool):
     sleeper = [sys.executable, '-c', 'import time; time.sleep(60)']
     start = time.monotonic()
-    assert not tool._finish(tool._start(sleeper), start + 1)
-    assert time.monotonic() - start < 30
-    assert tool._finish(tool._start([sys.executable, '-c', '']), time.monotonic() + 30)
-    assert not tool._finish(tool._start([sys.executable, '-c', 'exit(3)']), time.monotonic() + 30)
+    assert not tool._finish(start + 1, *[tool._start(sleeper) for _ in range(3)])
+    assert time.monotonic() - start < 10
+    well, badly = ([sys.executable, '-c', f'exit({code})'] for code in (0, 3))
+    assert tool._finish(time.monotonic() + 30, tool._start(well))
+    assert not tool._finish(time.monotonic() + 30, tool._start(well), tool._start(badly))
