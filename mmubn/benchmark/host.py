@@ -73,7 +73,7 @@ def host_us(rounds: int = 300) -> Dict[str, List[float]]:
     # Without a launch Y stays as it was allocated, which nobody reads.
     with (
         mock.patch.object(driver, '_active', own),
-        mock.patch.object(type(backend.TRITON), 'why_not', lambda *_: ''),
+        mock.patch.object(type(backend.TRITON), 'why_not', return_value=''),
         mock.patch.dict(backend._BY_DEVICE, cpu=backend.TRITON),
     ):
         for kind in ('bn', *KINDS):
