@@ -328,14 +328,14 @@ _EXPERIMENTS = (
         contrasts=(_GATE, _KERNEL, ('UBN', 'RBN'), ('UBN', IDENTITY_BNET)),
         study=Study(
             seeds=3,
-            grid={LEARNING_RATE: (0.2, 0.4, 0.8), WEIGHT_DECAY: (5e-4, 1e-3, 2e-3)},
+            grid={LEARNING_RATE: (0.2, 0.4, 0.8), WEIGHT_DECAY: (2e-4, 5e-4, 1e-3, 2e-3)},
             metric='top1',
             validation={
                 'train_dataloader.dataset.indices': 45000,
                 'val_dataloader.dataset.split': 'train',
                 'val_dataloader.dataset.indices': -5000,
             },
-            tuning_budget=0.25,
+            tuning_budget=1 / 6,
             tuned_for='BN',
         ),
     ),
