@@ -171,8 +171,8 @@ def test_the_strong_recipe_is_tuned_for_bn(stages):
     run_tool('reproduce', *argv)
     tuning, training = stages.calls
     assert {job.setting.norm for job in tuning} == {'BN'}
-    assert len(tuning) == 9
-    assert {job.settings['epochs'] for job in tuning} == {6}
+    assert len(tuning) == 12
+    assert {job.settings['epochs'] for job in tuning} == {4}
     assert [job.settings['seed'] for job in training] == [0, 1, 2]
     assert {(job.setting.norm, rate(job)) for job in training} == {('UBN', best[0])}
     assert {job.settings['epochs'] for job in training} == {24}
