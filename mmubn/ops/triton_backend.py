@@ -37,6 +37,8 @@ _TRITON_VERSION = (3, 3)
 # Programs that fill a large GPU; where an image and channel block each give fewer, they
 # are split further. Those of the convolutions are in Tiles.
 _ENOUGH_PROGRAMS = 1024
+# Of a grid's second axis, as CUDA has it; long signals as images of one row could reach it.
+_MOST_TILES = 65535
 # Small numbers that a program reads at once. One for all shapes, as each takes a compilation.
 _BLOCK = 1024
 
@@ -473,6 +475,8 @@ def _tile(
     values = tiles.values if kernel_size <= 3 else tiles.values // 2
     if channels_last:
         block_c = min(_power(channels), tiles.channels)
+        while width * block_c > _MOST_TILES * values:
+            block_c //= 2
         block_w = min(_power(width), values // block_c)
     else:
         block_w = min(_power(width), tiles.columns)

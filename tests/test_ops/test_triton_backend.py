@@ -343,6 +343,13 @@ def test_what_is_not_finite_spreads_as_in_the_reference(where):
         torch.testing.assert_close(actual[finite], oracle[finite])
 
 
+@pytest.mark.parametrize('channels_last', [True, False])
+def test_a_long_signal_fits_into_a_grid(channels_last):
+    tiling = triton_backend._tile(Tiles(), 1, 64, 1, 600_000, channels_last, 5)
+    assert tiling.grid[1] <= 65535
+    assert tiling.grid[0] * tiling.grid[1] * tiling.blocks[0] * tiling.blocks[1] >= 64 * 600_000
+
+
 class Launches(TorchDispatchMode):
     """What a GPU would have been told to run: kernels, and torch's operations but for views and
     fresh memory.
