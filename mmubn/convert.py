@@ -161,8 +161,16 @@ def _would_be_lost(module: _BatchNorm) -> str:
     if named:
         kind = type(module).__name__
         return f'{" and ".join(named)} beside those of {kind}, which would be lost'
+    return own_forward(module)
+
+
+def own_forward(module: _BatchNorm) -> str:
+    """Says that a layer computes something of its own, which no other would; empty if not."""
     if 'forward' in vars(module):
         return 'its forward was replaced on the layer, which would be lost'
+    known = (RectifiedBatchNorm.forward, nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
+    if type(module).forward not in known and not _is_fused(module):
+        return f'{type(module).__name__} has a forward of its own, which would be lost'
     return ''
 
 

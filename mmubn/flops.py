@@ -55,7 +55,7 @@ class _WholeNorm(torch.autograd.Function):
     """Runs a layer as one operator of the traced graph, which keeps the layer."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, forward: Callable) -> Tensor:
+    def forward(ctx: Any, x: Tensor, forward: Callable, layer: nn.Module) -> Tensor:
         y = torch.empty_like(x)
         state = torch._C._get_tracing_state()
         torch._C._set_tracing_state(None)  # else the operators inside are in the graph too
@@ -77,20 +77,23 @@ def _trace_layers_whole(jit_analysis: ModuleType) -> None:
     @functools.wraps(trace)
     def wrapper(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         layers = [m for m in module.modules() if isinstance(m, RectifiedBatchNorm)]
+        own = [vars(layer).get('forward') for layer in layers]  # that a user put there
         for layer in layers:
-            layer.forward = functools.partial(_forward, layer.forward)
+            layer.forward = functools.partial(_forward, layer.forward, layer)
         try:
             return trace(module, *args, **kwargs)
         finally:
-            for layer in layers:
+            for layer, forward in zip(layers, own):
                 del layer.forward  # the class has it
+                if forward is not None:
+                    layer.forward = forward
 
     jit_analysis._get_scoped_trace_graph = wrapper
 
 
-def _forward(forward: Callable, *args: Tensor, **kwargs: Tensor) -> Tensor:
+def _forward(forward: Callable, layer: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
     (x,) = (*args, *kwargs.values())
-    return _WholeNorm.apply(x, forward)
+    return _WholeNorm.apply(x, forward, layer)
 
 
 def _flops(inputs: List[Any], outputs: List[Any]) -> Counter:
@@ -114,6 +117,6 @@ def _activations(inputs: List[Any], outputs: List[Any]) -> Counter:
 def _layer_of(outputs: List[Any]) -> tuple:
     """The layer behind a node of the graph, and the numbers in its output."""
     (output,) = outputs
-    (forward,) = output.node().scalar_args()
+    _, layer = output.node().scalar_args()
     numel = functools.reduce(int.__mul__, output.type().sizes(), 1)
-    return forward.__self__, numel
+    return layer, numel

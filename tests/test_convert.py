@@ -222,9 +222,15 @@ def with_forward(norm):
     return norm
 
 
+class ActivatedUBN(UBN):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
 @pytest.mark.parametrize(
     ('layer', 'norm_cfg', 'reason'),
     [
+        (ActivatedUBN(3), dict(type='BN'), 'ActivatedUBN has a forward of its own, which would be'),
         (UBN(3), dict(type='UBN', fct=0.3), 'already UBN; set its attributes, such as eps or fct'),
         (RBN(3), dict(type='UBN'), 'RBN, which can only become BN; UBN and SyncUBN can also'),
         (nn.BatchNorm1d(3), dict(type='UBN'), 'BatchNorm1d; BatchNorm2d, SyncBatchNorm and'),

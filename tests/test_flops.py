@@ -65,6 +65,15 @@ def test_counting_leaves_the_model_as_it_was(x):
     assert torch.equal(model(x), expected)
 
 
+def test_a_forward_that_was_put_on_the_layer_is_counted_and_stays(x):
+    model = net(mmubn.UBN(8)).eval()
+    forward = model[1].forward
+    model[1].forward = own = lambda x: 3 * forward(x)
+    for flops, _ in counters():
+        assert flops(model, x).unsupported_ops_warnings(False).by_module()['1'] == 11 * N
+        assert model[1].forward is own
+
+
 def test_torch_counts_the_convolution(x):
     for norm, multiplications in ((nn.BatchNorm2d(8), 0), (mmubn.UBN(8, backend='torch'), 9 * N)):
         with FlopCounterMode(display=False) as counter:

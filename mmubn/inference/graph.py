@@ -57,6 +57,16 @@ class Calls:
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
 
+def _owners(model: nn.Module) -> Dict[int, List[nn.Module]]:
+    """The convolutions by the ids of their parameters: several share a tied one."""
+    owners: Dict[int, List[nn.Module]] = defaultdict(list)
+    for module in model.modules():
+        if isinstance(module, CONVOLUTIONS):
+            for parameter in module.parameters():
+                owners[id(parameter)].append(module)
+    return owners
+
+
 class _Tracer(torch.fx.Tracer):
     """Does not look into modules that have neither a convolution nor a norm inside."""
 
@@ -91,11 +101,13 @@ def read_forward(model: nn.Module, norms: Sequence[nn.Module]) -> Calls:
         return model.get_submodule(node.target) if node.op == 'call_module' else None
 
     wanted = {id(norm) for norm in norms}
+    owners = _owners(model)
     for node in graph.nodes:
         module = module_of(node)
         if node.op == 'get_attr':
-            owner = model.get_submodule(node.target.rpartition('.')[0])
-            calls.weights_read.add(id(owner))
+            owner, _, name = node.target.rpartition('.')
+            value = getattr(model.get_submodule(owner), name)
+            calls.weights_read.update(map(id, owners.get(id(value), ())))
         elif isinstance(module, CONVOLUTIONS):
             calls.outputs[id(module)].append([module_of(user) for user in node.users])
         elif id(module) in wanted:
@@ -112,11 +124,10 @@ class _Watcher(TorchDispatchMode):
         self._inside = 0  # of a norm layer or a convolution, whose own operations do not count
         # By the id of a tensor. Ids are given again, so a reference tells whether it is that one.
         self._made: Dict[int, Tuple[weakref.ref, nn.Module, List[Optional[nn.Module]]]] = {}
-        self._weights: Dict[int, nn.Module] = {}
+        self._owners = _owners(model)
         self._handles = []
         for module in model.modules():
             if isinstance(module, CONVOLUTIONS):
-                self._weights.update({id(p): module for p in module.parameters()})
                 self._watch(module, self._enter, self._convolved)
         for norm in norms:
             self._watch(norm, self._normalizes, self._leave)
@@ -157,8 +168,7 @@ class _Watcher(TorchDispatchMode):
     def _read(self, values: Any) -> None:
         for value in tree_flatten(values)[0]:
             self._maker(value)[1].append(None)
-            if id(value) in self._weights:
-                self.calls.weights_read.add(id(self._weights[id(value)]))
+            self.calls.weights_read.update(map(id, self._owners.get(id(value), ())))
 
     def finish(self, result: Any) -> Calls:
         """The calls, once the run has given ``result``: what is returned is read."""

@@ -125,7 +125,12 @@ def fold(norm: nn.Module) -> Tuple[Fold, Optional[Constants]]:
     """
     c = constants_of(norm)
     mean = norm.running_mean.double()
-    scale = _rstd(norm) if c.kernel_size > 1 else c.taps[:, 0, 0]
+    rstd, middle = _rstd(norm), c.taps[:, 0, 0]
+    # The convolution takes a 1 x 1 affine too, unless gamma is so small that what an image adds,
+    # which is divided by it, would leave the range of float16.
+    small = (middle.abs() > _TINY) & (middle.abs() < 2**-10 * rstd)
+    whole = c.kernel_size == 1 and not (c.per_image and bool(small.any()))
+    scale = middle if whole else rstd
     # s is 0 where gamma is. X has no way into Y there, and nothing may be divided by s.
     inverse = torch.where(scale.abs() > _TINY, 1 / scale, 0.0)
     offset, shift = -scale * mean, None
@@ -138,7 +143,7 @@ def fold(norm: nn.Module) -> Tuple[Fold, Optional[Constants]]:
     if c.kernel_size == 1 and not c.per_image:
         return Fold(scale, offset if c.bias is None else offset + c.bias), None
     rest = replace(c, taps=c.taps * inverse[:, None, None], shift=shift)
-    if c.kernel_size == 1:
+    if whole:
         rest = replace(rest, taps=torch.ones_like(c.taps))
     if c.scale_weight is not None:  # a m + b of X is this of V, as m = (p - e) / s
         weight = c.scale_weight * inverse

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from .. import layers
-from ..convert import _drop_and_activate
+from ..convert import _drop_and_activate, own_forward
 from ..layers.base import RectifiedBatchNorm
 from .graph import Calls, read_forward, watch_run
 from .layer import Constants, DepthwiseConv2d, Fold, InferenceNorm, constants_of, fold
@@ -49,8 +49,9 @@ def prepare_for_inference(
     :mod:`mmubn.inference.layer`. If a layer has no convolution of its own, it is not folded, but
     reduced as far as that goes by itself.
 
-    torch.fx reads from the model's forward which convolution comes before a layer. If it cannot,
-    a run is watched: on ``example_inputs``, or on noise, see
+    torch.fx reads from the model's forward which convolution comes before a layer, with optional
+    arguments at their defaults and without a branch that asks for the type of a tensor. If it
+    cannot, or if ``example_inputs`` are given, a run is watched: on these, or on noise, see
     :func:`mmubn.inference.graph.watch_run`.
 
     One line in the log gives a summary. Each layer is in the list ``inference_report`` of the
@@ -87,6 +88,7 @@ def prepare_for_inference(
             conv, reason = calls.convolution_before(norm) if calls else (None, unread)
         new, left = _replacement(norm, conv)
         by_module[id(norm)] = new
+        prepared = new if norm is prepared else prepared
         conv_name = '' if conv is None else names[id(conv)]
         report.append(PreparedLayer(name, type(norm).__name__, conv_name, left, reason))
     for parent in list(prepared.modules()):
@@ -163,13 +165,13 @@ def _obstacle(norm: nn.Module) -> str:
         return 'it has no running statistics'
     if any(hook is not _drop_and_activate for hook in norm._forward_hooks.values()):
         return 'it has forward hooks'
-    return 'it has forward pre-hooks' if norm._forward_pre_hooks else ''
+    return 'it has forward pre-hooks' if norm._forward_pre_hooks else own_forward(norm)
 
 
 def _replacement(norm: nn.Module, conv: Optional[nn.Module]) -> Tuple[nn.Module, str]:
     """What takes the layer's place, in words too. The convolution takes its part in."""
-    if _obstacle(norm):
-        return norm, 'the layer as it was'
+    if _obstacle(norm) or (conv is None and not isinstance(norm, RectifiedBatchNorm)):
+        return norm, 'the layer as it was'  # a SyncBatchNorm may see input that is not 4D
     dtype = norm.running_mean.dtype if conv is None else conv.weight.dtype
     if conv is not None:
         part, constants = fold(norm)

@@ -183,6 +183,8 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
             raise ValueError(f'expected 4D input (got {x.dim()}D input)')
         if self._eps <= 0:
             raise ValueError(f'eps must be positive, got {self._eps}')
+        if (parameters.scale_weight is None) != (parameters.scale_bias is None):
+            raise ValueError('scale_weight and scale_bias must both be None or neither be None')
         running = buffers.running_mean, buffers.running_var
         if (running[0] is None) != (running[1] is None):
             raise ValueError('running_mean and running_var must both be None or neither be None')

@@ -197,13 +197,15 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
 
     def _state(self) -> ops.Buffers:
         running_mean, running_var, count, *_ = super()._state()
-        tau = self.running_similarity
-        if tau is not None and self._gate.device != tau.device:
-            # Tensors were put in place of the buffers, as load_state_dict(assign=True) does.
-            self._gate = torch.ones((), dtype=torch.bool, device=tau.device)
+        tau, gate = self.running_similarity, None
+        if self.training:  # which alone reads it; one made in inference mode could not train
+            if tau is not None and self._gate.device != tau.device:
+                # Tensors were put in place of the buffers, as load_state_dict(assign=True) does.
+                self._gate = torch.ones((), dtype=torch.bool, device=tau.device)
+            gate = self._gate
         # No step to count, and for torch.compile to carry along, where each one measures.
         steps = self._steps if self.fct_interval > 1 else None
-        return ops.Buffers(running_mean, running_var, count, tau, self._gate, steps)
+        return ops.Buffers(running_mean, running_var, count, tau, gate, steps)
 
     def _settings(self, buffers: ops.Buffers) -> ops.Settings:
         # PreciseBN sets a momentum of 1 to read the statistics of single batches: there is no

@@ -42,4 +42,5 @@ def mean_cosine_similarity(
         return x.new_full((), float('nan'), dtype=statistics_dtype(x.dtype))
     if squared_norm is None:
         squared_norm = squared_norms(x)
+    squared_norm = squared_norm.to(statistics_dtype(x.dtype))
     return similarity_of_unit_vectors(x, squared_norm, backends.choose(backend, x))

@@ -224,6 +224,18 @@ class SharedWeight(Block):
         return self.norm(self.conv(x)) + self.other(x)
 
 
+class SharedWeightReadByHand(Block):
+    reason = 'the weights of the convolution before it are read elsewhere'
+
+    def build(self):
+        self.other = nn.Conv2d(3, 8, 3, padding=1)
+        self.other.weight = self.conv.weight
+
+    def forward(self, x):
+        y = self.norm(self.conv(x)) + self.other(x)
+        return y + nn.functional.conv2d(x, self.other.weight, padding=1)
+
+
 class GroupsAndNoBias(Block):
     def build(self):
         self.conv = nn.Conv2d(3, 9, 3, groups=3, bias=False)

@@ -117,6 +117,20 @@ def test_what_does_nothing_is_left_out():
     assert constants_of(norm).kernel_size == 1
 
 
+@pytest.mark.newer_torch('no float16 on a CPU')
+@pytest.mark.parametrize('gamma', [0.0, 1e-33, 1e-9, 1e-6, 1e-3])
+def test_small_weights_stay_in_the_range_of_float16(gamma):
+    """As weight decay leaves them: what an image adds to the convolution is divided by them."""
+    norm = make_layer(type='RBN')
+    with torch.no_grad():
+        norm.weight[0] = gamma
+    x = torch.randn(2, 6, 4, 4)
+    part, constants = fold(norm)
+    v = part.scale.view(1, -1, 1, 1) * x.double() + part.offset.view(1, -1, 1, 1)
+    y = InferenceNorm(constants, torch.float16, owns_input=False)(v.half())
+    assert difference(y.double(), literal(norm, x)) < 5e-3
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, HALF])
 @pytest.mark.parametrize('kind', KINDS)
 def test_half_precision_errs_no_more_than_rounding(kind, dtype):

@@ -115,6 +115,47 @@ def test_norms_without_a_convolution_stand_alone():
     ]
 
 
+class ActivatedUBN(mmubn.UBN):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def with_forward(norm):
+    forward = norm.forward
+    norm.forward = lambda x: 3 * forward(x)
+    return norm
+
+
+@pytest.mark.parametrize(
+    ('norm', 'reason'),
+    [
+        (ActivatedUBN(4), 'ActivatedUBN has a forward of its own, which would be lost'),
+        (with_forward(mmubn.UBN(4)), 'its forward was replaced on the layer, which would be lost'),
+    ],
+)
+def test_a_layer_that_computes_more_stays(norm, reason):
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 3), norm))
+    prepared = prepare_for_inference(model)
+    x = torch.randn(2, 3, 6, 6)
+    assert difference(prepared(x), model(x)) < 2e-6
+    assert prepared.inference_report[0].reason == reason
+
+
+def test_batch_norm_over_vectors_stays():
+    model = trained(nn.Sequential(nn.Linear(4, 8), nn.SyncBatchNorm(8)))
+    x = torch.randn(5, 4)
+    assert torch.equal(prepare_for_inference(model)(x), model(x))
+
+
+def test_a_layer_by_itself():
+    model = trained(mmubn.UBN(4))
+    prepared = prepare_for_inference(model)
+    x = torch.randn(2, 4, 6, 6)
+    assert type(prepared) is InferenceNorm
+    assert difference(prepared(x), model(x)) < 2e-6
+    assert prepared.inference_report[0].kind == 'UBN'
+
+
 def test_report_and_log(caplog):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), mmubn.UBN(4), nn.ReLU(), mmubn.RBN(4))
     with caplog.at_level(logging.INFO, 'mmubn'):

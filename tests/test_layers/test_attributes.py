@@ -163,6 +163,27 @@ def test_weight_taken_away_leaves_a_weight_of_one(kind):
     assert layer.kernel is None or layer.kernel.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize('name', ['scale_weight', 'scale_bias'])
+@pytest.mark.parametrize('backend', ['torch', 'cpp'])
+def test_half_of_the_scaling_is_refused(name, backend):
+    layer = layers.UBN(CHANNELS, fct=None, backend=backend)
+    setattr(layer, name, None)
+    with pytest.raises(ValueError, match='scale_weight and scale_bias must both be None or'):
+        layer(torch.randn(2, CHANNELS, 4, 4))
+
+
+def test_a_layer_first_called_in_inference_mode_trains():
+    with torch.device('meta'):
+        layer = layers.UBN(CHANNELS, backend='torch')
+    layer.load_state_dict(layers.UBN(CHANNELS).state_dict(), assign=True)
+    x = torch.randn(2, CHANNELS, 5, 5)
+    with torch.inference_mode():
+        layer.eval()(x)
+    layer.train()(x).sum().backward()
+    assert layer.batch_statistics_used
+    assert layer.num_batches_tracked == 1
+
+
 def test_half_of_the_statistics_is_refused(kind):
     for name in ('running_mean', 'running_var'):
         _, layer = pair(kind)

@@ -78,6 +78,25 @@ def test_compiled_training_is_one_graph(settings, calls):
     assert len(graphs) == 1
 
 
+@pytest.mark.newer_torch('a step is an operator of the graph from torch 2.4 on')
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('training', [True, False], ids=['training', 'evaluation'])
+@pytest.mark.parametrize('transform', ['jvp', 'grad', 'vmap'])
+def test_compiled_transforms_equal_eager_ones(transform, training):
+    """The operator knows none of them: a tangent was zero without a word."""
+    torch._dynamo.reset()
+    norm = UBN(4, fct=None, track_running_stats=not training).train(training)
+    randomize(norm)
+    x, t = torch.randn(3, 4, 5, 6), torch.randn(3, 4, 5, 6)
+    function = dict(
+        jvp=lambda x, t: torch.func.jvp(norm, (x,), (t,))[1],
+        grad=lambda x, t: torch.func.grad(lambda v: (norm(v) * t).sum())(x),
+        vmap=lambda x, t: torch.func.vmap(norm)(torch.stack([x, t])),
+    )[transform]
+    compiled = torch.compile(function, backend='aot_eager')
+    torch.testing.assert_close(compiled(x, t), function(x, t))
+
+
 @pytest.fixture
 def evaluated():
     """The network with UBN, in evaluation after a step, and an input."""

@@ -190,3 +190,14 @@ def test_similarity_equals_the_matrix(shape):
     torch.testing.assert_close(
         mean_cosine_similarity(strided), reference.mean_cosine_similarity(strided)
     )
+
+
+@pytest.mark.parametrize('given', [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_similarity_by_norms_of_any_dtype(dtype, given):
+    """A kernel that took their bytes for its own dtype would read beyond them."""
+    x = torch.randn(8, 16, 5, 5).to(dtype)
+    squared_norm = x.flatten(1).double().square().sum(1).to(given)
+    actual = mean_cosine_similarity(x, squared_norm)
+    expected = mean_cosine_similarity(x.double(), squared_norm.double())
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
