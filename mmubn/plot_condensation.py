@@ -171,8 +171,19 @@ def _style(number: int) -> dict:
     return dict(STYLES[number % len(STYLES)], markersize=4, linewidth=1.4)
 
 
+def _shared_axis(runs: List[Run]) -> str:
+    """What all runs count; one that has recorded nothing but its start may count either."""
+    counting = {run.axis: run for run in runs if run.rows[-1]['iter']}
+    if len(counting) > 1:
+        raise SystemExit(
+            f'{counting["epoch"].folder} counts epochs and {counting["iter"].folder} iterations: '
+            'draw them in two calls'
+        )
+    return next(iter(counting), runs[0].axis)
+
+
 def _finish(top: Axes, bottom: Axes, runs: List[Run]) -> None:
-    bottom.set_xlabel(AXES[runs[0].axis])
+    bottom.set_xlabel(AXES[_shared_axis(runs)])
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     top.legend(frameon=False, fontsize=8)
     for axis in (top, bottom):

@@ -28,6 +28,7 @@ COLUMNS = (
 )
 PLACES = ('fixed/input', 'fixed/output', 'train/input', 'train/output')
 _INTEGERS, _NUMBERS = COLUMNS[:2], COLUMNS[5:]
+_CONDENSATION = 'condensation/'  # what CondensationHook's scalars begin with
 _STAMP = re.compile(r'\d{8}_\d{6}')  # mmengine's name of a run's log folder
 
 
@@ -47,8 +48,10 @@ class Scalars:
 
     Attributes:
         train (list[dict]): The lines of training, by ``step``, which counts iterations.
-        metrics (dict): Of validation: name -> step -> value. ``step`` counts epochs, or
-            iterations where the training does.
+        metrics (dict): Of validation: name -> step -> value. ``step`` counts epochs. In an
+            iteration-based loop it counts iterations; where mmengine logged 0 in their place
+            (``LoggerHook(log_metric_by_epoch=True)``), it is the last iteration that was
+            logged before; of several validations after the same one, the last is kept.
     """
 
     train: List[Dict[str, Any]] = field(default_factory=list)
@@ -70,8 +73,9 @@ def read_scalars(work_dir: PathLike) -> Scalars:
     for log in sorted(log for log in logs if _STAMP.fullmatch(log.parts[-3])):
         lines = list(_json_lines(log))
         steps = [line['step'] for line in lines if 'lr' in line]
-        if lines and (not begun or _started_anew(log)):
-            begun.append(_Training())
+        config = _config(log)
+        if lines and (not begun or _started_anew(config)):
+            begun.append(_Training(_counts_epochs(config)))
         elif steps:
             # The newest that came to where this one goes on; its checkpoint was overwritten.
             begun.sort(key=lambda training: training.reaches(steps))
@@ -81,10 +85,16 @@ def read_scalars(work_dir: PathLike) -> Scalars:
 
 
 class _Training:
-    """One training from its start, through all its resumptions."""
+    """One training from its start, through all its resumptions.
 
-    def __init__(self) -> None:
+    Args:
+        counts_epochs (bool): Whether its loop is known to be epoch-based.
+    """
+
+    def __init__(self, counts_epochs: bool = False) -> None:
         self.scalars = Scalars()
+        self._counts_epochs = counts_epochs
+        self._iteration = 0  # of the last line that counts iterations, of condensation too
         self._seen: Dict[str, Dict[int, int]] = {}  # name -> step -> the last iteration before
 
     @property
@@ -99,7 +109,10 @@ class _Training:
             if step <= self.last:
                 self._go_back(step)
             self.scalars.train.append(line)
+        if 'lr' in line or any(name.startswith(_CONDENSATION) for name in line):
+            self._iteration = step
             return
+        step = self._metric_step(step)
         for name, value in line.items():
             if _is_metric(name, value):
                 curve = self.scalars.metrics.setdefault(name, {})
@@ -113,6 +126,15 @@ class _Training:
         own = [0, *(line['step'] for line in self.scalars.train)]
         gaps = [b - a for part in (own, steps) for a, b in zip(part, part[1:])]
         return self.last + max(gaps, default=0) >= steps[0]
+
+    def _metric_step(self, step: int) -> int:
+        """The step of a validation: epochs where the training counts them, else iterations."""
+        if step == 0:  # of an iteration-based loop, or before all training
+            return self._iteration
+        epoch = self.scalars.train[-1].get('epoch') if self.scalars.train else None
+        if self._counts_epochs and epoch is not None and epoch < step >= self.last:
+            return epoch  # LoggerHook(log_metric_by_epoch=False) writes iterations
+        return step
 
     def _go_back(self, step: int) -> None:
         """Drops what was logged from an iteration on."""
@@ -132,15 +154,24 @@ def _json_lines(path: Path) -> Iterator[Dict[str, Any]]:
             yield line
 
 
-def _started_anew(log: Path) -> bool:
-    """Whether the config that mmengine keeps beside the log does not ask to resume."""
+def _config(log: Path) -> str:
+    """The text of the config that mmengine keeps beside the log; empty where there is none."""
     config = log.with_name('config.py')
-    text = config.read_text(errors='replace') if config.is_file() else ''
-    return bool(text.strip()) and not re.search(r'^resume = True$', text, re.MULTILINE)
+    return config.read_text(errors='replace') if config.is_file() else ''
+
+
+def _started_anew(config: str) -> bool:
+    """Whether there is a config, which does not ask to resume."""
+    return bool(config.strip()) and not re.search(r'^resume = True$', config, re.MULTILINE)
+
+
+def _counts_epochs(config: str) -> bool:
+    """Whether ``train_cfg``, which may go on in indented lines, has a number of epochs."""
+    return bool(re.search(r'^train_cfg = (.|\n )*?\bmax_epochs=', config, re.MULTILINE))
 
 
 def _is_metric(name: str, value: Any) -> bool:
-    other = ('condensation/', 'time', 'data_time', 'step', 'memory')
+    other = (_CONDENSATION, 'time', 'data_time', 'step', 'memory')
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and not name.startswith(other)
 

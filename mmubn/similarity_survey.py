@@ -24,7 +24,7 @@ class LayerSimilarity:
         layer (str): Its name in the model.
         type (str): Its class.
         similarity (float): Mean over the batches; of a run, over the last epoch. NaN if
-            it is not defined for any.
+            it is not defined for any of these.
         lowest (float): Lowest of the batches; of a run, of the epochs.
         highest (float): Highest of the same.
     """
@@ -232,8 +232,8 @@ def read_survey(
 ) -> SimilaritySurvey:
     """The survey of a training that :class:`~mmubn.hooks.CondensationHook` recorded.
 
-    The similarity is that of the last epoch's training batches, lowest and highest are
-    those of all epochs.
+    The similarity is that of the last epoch's training batches, NaN for a layer without one
+    in that epoch. Lowest and highest are those of all epochs.
 
     Args:
         path (str | Path): The work directory, or ``condensation.csv`` itself.
@@ -245,22 +245,23 @@ def read_survey(
     """
     seen: Dict[str, List[float]] = {}
     types: Dict[str, str] = {}
-    periods = set()
+    records: Dict[int, Dict[str, float]] = {}  # iteration -> layer -> similarity
     for row in read_condensation(path):
         if row['where'] == 'train/input':
             types[row['layer']] = row['type']
-            periods.add(row['iter'])
+            record = records.setdefault(row['iter'], {})
             values = seen.setdefault(row['layer'], [])
             if row['similarity'] is not None:
+                record[row['layer']] = row['similarity']
                 values.append(row['similarity'])
     if not seen:
         raise ValueError(f'{path} has no training batches yet (rows of train/input)')
     measured = []
     for name, kind in types.items():
         layer = _layer(name, kind, seen[name])
-        last = seen[name][-1] if seen[name] else math.nan
+        last = records[max(records)].get(name, math.nan)
         measured.append(LayerSimilarity(name, kind, last, layer.lowest, layer.highest))
-    source = f'{path}: the last of {len(periods)} records'
+    source = f'{path}: the last of {len(records)} records'
     return SimilaritySurvey(measured, source, sorted(thresholds))
 
 

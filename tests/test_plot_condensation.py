@@ -133,6 +133,25 @@ def test_iteration_based_run_is_drawn_over_iterations(tmp_path):
     assert figure.axes[0].lines[0].get_xdata().tolist() == [0, 10, 20]
 
 
+def test_runs_of_both_kinds_of_loop_share_no_axis(runs, tmp_path):
+    iterations = write_run(tmp_path / 'iterations', 'UBN', by_epoch=False)
+    expected = f'{runs[0]} counts epochs and {iterations} iterations: draw them in two calls'
+    with pytest.raises(SystemExit) as caught:
+        run_tool('plot_condensation', iterations, runs[0], '--out', tmp_path)
+    assert str(caught.value) == expected
+    assert not list(tmp_path.glob('*.png'))
+
+
+def test_a_run_killed_in_its_first_epoch_is_drawn_beside_another(runs):
+    begun, whole = runs
+    lines = (begun / 'condensation.csv').read_text().splitlines(keepends=True)
+    (begun / 'condensation.csv').write_text(''.join(lines[:3]))
+    shown = [plot_condensation.Run(folder) for folder in (begun, whole)]
+    figure = plot_condensation.draw_curves(shown, 'fixed/input', 0.3, None)
+    assert figure.axes[0].get_xlabel() == 'epoch'
+    assert [line.get_xdata().tolist() for line in figure.axes[0].lines[:2]] == [[0], [0, 1, 2]]
+
+
 def test_a_killed_run_is_drawn(runs):
     """Cut in the middle of a number, of a name and of a line of the log."""
     bn, ubn = runs

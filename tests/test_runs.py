@@ -93,6 +93,47 @@ def test_a_start_by_mistake_between_a_training_and_its_resumption(tmp_path):
     assert scalars.metrics == {'accuracy/top1': {1: 3.0, 2: 4.0}}
 
 
+ITERATIONS = "train_cfg = dict(\n    max_iters=40, type='IterBasedTrainLoop')\nx = 1\n"
+EPOCHS = 'train_cfg = dict(\n    dynamic_intervals=[\n        (2, 1),\n    ], max_epochs=3)\n'
+
+
+def test_validations_of_an_iteration_based_loop_keep_their_places(tmp_path):
+    """By default mmengine writes step 0 for each, and epoch 1 beside all training."""
+    lines = [train(10, epoch=1), val(0, 1.0), train(20, epoch=1), val(0, 2.0), train(25, epoch=1)]
+    log(tmp_path, '20260101_000000', [val(0, 0.5), *lines, val(0, 2.5)], ITERATIONS)
+    assert read_scalars(tmp_path).metrics['accuracy/top1'] == {0: 0.5, 10: 1.0, 20: 2.0, 25: 2.5}
+    # Resumed from iteration 20.
+    log(tmp_path, '20260101_000001', [train(25), train(30), val(0, 3.0)], 'resume = True\n')
+    assert read_scalars(tmp_path).metrics['accuracy/top1'] == {0: 0.5, 10: 1.0, 20: 2.0, 30: 3.0}
+
+
+def test_validations_between_two_lines_of_training_stand_at_the_records_of_the_hook(tmp_path):
+    def record(step):
+        return {'condensation/all/fixed/input': 0.3, 'step': step}
+
+    lines = [record(0), train(10), record(14), val(0, 1.0), record(18), val(0, 2.0), train(20)]
+    log(tmp_path, '20260101_000000', lines, ITERATIONS)
+    scalars = read_scalars(tmp_path)
+    assert scalars.metrics == {'accuracy/top1': {14: 1.0, 18: 2.0}}
+    assert steps(scalars) == [10, 20]
+
+
+@pytest.mark.parametrize('interval', [1, 4])
+def test_epochs_of_metrics_that_were_logged_by_iteration(tmp_path, interval):
+    lines = []
+    for epoch in (1, 2, 3):
+        lines += [train(s, epoch=epoch) for s in range(4 * epoch - 3, 4 * epoch + 1, interval)]
+        lines.append(val(4 * epoch, 10.0 * epoch))
+    log(tmp_path / 'epochs', '20260101_000000', lines, EPOCHS)
+    expected = {1: 10.0, 2: 20.0, 3: 30.0}
+    assert read_scalars(tmp_path / 'epochs').metrics['accuracy/top1'] == expected
+    # In an iteration-based loop they are right as they are.
+    lines = [{**line, 'epoch': 1} if 'lr' in line else line for line in lines]
+    log(tmp_path / 'iterations', '20260101_000000', lines, ITERATIONS + 'max_epochs=3\n')
+    expected = {4: 10.0, 8: 20.0, 12: 30.0}
+    assert read_scalars(tmp_path / 'iterations').metrics['accuracy/top1'] == expected
+
+
 # --- Condensation.
 
 

@@ -153,6 +153,19 @@ def test_of_a_run(tmp_path):
     assert found.shut(0.1) == ['a']
 
 
+def test_a_layer_without_a_value_in_the_last_epoch_has_none(tmp_path):
+    path = tmp_path / 'condensation.csv'
+    rows = [(1, 10, n, 'UBN', 'train/input', s, 1, 1) for n, s in (('a', 0.2), ('b', 0.02))]
+    rows += [(2, 20, n, 'UBN', 'train/input', s, 1, 1) for n, s in (('a', 0.3), ('b', ''))]
+    write_run(path, rows)
+    found = mmubn.read_survey(path)
+    assert found.layers[0] == LayerSimilarity('a', 'UBN', 0.3, 0.2, 0.3)
+    layer = found.layers[1]
+    assert math.isnan(layer.similarity)
+    assert (layer.lowest, layer.highest) == (0.02, 0.02)
+    assert found.shut(0.1) == []
+
+
 def test_of_no_run(tmp_path):
     path = tmp_path / 'condensation.csv'
     write_run(path, [(0, 0, 'a', 'BN', 'fixed/input', 0.3, '', '')])

@@ -42,7 +42,8 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
         cfg.merge_from_dict({'auto_scale_lr.enable': True})
     if args.resume is not None:
         cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
+        if args.resume != 'auto':
+            cfg.load_from = args.resume
     replace_sync_bn(cfg)
 
 
@@ -54,7 +55,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     merge_args(cfg, args)
     start_processes(cfg)
     if cfg.get('resume'):
-        cfg.merge_from_dict(on_main_process(lambda: resume_settings(cfg)))
+        newest = args.resume == 'auto'
+        cfg.merge_from_dict(on_main_process(lambda: resume_settings(cfg, newest)))
     on_main_process(lambda: preflight(cfg, 'train'))
     build_runner(cfg).train()
 

@@ -78,8 +78,9 @@ def _moved(node: Any, root: str, folder: str) -> Any:
 def evaluate_on_train(cfg: Config) -> None:
     """Makes validation and test read the images that training reads, and says so.
 
-    For a folder without a validation split, or to see whether a model fits its data.
-    Pipelines, samplers and metrics stay those of the evaluation.
+    For a folder without a validation split, or to see whether a model fits its data. Where
+    training takes a part of a dataset (``indices``), it is the same part. Pipelines, samplers
+    and metrics stay those of the evaluation.
 
     Args:
         cfg (Config): Changed in place.
@@ -94,7 +95,7 @@ def evaluate_on_train(cfg: Config) -> None:
         if cfg.get(f'{split}_dataloader') is None:
             continue
         dataset = _innermost(cfg[f'{split}_dataloader'].dataset)
-        for key in ('data_root', 'ann_file', 'data_prefix', 'split'):
+        for key in ('data_root', 'ann_file', 'data_prefix', 'split', 'indices'):
             dataset.pop(key, None)
             if key in train:
                 dataset[key] = copy.deepcopy(train[key])

@@ -7,7 +7,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Se
 from ..datasets.class_folders import class_folders, foreign_folders, is_foreign
 from .coco_check import missing_files
 from .config_check import did_you_mean
-from .errors import CommandError, listed
+from .errors import CommandError, listed, warn
 
 _MOST_SIZES = 100_000  # of files
 
@@ -114,6 +114,9 @@ def check_alike(found: Sequence[Folders]) -> None:
 def check_images(folders: Folders, dataset: Any) -> None:
     """Looks for images in the class folders. A folder may be empty, as long as not all are.
 
+    Of what is not read there is a line on stderr: files beside images, and folders with
+    images that count as those of a program.
+
     Args:
         folders (Folders): The class folders of a data set.
         dataset (CustomDataset): The data set.
@@ -122,12 +125,13 @@ def check_images(folders: Folders, dataset: Any) -> None:
         CommandError: A folder has files and no image, all are empty, an image has no bytes, or
             images would be read that a program left there.
     """
-    number, suffixes = 0, dataset.extensions
+    number, suffixes = 0, tuple(sorted(dataset.extensions))
+    unread, example = 0, ''
     for name in folders.names:
-        place, before, other = osp.join(folders.root, name), number, None
+        place, before, others = osp.join(folders.root, name), number, []
         for file, foreign in _files(place, _skips_foreign(dataset)):
-            if not file.lower().endswith(tuple(suffixes)):
-                other = other if foreign else file
+            if not file.lower().endswith(suffixes):
+                others += [] if foreign else [file]
                 continue
             if foreign:
                 raise CommandError(
@@ -138,15 +142,43 @@ def check_images(folders: Folders, dataset: Any) -> None:
             # To ask for the size of a million files takes minutes where they lie on a network.
             if number <= _MOST_SIZES and osp.isfile(file) and osp.getsize(file) == 0:
                 raise CommandError(f'{folders.path}: {file} is empty; copy it anew, or delete it')
-        if number == before and other is not None:
+        if number == before and others:
             raise CommandError(
-                f'{folders.path}: no file in {place} is read, such as {other}; the suffixes that '
-                f'are read are {", ".join(sorted(suffixes))}'
+                f'{folders.path}: no file in {place} is read, such as {others[0]}; the suffixes '
+                f'that are read are {", ".join(suffixes)}'
             )
+        if others:
+            unread, example = unread + len(others), example or others[0]
     if not number:
         raise CommandError(
             f'{folders.path}: no image in any of the class folders in {folders.root}; the suffixes '
-            f'that are read are {", ".join(sorted(suffixes))}'
+            f'that are read are {", ".join(suffixes)}'
+        )
+    if unread:
+        warn(
+            f'{folders.path}: {unread} files in the class folders of {folders.root} are not read, '
+            f'such as {example}; the suffixes that are read are {", ".join(suffixes)}: set '
+            f'{folders.path}.extensions where others are images'
+        )
+    if _skips_foreign(dataset):
+        _tell_skipped(folders, suffixes)
+
+
+def _tell_skipped(folders: Folders, suffixes: Tuple[str, ...]) -> None:
+    """Warns of folders that are no classes by their names, and hold images."""
+    skipped = [
+        name
+        for name in foreign_folders(folders.root)
+        if any(
+            file.lower().endswith(suffixes)
+            for file, _ in _files(osp.join(folders.root, name), skips_foreign=True)
+        )
+    ]
+    if skipped:
+        warn(
+            f'{folders.path}: the folders {listed(skipped)} in {folders.root} hold images and are '
+            'no classes, since programs make folders with such names; rename a folder that is a '
+            'class'
         )
 
 

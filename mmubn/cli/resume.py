@@ -10,27 +10,30 @@ from .checkpoint_check import read_checkpoint
 from .errors import CommandError, warn
 
 
-def resume_settings(cfg: Config) -> Dict[str, Any]:
+def resume_settings(cfg: Config, newest: bool = False) -> Dict[str, Any]:
     """What a resumed training takes from its checkpoint, for ``cfg.merge_from_dict``.
 
     ``load_from``: the last checkpoint of the work directory, or, where that one is
-    missing or cut short, the newest that is whole, which is told on stderr; nothing
-    where there was none yet. ``randomness.seed``: that of the checkpoint where the
-    config has none, since samplers are built before mmengine reads it.
+    missing or cut short, the newest that is whole, which is told on stderr.
+    ``randomness.seed``: that of the checkpoint where the config has none, since samplers
+    are built before mmengine reads it. Where there is no checkpoint yet, ``resume`` is
+    False, so that the training starts from the weights of the config's ``load_from``.
 
     Args:
         cfg (Config): The resolved config, with ``resume=True``.
+        newest (bool): Look in the work directory, whatever ``load_from`` is. Default: False,
+            which resumes from ``load_from`` where there is one.
 
     Raises:
         CommandError: The checkpoint to go on from cannot be read, or none is whole.
     """
     settings, source = {}, cfg.get('load_from')
-    if source:
+    if source and not newest:
         checkpoint = read_checkpoint('--resume', source)
     else:
         source, checkpoint = _newest_whole(cfg.work_dir)
         if source is None:
-            return {}  # mmengine says so and starts anew
+            return {'resume': False}  # else mmengine would resume from load_from
         settings['load_from'] = source
     seed = checkpoint.get('meta', {}).get('seed')
     if seed is not None and (cfg.get('randomness') or {}).get('seed') is None:

@@ -31,7 +31,7 @@ class CachedImageFolder(CustomDataset):
 
     Args:
         extensions (Sequence[str]): Of the image files. Default: as ``CustomDataset``,
-            and WebP.
+            and ``.tiff``, ``.jfif`` and WebP.
         max_gib (float): What the decoded images may take, in GiB. Default: 4.
         **kwargs: Those of mmpretrain's ``CustomDataset``.
 
@@ -44,7 +44,10 @@ class CachedImageFolder(CustomDataset):
     def __init__(
         self,
         *args,
-        extensions=('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.webp'),
+        extensions=(
+            *('.jpg', '.jpeg', '.jfif', '.png', '.webp'),
+            *('.tif', '.tiff', '.bmp', '.ppm', '.pgm'),
+        ),
         max_gib: float = 4.0,
         **kwargs,
     ) -> None:

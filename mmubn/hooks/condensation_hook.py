@@ -108,13 +108,17 @@ class CondensationHook(Hook):
         self._resumed: Optional[dict] = None
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Keeps the averages that a resumed checkpoint had begun."""
+        """Keeps what a resumed checkpoint says of averages begun and of its table."""
         self._resumed = checkpoint.get('condensation') if runner._resume else None
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Saves the averages begun, for a checkpoint between two records."""
+        """Saves the averages begun between two records, and what the table is known by."""
         if self._recorder is not None:
-            checkpoint['condensation'] = dict(layers=list(self._recorder.layers), state=self._seen)
+            checkpoint['condensation'] = dict(
+                layers=list(self._recorder.layers),
+                state=self._seen,
+                table=self._table.digest if is_main_process() else '',
+            )
 
     def before_train(self, runner) -> None:
         """Opens the table and measures the fixed batch."""
@@ -129,7 +133,10 @@ class CondensationHook(Hook):
         self._gates: Dict[str, bool] = {}
         kept = []
         if is_main_process():
-            self._table = CondensationTable(Path(runner.work_dir), runner.timestamp, runner.iter)
+            digest = (self._resumed or {}).get('table', '')
+            self._table = CondensationTable(
+                Path(runner.work_dir), runner.timestamp, runner.iter, digest
+            )
             for note in self._table.notes:
                 runner.logger.warning(note)
             kept = self._table.rows

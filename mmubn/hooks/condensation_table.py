@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import hashlib
 import io
 import os
 import shutil
@@ -29,6 +30,8 @@ class CondensationTable:
         work_dir (Path): The work directory.
         stamp (str): The time stamp of the training.
         iteration (int): Where it goes on; 0 for a new one.
+        digest (str): The ``digest`` of its table there; empty if its checkpoint has none,
+            as those of older versions.
 
     Raises:
         ValueError: A training to be resumed finds a file that is no such table.
@@ -38,7 +41,7 @@ class CondensationTable:
         notes (list[str]): What happened to the table of another training.
     """
 
-    def __init__(self, work_dir: Path, stamp: str, iteration: int = 0) -> None:
+    def __init__(self, work_dir: Path, stamp: str, iteration: int = 0, digest: str = '') -> None:
         self.rows: List[Dict[str, Any]] = []
         self.notes: List[str] = []
         path = work_dir / TABLE
@@ -52,7 +55,12 @@ class CondensationTable:
                 )
             elif iteration:
                 found = read_condensation(path)
-                source, self.rows = _table_of(path, found, iteration)
+                source, self.rows, is_its_own = _table_of(path, found, iteration, digest)
+                if digest and not is_its_own:
+                    self.notes.append(
+                        f'no table in {work_dir} has the rows that this training had written by '
+                        f'iteration {iteration}: it goes on from {source}, which comes nearest'
+                    )
                 if source != path:
                     self.notes.append(
                         f'{path} is of another training: kept as {_put_aside(path)}; this one goes '
@@ -68,6 +76,7 @@ class CondensationTable:
         partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
         self._file = partial.open('w', newline='')
         _lock(self._file)
+        self._hash = hashlib.sha256()
         csv.DictWriter(self._file, COLUMNS).writeheader()
         self.append(self.rows)
         os.replace(partial, path)
@@ -76,22 +85,37 @@ class CondensationTable:
 
     def append(self, rows: List[Dict[str, Any]]) -> None:
         """Writes rows at once; each whole one can be read should the rest be lost."""
-        text = io.StringIO(newline='')
-        writer = csv.DictWriter(text, COLUMNS)
-        writer.writerows(map(as_written, rows))
-        self._file.write(text.getvalue())
+        text = _text(rows)
+        self._hash.update(text.encode())
+        self._file.write(text)
         self._file.flush()
+
+    @property
+    def digest(self) -> str:
+        """Of all rows so far: by it a checkpoint tells its table from those of others."""
+        return self._hash.hexdigest()
 
     def close(self) -> None:
         """Ends the writing, and with it the claim on the file."""
         self._file.close()
 
 
-def _table_of(path: Path, found: List[Dict[str, Any]], iteration: int) -> tuple:
-    """The table of the training that goes on, and its rows up to there.
+def _text(rows: List[Dict[str, Any]]) -> str:
+    text = io.StringIO(newline='')
+    csv.DictWriter(text, COLUMNS).writerows(map(as_written, rows))
+    return text.getvalue()
+
+
+def _digest(rows: List[Dict[str, Any]]) -> str:
+    return hashlib.sha256(_text(rows).encode()).hexdigest()
+
+
+def _table_of(path: Path, found: List[Dict[str, Any]], iteration: int, digest: str) -> tuple:
+    """The table of the training that goes on, its rows up to there, and whether the digest fits.
 
     A training that was started anew in the work directory, and broken off before its first
-    checkpoint, has put aside the table of the one that is resumed now. That one came nearest.
+    checkpoint, has put aside the table of the one that is resumed now. Where no table has the
+    digest, since it is not known or a crash took rows, the one that came nearest is taken.
     """
     tables = {path: found}
     for aside in sorted(path.parent.glob(f'{path.stem}_*.csv')):
@@ -100,7 +124,13 @@ def _table_of(path: Path, found: List[Dict[str, Any]], iteration: int) -> tuple:
     kept = {
         table: [row for row in rows if row['iter'] <= iteration] for table, rows in tables.items()
     }
-    return max(kept.items(), key=lambda entry: max((row['iter'] for row in entry[1]), default=-1))
+    for table, rows in kept.items():
+        # A record of the end of an epoch comes after a checkpoint of its last iteration.
+        before = [row for row in rows if row['iter'] < iteration]
+        if digest in (_digest(rows), _digest(before)):
+            return table, rows, True
+    nearest = max(kept, key=lambda table: max((row['iter'] for row in kept[table]), default=-1))
+    return nearest, kept[nearest], False
 
 
 def _lock(file: IO) -> bool:

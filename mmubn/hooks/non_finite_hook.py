@@ -30,9 +30,11 @@ class NonFiniteHook(Hook):
     Mixed precision skips steps itself, when it tries a loss scale. Such a step counts only
     if a loss is not finite either.
 
-    A skipped batch leaves weights, optimizer and the running statistics of
-    :class:`mmubn.UBN` as they were. The running statistics of a plain BatchNorm already
-    have the NaN.
+    A skipped batch leaves weights and optimizer as they were. Running statistics moved
+    before, in the forward pass. Where the features that a layer saw are not finite, those
+    of :class:`mmubn.UBN` stay as they were, and those of a plain BatchNorm have the NaN.
+    Where the features are finite, and only the loss or the gradient is not, the batch has
+    moved both, as any other batch does.
 
     Args:
         action (str): ``'stop'`` or ``'skip'``. Default: ``'stop'``.

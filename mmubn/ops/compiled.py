@@ -43,6 +43,10 @@ def serves(settings: Settings) -> bool:
     """Whether the operators can stand in what is being compiled or exported."""
     if not available:
         return False
+    # The operators know no transform of torch.func. The compiler, which cannot answer this inside
+    # one, leaves the transform to eager mode.
+    if torch._C._functorch.maybe_current_level() is not None:
+        return False
     if not _tells_export:
         return settings.training
     # Not is_exporting(), which torch.compile folds into True.

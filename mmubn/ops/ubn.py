@@ -9,7 +9,7 @@ from . import backend as backends
 from . import compiled
 from .interface import Buffers, Parameters, Settings
 from .step import Step, an_image, keeps, step_backward, step_forward
-from .utils import compiling, differentiable, is_batched, is_vmapped, tracing, transforming
+from .utils import compiling, differentiable, is_batched, is_vmapped, tracing
 
 
 class _Gradients(NamedTuple):
@@ -63,7 +63,7 @@ def ubn(
             the backend cannot be had.
         ValueError: There is no backend of that name.
     """
-    if compiling() and x.numel() and not transforming():  # the operators know no transform
+    if compiling() and x.numel():
         if group is not None or not compiled.available or compiled.loses(buffers):
             return _not_compiled(x, parameters, buffers, settings, group, backend)
         if compiled.serves(settings):

@@ -32,10 +32,10 @@ def tracing() -> bool:
     What runs is being written down (compile, export, trace), or is transformed: torch.func and
     forward-mode derivatives.
     """
-    return compiling() or torch.jit.is_tracing() or transforming()
+    return compiling() or torch.jit.is_tracing() or _transforming()
 
 
-def transforming() -> bool:
+def _transforming() -> bool:
     """Whether a transform of torch.func, vmap or forward mode is active."""
     inside = torch._C._functorch.peek_interpreter_stack() is not None
     return inside or forward_ad._current_level >= 0

@@ -170,3 +170,21 @@ def test_cifar_in_class_folders(tmp_path):
         assert not {'split', 'download'} & dataset.keys()
     evaluate_on_train(cfg)
     assert cfg.val_dataloader.dataset.data_prefix == 'train'
+
+
+@pytest.mark.parametrize('part', [dict(indices=45000), {}])
+def test_evaluation_takes_the_part_that_training_takes(part):
+    data = dict(type='CIFAR10', data_root='data', split='train')
+    held_out = dict(dataset=dict(data, indices=-5000))
+    cfg = Config(
+        dict(
+            train_dataloader=dict(dataset=dict(data, **part)),
+            val_dataloader=held_out,
+            test_dataloader=held_out,
+            val_evaluator=dict(type='Accuracy'),
+            test_evaluator=dict(type='Accuracy'),
+        )
+    )
+    evaluate_on_train(cfg)
+    for split in ('val', 'test'):
+        assert cfg[f'{split}_dataloader'].dataset == dict(data, **part)

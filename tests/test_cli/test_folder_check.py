@@ -157,13 +157,46 @@ def test_files_that_are_no_images(cfg):
     line = failure(cfg)
     assert line.startswith(
         'train_dataloader.dataset: no file in ./train/bear is read, such as ./train/bear/0.gif; '
-        'the suffixes that are read are .bmp, .jpeg, .jpg, '
+        'the suffixes that are read are .bmp, .j'
     )
     Path('train/bear/0.gif').unlink()
     check(cfg)
     for name in ('apple', 'cat'):
         Path(f'train/{name}/0.png').unlink()
     assert failure(cfg).startswith('train_dataloader.dataset: no image in any of the class folders')
+
+
+def test_files_beside_images_are_told(cfg, capsys):
+    for number, suffix in enumerate(('heic', 'heic', 'gif')):
+        Path(f'train/bear/x{number}.{suffix}').touch()
+    Path('train/bear/.hidden').touch()
+    check(cfg)
+    (line,) = capsys.readouterr().err.splitlines()
+    start, found = line.split(', such as ')
+    assert start == (
+        'warning: train_dataloader.dataset: 3 files in the class folders of ./train are not read'
+    )
+    assert found.startswith('./train/bear/x')
+    assert found.endswith(': set train_dataloader.dataset.extensions where others are images')
+
+
+def test_skipped_folders_with_images_are_told(cfg, capsys):
+    for name in ('__unknown__', '@home', '.git'):
+        Path('train', name, 'deep').mkdir(parents=True)
+    Path('train/.git/config').touch()
+    if cfg.train_dataloader.dataset.type == 'CustomDataset':
+        assert 'delete it' in failure(cfg)
+        return
+    check(cfg)
+    assert capsys.readouterr().err == ''
+    shutil.copy('train/cat/0.png', 'train/__unknown__/0.png')
+    shutil.copy('train/cat/0.png', 'train/@home/deep/0.png')
+    check(cfg)
+    assert capsys.readouterr().err == (
+        "warning: train_dataloader.dataset: the folders '@home', '__unknown__' in ./train hold "
+        'images and are no classes, since programs make folders with such names; rename a folder '
+        'that is a class\n'
+    )
 
 
 def test_an_image_without_bytes(cfg):

@@ -69,6 +69,17 @@ def test_too_large_for_memory(pixels, tmp_path):
         build(tmp_path, max_gib=size * 0.99)
 
 
+@pytest.mark.parametrize('suffix', ['.tiff', '.jfif', '.TIFF'])
+def test_other_names_of_tiff_and_jpeg(tmp_path, suffix):
+    written = np.full((8, 8, 3), (200, 100, 50), np.uint8)
+    encoded = cv2.imencode('.jpg' if suffix == '.jfif' else '.tif', written[..., ::-1])[1]
+    path = tmp_path / 'train' / 'apple' / f'0{suffix}'
+    path.parent.mkdir(parents=True)
+    path.write_bytes(encoded.tobytes())
+    (sample,) = build(tmp_path)
+    assert np.abs(sample['img'].astype(int) - written).max() <= 2
+
+
 @pytest.mark.slow
 def test_cifar100_in_class_folders(real_data, tmp_path):
     """The folders' order is that of CIFAR-100's labels; mean and deviation are mmpretrain's."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.hooks import Hook
 from mmengine.model import BaseDataPreprocessor, MMDistributedDataParallel, stack_batch
 from mmengine.optim import OptimWrapper
 from processes import in_processes
@@ -18,6 +19,7 @@ from torch import nn
 from toy_runner import HOOK, ToyImages, ToyNet, column, loader, log_of, make_runner, pairwise, table
 
 from mmubn.hooks import CondensationHook
+from mmubn.hooks.condensation_table import CondensationTable
 from mmubn.runs import read_condensation
 
 
@@ -345,6 +347,85 @@ def test_resume_between_two_records_keeps_the_averages_begun(tmp_path):
         tmp_path / 'parts', hooks=hooks, iters=10, default_hooks=checkpoint, resume=True
     ).train()
     assert table(tmp_path / 'parts') == table(tmp_path / 'whole')
+
+
+def by_iteration(interval):
+    return dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=interval))
+
+
+class Killed(Exception):
+    """Ends a training at an iteration."""
+
+
+class Killer(Hook):
+    priority = 'VERY_LOW'
+
+    def __init__(self, iteration):
+        self.iteration = iteration
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter + 1 == self.iteration:
+            raise Killed
+
+
+def other_training(folder):
+    """One that recorded all 4 of 24 iterations, then another every 8, killed at 14."""
+    options = dict(iters=24, default_hooks=by_iteration(4))
+    make_runner(folder, hooks=[HOOK], **options).train()
+    options['val_interval'] = 8
+    second = make_runner(folder, hooks=[HOOK, Killer(14)], **options)
+    with pytest.raises(Killed):
+        second.train()
+    return options
+
+
+def resumed(folder, **options):
+    checkpoint = str(folder / 'iter_12.pth')
+    runner = make_runner(folder, hooks=[HOOK], load_from=checkpoint, resume=True, **options)
+    runner.train()
+    return column(table(folder), 'iter', layer='norm', where='fixed/input'), log_of(runner)
+
+
+def test_a_resumed_training_goes_on_from_its_own_table(tmp_path):
+    options = other_training(tmp_path)
+    iterations, log = resumed(tmp_path, **options)
+    assert iterations == [0, 8, 16, 24]
+    assert 'goes on from' not in log
+    (first,) = other_tables(tmp_path)
+    assert {row['iter'] for row in read_condensation(first)} == {*range(0, 25, 4)}
+
+
+def test_a_checkpoint_without_a_digest_goes_on_from_the_nearest_table(tmp_path):
+    options = other_training(tmp_path)
+    path = tmp_path / 'iter_12.pth'
+    checkpoint = torch.load(path, weights_only=False)
+    del checkpoint['condensation']['table']
+    torch.save(checkpoint, path)
+    iterations, log = resumed(tmp_path, **options)
+    assert iterations == [0, 4, 8, 12, 16, 24]
+    assert 'this one goes on from' in log
+
+
+def test_rows_that_a_crash_took_are_told(tmp_path):
+    options = other_training(tmp_path)
+    text = (tmp_path / 'condensation.csv').read_bytes()
+    (tmp_path / 'condensation.csv').write_bytes(text[:-20] + b'\0' * 20)
+    for other in other_tables(tmp_path):
+        other.unlink()
+    iterations, log = resumed(tmp_path, **options)
+    assert iterations == [0, 8, 16, 24]
+    assert 'had written by iteration 12: it goes on from' in log
+
+
+def test_a_checkpoint_of_the_last_iteration_of_an_epoch_knows_its_table(tmp_path):
+    """It is written before the record of that epoch is."""
+    make_runner(tmp_path, hooks=[HOOK], default_hooks=by_iteration(4)).train()
+    checkpoint = str(tmp_path / 'iter_8.pth')
+    digest = torch.load(checkpoint, weights_only=False)['condensation']['table']
+    opened = CondensationTable(tmp_path, 'again', 8, digest)
+    assert {row['iter'] for row in opened.rows} == {0, 4, 8}
+    assert opened.notes == []
+    opened.close()
 
 
 def test_gates_in_the_table_and_in_the_log(tmp_path):

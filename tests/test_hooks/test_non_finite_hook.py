@@ -121,6 +121,17 @@ def test_skipped_batches_leave_no_trace(tmp_path):
     assert line.endswith('Skipped this step.')
 
 
+def test_a_batch_of_finite_features_moves_the_running_statistics(tmp_path):
+    """The weights stay, and what the forward pass has done stays too."""
+    model = ubn_net()
+    model.dropout = BrokenBackward()
+    before = copy.deepcopy(model)
+    run(tmp_path, model, hook=SKIP)
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), model.parameters()))
+    assert not torch.equal(before.stem[1].running_mean, model.stem[1].running_mean)
+    assert model.stem[1].running_mean.isfinite().all()
+
+
 def test_gives_up_after_skips_in_a_row(tmp_path):
     hook = dict(SKIP, max_skips=2)
     runner = run(tmp_path / 'apart', ubn_net(), spoilt=[0, 17], hook=hook)

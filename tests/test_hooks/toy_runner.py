@@ -83,8 +83,18 @@ def loader(dataset, shuffle=False, infinite=False, batch_size=8):
     )
 
 
-def make_runner(work_dir, model=None, hooks=(), epochs=2, iters=None, val=True, seed=0, **options):
-    """A Runner on 32 training images, four iterations an epoch."""
+def make_runner(
+    work_dir,
+    model=None,
+    hooks=(),
+    epochs=2,
+    iters=None,
+    val_interval=4,
+    val=True,
+    seed=0,
+    **options,
+):
+    """A Runner on 32 training images, four iterations an epoch; with ``iters`` without epochs."""
     torch.manual_seed(0)
     options.setdefault('optim_wrapper', dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9)))
     options.setdefault(
@@ -93,7 +103,7 @@ def make_runner(work_dir, model=None, hooks=(), epochs=2, iters=None, val=True, 
     if iters is None:
         options['train_cfg'] = dict(by_epoch=True, max_epochs=epochs)
     else:
-        options['train_cfg'] = dict(by_epoch=False, max_iters=iters, val_interval=4)
+        options['train_cfg'] = dict(by_epoch=False, max_iters=iters, val_interval=val_interval)
     if val:
         val_dataloader = loader(ToyImages(size=48, seed=1) if val is True else val)
         options.update(val_dataloader=val_dataloader, val_cfg={}, val_evaluator=[Accuracy()])

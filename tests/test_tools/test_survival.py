@@ -125,6 +125,24 @@ def test_killed_in_its_first_checkpoint_it_starts_anew(trained, capsys):
     assert same(end(), expected)
 
 
+def test_with_nothing_to_resume_it_starts_from_load_from(trained):
+    """``reproduce.py`` always resumes, also where its rows start from other weights."""
+    options = ('--cfg-options', 'load_from=run/epoch_3.pth', 'optim_wrapper.optimizer.lr=0.0')
+    run_tool('train', *DATA[:4], 'fine', '--resume', *options)
+    key = 'head.fc.weight'
+    assert torch.equal(end('fine', 'epoch_1.pth')[key], end()[key])
+    log = next(Path('fine').glob('*/vis_data/config.py')).read_text()
+    assert 'resume = False' in log.splitlines()
+
+    # Its own checkpoint wins over load_from.
+    own = torch.load('fine/epoch_1.pth', map_location='cpu', weights_only=False)
+    own['state_dict'][key].fill_(0.5)
+    torch.save(own, 'fine/epoch_1.pth')
+    run_tool('train', *DATA[:4], 'fine', '--resume', *options, 'train_cfg.max_epochs=2')
+    assert end('fine', 'epoch_2.pth')[key].eq(0.5).all()
+    assert not Path('fine/epoch_3.pth').exists()
+
+
 def test_the_seed_of_a_run_without_one_is_resumed(project):
     config = project / 'tiny.py'
     config.write_text(config.read_text().replace('seed=0', 'seed=None'))
