@@ -3,12 +3,13 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from ..cli.errors import CommandError
 from ..runs import read_scalars
 
 SETTINGS = 'run.json'
+EPOCH_LOSS = 'epoch_loss'  # in a line of the log: the mean since the start of the epoch
 # The paper's names of metrics, mmengine's, and what the latter are multiplied by.
 METRICS = {
     'top1': ('accuracy/top1', 1),
@@ -34,18 +35,14 @@ class Run:
         curves (dict): Metric -> epoch -> value, in per cent; and ``loss``, the mean of an
             epoch's iterations.
         seconds (dict): Epoch -> seconds of training until its end, without validation.
+        epoch (int): The last one with a validation.
     """
 
     folder: Path
     settings: Dict[str, Any]
     curves: Dict[str, Dict[int, float]]
     seconds: Dict[int, float]
-
-    @property
-    def epoch(self) -> int:
-        """The last one with a validation."""
-        validated = (max(c) for metric, c in self.curves.items() if metric != 'loss')
-        return max(validated, default=0)
+    epoch: int
 
     @property
     def state(self) -> str:
@@ -54,9 +51,9 @@ class Run:
             return 'not run'
         return 'done' if self.epoch >= self.settings['epochs'] else 'part'
 
-    def final(self, metric: str) -> float:
-        """The value after the last epoch, which is not the best one."""
-        return self.curves[metric][self.settings['epochs']]
+    def final(self, metric: str) -> Optional[float]:
+        """The value after the last epoch, which is not the best one; None where it has none."""
+        return self.curves.get(metric, {}).get(self.settings['epochs'])
 
     def epoch_reaching(self, metric: str, value: float) -> int:
         """The first epoch with at least this value; 0 for none."""
@@ -66,27 +63,40 @@ class Run:
 def read_run(folder: Path) -> Run:
     """Reads ``run.json`` and the scalars of a work dir.
 
+    COCO's -1 says that there are no objects of a size, so it is no value.
+
     Raises:
         CommandError: ``run.json`` is cut short.
     """
     scalars = read_scalars(folder)
     curves: Dict[str, Dict[int, float]] = {}
+    epoch = 0
     for metric, (key, factor) in METRICS.items():
-        if scalars.metrics.get(key):
-            curves[metric] = {step: v * factor for step, v in scalars.metrics[key].items()}
+        found = scalars.metrics.get(key, {})
+        epoch = max([epoch, *found])
+        is_coco = key.startswith('coco/')
+        curve = {step: v * factor for step, v in found.items() if not (is_coco and v == -1)}
+        if curve:
+            curves[metric] = curve
     seconds: Dict[int, float] = {}
     losses: Dict[int, List[Tuple[int, float]]] = {}  # epoch -> (iterations, their mean)
+    whole: Dict[int, float] = {}
     total, last = 0.0, 0
     for line in scalars.train:
         step = line['step']
         total += (step - last) * line['time']
         seconds[line['epoch']] = total
         losses.setdefault(line['epoch'], []).append((step - last, line['loss']))
+        if EPOCH_LOSS in line:  # an older version did not write it
+            whole[line['epoch']] = line[EPOCH_LOSS]
         last = step
-    for epoch, parts in losses.items():
-        mean = sum(n * loss for n, loss in parts) / sum(n for n, _ in parts)
-        curves.setdefault('loss', {})[epoch] = mean
-    return Run(folder, _read_settings(folder), curves, seconds)
+    if losses:
+        means = {
+            number: sum(n * loss for n, loss in parts) / sum(n for n, _ in parts)
+            for number, parts in losses.items()
+        }
+        curves['loss'] = {**means, **whole}
+    return Run(folder, _read_settings(folder), curves, seconds, epoch)
 
 
 def _read_settings(folder: Path) -> Dict[str, Any]:

@@ -11,7 +11,7 @@ from .. import plot_condensation
 from ..runs import TABLE
 from .experiments import EXPERIMENTS
 from .logs import Run
-from .report import Line, baseline, mean_sd, paired, several
+from .report import Line, difference, finals_of, mean_sd, several, with_baselines
 
 DASHES = ['-', '--', ':', '-.', (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3))]
 
@@ -67,10 +67,14 @@ def _curves(
     """Mean over the seeds, and their range as a band, of a metric or the first one."""
     if not lines:
         return None
-    _, axis = plt.subplots(figsize=(6.4, 4), layout='constrained')
     metric = metric or lines[0].metrics[0]
-    for number, line in enumerate(lines):
-        runs = list(line.done.values())
+    having = [(line, [run for run in line.done.values() if metric in run.curves]) for line in lines]
+    if not any(runs for _, runs in having):
+        return None
+    _, axis = plt.subplots(figsize=(6.4, 4), layout='constrained')
+    for number, (line, runs) in enumerate(having):
+        if not runs:
+            continue
         epochs = sorted(set.intersection(*(set(run.curves[metric]) for run in runs)))
         values = np.array([[run.curves[metric][epoch] for epoch in epochs] for run in runs])
         x = epochs if by == 'epochs' else np.mean([_seconds(r, epochs) for r in runs], axis=0)
@@ -84,15 +88,16 @@ def _curves(
 
 def _differences(lines: Sequence[Line]) -> Optional[Figure]:
     """Norm minus BN: ours with its interval of confidence, and the paper's."""
-    found = [(line, bn) for line in lines if (bn := baseline(line, lines)) is not None]
+    found = []
+    for line, bn in with_baselines(lines):
+        mean, half, pairs = difference(line, bn, finals_of(line.metrics[0]))
+        if pairs:
+            found.append((line, bn, mean, half))
     if not found:
         return None
     _, axis = plt.subplots(figsize=(6.4, 0.9 + 0.35 * len(found)), layout='constrained')
-    for number, (line, bn) in enumerate(found):
+    for number, (line, bn, mean, half) in enumerate(found):
         metric = line.metrics[0]
-        mean, half, pairs = paired(line.finals(metric), bn.finals(metric))
-        if not pairs:
-            continue
         label = 'ours, 95 % interval' if not number else None
         axis.errorbar(mean, number, xerr=half, fmt='o', color='black', capsize=3, label=label)
         if metric in line.row.paper and metric in bn.row.paper:
@@ -100,7 +105,7 @@ def _differences(lines: Sequence[Line]) -> Optional[Figure]:
             label = 'paper' if not number else None
             axis.plot(paper, number, 'D', color='C3', markerfacecolor='white', label=label)
     axis.axvline(0, color='0.6', linewidth=0.8)
-    axis.set_yticks(range(len(found)), [_name(line, lines) for line, _ in found], fontsize=8)
+    axis.set_yticks(range(len(found)), [_name(line, lines) for line, *_ in found], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel(f'{metric} minus that of BN, percentage points')
     return _finish(axis)

@@ -5,7 +5,7 @@ import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from scipy.stats import t as student
 
@@ -59,7 +59,27 @@ class Line:
 
     def finals(self, metric: str) -> Dict[int, float]:
         """Seed -> the metric after the last epoch."""
-        return {s: run.final(metric) for s, run in self.done.items() if metric in run.curves}
+        values = {seed: run.final(metric) for seed, run in self.done.items()}
+        return {seed: value for seed, value in values.items() if value is not None}
+
+    def common_options(self, run: Run) -> List[str]:
+        """A run's options without those of its row, and what a study chose for it."""
+        own = {*as_arguments(self.setting.options)}
+        is_tuned = EXPERIMENTS[self.row.experiment].is_tuned
+        return [o for o in run.settings['options'] if o not in own and not is_tuned(o)]
+
+    def conditions(self, run: Run) -> Dict[str, object]:
+        """What a run must share with that of another row to be compared with it."""
+        settings = run.settings
+        found = {key: settings[key] for key in ('epochs', 'data') if key in settings}
+        if 'flags' in settings:  # an older version did not write them
+            found['flags'] = ' '.join(settings['flags']) or 'none'
+        if 'gpus' in settings:
+            found['GPUs'] = settings['gpus'] or 1  # 0: without a launcher
+        if 'config_digest' in settings:  # rows with configs of their own differ in it
+            found[f'content of {settings["config"]}.py'] = settings['config_digest']
+        found['options'] = ' '.join(sorted(self.common_options(run))) or 'none'
+        return found
 
 
 def baseline(line: Line, lines: Sequence[Line]) -> Optional[Line]:
@@ -76,6 +96,8 @@ def several(lines: Sequence[Line]) -> bool:
 
 def mean_sd(values: Sequence[float]) -> Tuple[float, float]:
     """Mean and standard deviation of the sample; NaN where they are not defined."""
+    if not all(map(math.isfinite, values)):  # of which statistics raises errors
+        return sum(values) / len(values), math.nan
     mean = statistics.fmean(values) if values else math.nan
     return mean, statistics.stdev(values) if len(values) > 1 else math.nan
 
@@ -92,6 +114,36 @@ def paired(ours: Dict[int, float], other: Dict[int, float]) -> Tuple[float, floa
     mean, sd = mean_sd(differences)
     half = float(student.ppf(0.975, n - 1)) * sd / math.sqrt(n) if n > 1 else math.nan
     return mean, half, n
+
+
+def unequal(line: Line, other: Line) -> str:
+    """In what the runs of the same seeds differ beside their rows; empty for nothing."""
+    for seed in sorted(line.done.keys() & other.done.keys()):
+        ours, theirs = (each.conditions(each.done[seed]) for each in (line, other))
+        for key, value in ours.items():
+            if key in theirs and theirs[key] != value:
+                return f'{key} {value} and {theirs[key]}'
+    return ''
+
+
+def difference(
+    line: Line, other: Line, values: Callable[[Line], Dict[int, float]]
+) -> Tuple[float, float, int]:
+    """As :func:`paired`, of the values by seed; without a pair where the runs are unequal."""
+    return paired({}, {}) if unequal(line, other) else paired(values(line), values(other))
+
+
+def not_compared(pairs: Iterable[Tuple[Line, Line]]) -> List[str]:
+    """A line that says which differences are left out, and why, as Markdown; or none."""
+    found = [(line, other, unequal(line, other)) for line, other in pairs]
+    name = 'label' if several([line for line, *_ in found]) else 'name'
+    parts = [f'{getattr(a.row, name)} minus {b.row.norm} ({why})' for a, b, why in found if why]
+    return ['', f'Not compared, since the runs differ: {"; ".join(parts)}.'] if parts else []
+
+
+def with_baselines(lines: Sequence[Line]) -> List[Tuple[Line, Line]]:
+    """Each line that has one, and its :func:`baseline`."""
+    return [(line, bn) for line in lines if (bn := baseline(line, lines)) is not None]
 
 
 def cells(lines: Sequence[Line]) -> List[Dict[str, object]]:
@@ -114,21 +166,30 @@ def cells(lines: Sequence[Line]) -> List[Dict[str, object]]:
                 cell['host_bn'] = row.zoo.values.get(metric, '')
             finals = line.finals(metric)
             if finals:
-                cell['mean'], cell['sd'] = map(_rounded, mean_sd(list(finals.values())))
+                mean, sd = mean_sd(list(finals.values()))
+                # A mean that is not finite says that a run diverged.
+                cell['mean'], cell['sd'] = round(mean, 2), _rounded(sd)
                 cell['n'] = len(finals)
                 settings = next(iter(line.done.values())).settings
                 cell['options'] = ' '.join(settings['options'])
                 cell.update({key: settings[key] for key in ('epochs', 'data', 'device')})
             if finals and bn is not None:
                 names = 'minus_bn', 'ci95_low', 'ci95_high', 'pairs'
-                cell.update(zip(names, _interval(finals, bn.finals(metric))))
+                cell.update(zip(names, _interval(line, bn, finals_of(metric))))
             found.append(cell)
     return found
 
 
-def _interval(ours: Dict[int, float], other: Dict[int, float]) -> Tuple[object, ...]:
-    """Of :func:`paired`: mean, low, high and number of pairs, rounded, empty where undefined."""
-    mean, half, n = paired(ours, other)
+def finals_of(metric: str) -> Callable[[Line], Dict[int, float]]:
+    """:meth:`Line.finals` of a metric, for :func:`difference`."""
+    return lambda line: line.finals(metric)
+
+
+def _interval(
+    line: Line, other: Line, values: Callable[[Line], Dict[int, float]]
+) -> Tuple[object, ...]:
+    """Mean, low, high and number of pairs, rounded, empty where undefined."""
+    mean, half, n = difference(line, other, values)
     return *map(_rounded, (mean, mean - half, mean + half)), n or ''
 
 
@@ -143,20 +204,21 @@ def _shown(value: object, form: str) -> str:
 def speed(lines: Sequence[Line]) -> List[str]:
     """Table 8 as Markdown: time and epochs until BN's final accuracy, seed by seed."""
     rows = []
-    for line in lines:
-        bn = baseline(line, lines)
-        if bn is None:
-            continue
+    for line, bn in with_baselines(lines):
         values = [f'{line.row.dataset}, {line.row.model}']
         for side in (bn, line):
             paper = side.row.paper
             values.append(f'{paper["epochs"]:g} epochs, {paper["train_seconds"]:g} s')
-        seeds = sorted(line.done.keys() & bn.done.keys())
-        values += _speed_cells(bn, line, seeds) if seeds else ['not run'] * 4
+        metric = line.metrics[0]
+        seeds = sorted(line.finals(metric).keys() & bn.finals(metric).keys())
+        if unequal(line, bn):
+            values += [''] * 4
+        else:
+            values += _speed_cells(bn, line, seeds) if seeds else ['not run'] * 4
         rows.append(values)
     header = ['network of the paper', 'paper: BN', 'paper: UBN', 'ours: BN']
     header += ['BN itself first at', 'UBN first at', 'UBN seconds by BN seconds']
-    return table(header, rows)
+    return [*table(header, rows), *not_compared(with_baselines(lines))]
 
 
 def _speed_cells(bn: Line, line: Line, seeds: Sequence[int]) -> List[str]:
@@ -171,16 +233,17 @@ def _speed_cells(bn: Line, line: Line, seeds: Sequence[int]) -> List[str]:
             epoch = run.epoch_reaching(metric, target)
             if epoch:
                 firsts[key].append((epoch, run.seconds[epoch]))
-    ratios = [
-        line.runs[s].seconds[line.runs[s].epoch] / bn.runs[s].seconds[bn.runs[s].epoch]
-        for s in seeds
-    ]
+    ratios = [_epoch_seconds(line.runs[seed]) / _epoch_seconds(bn.runs[seed]) for seed in seeds]
     return [
         _epochs_and_seconds(whole, len(seeds)),
         _epochs_and_seconds(firsts['own'], len(seeds)),
         _epochs_and_seconds(firsts['other'], len(seeds)),
         f'{statistics.fmean(ratios):.2f} an epoch',
     ]
+
+
+def _epoch_seconds(run: Run) -> float:
+    return run.seconds[run.epoch] / run.epoch
 
 
 def _epochs_and_seconds(found: Sequence[Tuple[int, float]], n: int) -> str:
@@ -236,7 +299,7 @@ def _values(lines: Sequence[Line], one_network: bool) -> List[str]:
         values += (_difference(cell['minus_bn'], cell['ci95_low'], cell['ci95_high']),)
         rows.append(values)
     header = 'row', 'metric', 'paper', 'minus BN', "host's own BN", 'ours', 'runs', 'minus BN'
-    return table(header, rows)
+    return [*table(header, rows), *not_compared(with_baselines(lines))]
 
 
 def condensation(lines: Sequence[Line]) -> List[str]:
@@ -247,7 +310,7 @@ def condensation(lines: Sequence[Line]) -> List[str]:
         if not finals:
             continue
         bn = baseline(line, lines)
-        shown = _difference(*_interval(finals, _similarities(bn))[:3]) if bn is not None else ''
+        shown = _difference(*_interval(line, bn, _similarities)[:3]) if bn is not None else ''
         mean, sd = mean_sd(list(finals.values()))
         spread = '' if math.isnan(sd) else f' ± {sd:.2f}'
         rows.append((line.row.name, f'{mean:.2f}{spread}', len(finals), shown))
@@ -285,6 +348,7 @@ def zoo_notes(lines: Sequence[Line]) -> List[str]:
 def contrasts(lines: Sequence[Line]) -> List[str]:
     """Differences between rows neither of which need be BN, as Markdown; empty without such."""
     rows = []
+    pairs = []
     for line in lines:
         row = line.row
         wanted = [b for a, b in EXPERIMENTS[row.experiment].contrasts if a == row.norm]
@@ -294,10 +358,14 @@ def contrasts(lines: Sequence[Line]) -> List[str]:
             key=lambda other: wanted.index(other.row.norm),
         ):
             metric = line.metrics[0]
-            shown = _difference(*_interval(line.finals(metric), other.finals(metric))[:3])
+            shown = _difference(*_interval(line, other, finals_of(metric))[:3])
             label = row.label if several(lines) else row.name
-            rows.append((label, other.row.norm, metric, shown or 'not run'))
-    return ['', *table(('row', 'minus', 'metric', 'difference'), rows)] if rows else []
+            missing = '' if unequal(line, other) else 'not run'
+            rows.append((label, other.row.norm, metric, shown or missing))
+            pairs.append((line, other))
+    if not rows:
+        return []
+    return ['', *table(('row', 'minus', 'metric', 'difference'), rows), *not_compared(pairs)]
 
 
 def _difference(mean: object, low: object, high: object) -> str:
@@ -316,11 +384,8 @@ def _conditions(lines: Sequence[Line]) -> List[str]:
     for line in lines:
         for seed, run in line.done.items():
             s = run.settings
-            own = {*as_arguments(line.setting.options)}
-            is_tuned = EXPERIMENTS[line.row.experiment].is_tuned
-            common = [o for o in s['options'] if o not in own and not is_tuned(o)]
             key = s['config'] if '-' in line.setting.name else '', s['epochs'], s['data']
-            key += s['device'], s['torch'], s['commit'], ' '.join(common)
+            key += s['device'], s['torch'], s['commit'], ' '.join(line.common_options(run))
             groups.setdefault(key, set()).add(seed)
     text = []
     for (config, epochs, data, device, torch, commit, options), seeds in groups.items():

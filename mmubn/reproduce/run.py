@@ -8,8 +8,9 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Collection, Dict, Iterator, List, Optional, Sequence
 
 import torch
 from mmengine.config import Config
@@ -20,10 +21,19 @@ from ..cli.errors import CommandError
 from ..cli.options import read_config
 from ..paths import ROOT
 from ..runs import checkpoints, replace_text
-from .logs import SETTINGS, read_run
+from .logs import EPOCH_LOSS, SETTINGS, read_run
 from .rows import BATCH_NORMS, Row
 
-SCALED = ('begin', 'end', 'milestones', 'step_size', 'T_max')
+SEED = 'randomness.seed'
+NORM = 'model.backbone.norm_cfg'
+LOG_INTERVAL = 10  # iterations
+SCALED = ('begin', 'end', 'milestones', 'step_size')
+LENGTHS = ('T_max', 'total_steps')  # from begin on
+# The schedulers of mmengine and mmdet that have no other times.
+SCHEDULERS = (
+    *('Constant', 'CosineAnnealing', 'CosineRestart', 'Exponential', 'Linear', 'MultiStep'),
+    *('OneCycle', 'Poly', 'QuadraticWarmup', 'Step'),
+)
 
 
 @dataclass(frozen=True)
@@ -54,16 +64,15 @@ def make_setting(row: Row, config: Optional[Path] = None) -> Setting:
         config = ROOT / 'configs' / row.network
     changes = {**row.changes, **row.extra}
     parts = [f'{key.split(".")[-1]}={value}' for key, value in changes.items()]
-    prefix = 'model.backbone.norm_cfg.'
     if config is None:
-        options = {prefix + key: value for key, value in row.changes.items()}
+        options = {f'{NORM}.{key}': value for key, value in row.changes.items()}
         path = ROOT / 'configs' / row.config
         name = path.stem
     else:
         norm_cfg = {'_delete_': True, **row.norm_cfg}
         if row.base == 'GN':
             norm_cfg['num_groups'] = _groups(config)
-        options = {prefix + key: value for key, value in norm_cfg.items()}
+        options = {f'{NORM}.{key}': value for key, value in norm_cfg.items()}
         path = config
         name = f'{config.stem}-{row.base}'
     return Setting('-'.join([name, *parts]), path, row.base, {**options, **row.extra})
@@ -84,11 +93,17 @@ def scaled_schedule(cfg: Config, epochs: int) -> Dict[str, Any]:
     """The options that shorten a config's schedule.
 
     Each scheduler's times are multiplied by the ratio of the lengths and rounded to whole
-    epochs (iterations, where it counts these), at least one unless zero.
+    epochs (iterations, where it counts these), at least one unless zero. A length that counts
+    from ``begin`` on, such as ``T_max``, is scaled by its last time, so that it still ends
+    where ``end`` does.
 
     Args:
         cfg (Config): With an epoch-based training.
         epochs (int): The new length.
+
+    Raises:
+        CommandError: The length changes, and a scheduler is of a type whose times are not
+            known.
     """
     ratio = epochs / cfg.train_cfg.max_epochs
 
@@ -104,10 +119,56 @@ def scaled_schedule(cfg: Config, epochs: int) -> Dict[str, Any]:
     else:
         named = [(f'param_scheduler.{i}', item) for i, item in enumerate(schedulers)]
     for name, scheduler in named:
+        kind = str(getattr(scheduler['type'], '__name__', scheduler['type']))
+        if (
+            ratio != 1
+            and re.sub(r'^.*\.|(LR|Momentum|ParamScheduler)$', '', kind) not in SCHEDULERS
+        ):
+            raise CommandError(
+                f'{name}.type: how to shorten {kind} is not known; train the whole length, '
+                f'{cfg.train_cfg.max_epochs} epochs, or give a config without it by --config'
+            )
         for key in SCALED:
             if scheduler.get(key) is not None:
                 options[f'{name}.{key}'] = scaled(scheduler[key])
+        begin = scheduler.get('begin') or 0
+        for key in LENGTHS:
+            if scheduler.get(key) is not None:
+                length = scaled(begin + scheduler[key]) - scaled(begin)
+                options[f'{name}.{key}'] = max(1, length)
+        if scheduler.get('periods') is not None:
+            ends = [scaled(begin + end) for end in accumulate(scheduler['periods'])]
+            starts = [scaled(begin), *ends]
+            options[f'{name}.periods'] = [max(1, b - a) for a, b in zip(starts, ends)]
     return options
+
+
+def refuse_varied(
+    user_options: Sequence[str],
+    setting: Setting,
+    schedule: Collection[str],
+    tuned: Collection[str] = (),
+) -> None:
+    """Refuses what would lie over the settings in which the trainings differ.
+
+    Args:
+        user_options (Sequence[str]): ``KEY=VALUE``.
+        setting (Setting): What is trained.
+        schedule (Collection[str]): Keys of :func:`scaled_schedule`.
+        tuned (Collection[str]): Keys that a study chooses.
+
+    Raises:
+        CommandError: A key is one of those, is part of one, or has one in it.
+    """
+    varied = (SEED, f'{NORM}.type', *schedule, *tuned, *setting.options)
+    for option in user_options:
+        key = option.split('=')[0].strip()
+        for own in varied:
+            if f'{own}.'.startswith(f'{key}.') or f'{key}.'.startswith(f'{own}.'):
+                raise CommandError(
+                    f'--cfg-options {key}: {own} is set for each run by reproduce.py; leave it '
+                    f'out (--seeds, --budget, --epochs and --rows choose what is trained)'
+                )
 
 
 @dataclass
@@ -136,6 +197,7 @@ def make_jobs(
     data_root: Optional[str],
     gpus: int,
     condensation: bool,
+    chosen: Sequence[str] = (),
 ) -> List[Job]:
     """The jobs of all settings, seed by seed, so that a broken-off series has whole pairs.
 
@@ -145,15 +207,18 @@ def make_jobs(
         seeds (int): How many, from 0.
         budget (float, optional): Length by that of the config; 1 without both.
         epochs (int, optional): Length.
-        user_options (Sequence[str]): ``KEY=VALUE`` laid over all.
+        user_options (Sequence[str]): ``KEY=VALUE`` laid over all, of none of the keys that
+            the trainings differ in.
         flags (Sequence[str]): Others of train.py, such as ``--amp``.
         data_root (str, optional): Folder of the data.
         gpus (int): Processes of each, through dist_train.sh; 0 for train.py.
         condensation (bool): Whether to record it, where there is a batch norm.
+        chosen (Sequence[str]): ``KEY=VALUE`` that a study's tuning chose.
 
     Raises:
-        CommandError: ``data_root`` is no folder; a config cannot be read, or trains by
-            iterations; a work dir holds a run with other settings or on other data.
+        CommandError: ``data_root`` is no folder; a config cannot be read, trains by
+            iterations, or cannot be shortened; an option of the user is refused; a work dir
+            holds a run with other settings or on other data.
     """
     if data_root is not None and not Path(data_root).is_dir():
         raise CommandError(f'--data-root: {data_root} is not a folder')
@@ -171,10 +236,10 @@ def make_jobs(
         if total is None:
             raise CommandError(f'{setting.config}: trains by iterations, no epochs to scale')
         length = epochs or max(1, round((budget or 1) * total))
-        options = {**setting.options, **scaled_schedule(cfg, length)}
-        # Whole epochs in the log, every line the mean of as many iterations as it stands for.
-        options.update({'default_hooks.logger.interval': 10})
-        options.update({'default_hooks.logger.ignore_last': False})
+        schedule = scaled_schedule(cfg, length)
+        tuned = [option.split('=')[0] for option in chosen]
+        refuse_varied(user_options, setting, schedule, tuned)
+        options = {**setting.options, **schedule, **_log_options(cfg)}
         saving = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
         if saving.get('max_keep_ckpts') == 1:
             # A run that is killed before its last validation goes on from the one before.
@@ -185,12 +250,13 @@ def make_jobs(
         for setting in settings:
             length, options, digest = lengths[setting.name]
             folder = root / setting.name / f'seed{seed}'
-            listed = [*as_arguments({**options, 'randomness.seed': seed}), *user_options]
+            common = [*user_options, *chosen]
+            listed = [*as_arguments({**options, SEED: seed}), *common]
             # The reports take names from it, so that they tell no path of a machine.
             record = dict(
                 config=setting.config.stem,
                 config_digest=digest,
-                options=[*as_arguments(setting.options), *user_options],
+                options=[*as_arguments(setting.options), *common],
                 epochs=length,
                 seed=seed,
                 **shared,
@@ -202,6 +268,22 @@ def make_jobs(
             arguments += ['--cfg-options', *listed]
             jobs.append(Job(setting, folder, arguments, record))
     return jobs
+
+
+def _log_options(cfg: Config) -> Dict[str, Any]:
+    """Whole epochs in the log, every line the mean of as many iterations as it stands for.
+
+    The last line of an epoch stands for fewer, and its mean runs into the line before. So it
+    has the loss of the whole epoch beside it.
+    """
+    epoch_loss = dict(data_src='loss', log_name=EPOCH_LOSS, method_name='mean', window_size='epoch')
+    others = (cfg.get('log_processor') or {}).get('custom_cfg') or []
+    return {
+        'default_hooks.logger.interval': LOG_INTERVAL,
+        'default_hooks.logger.ignore_last': False,
+        'log_processor.window_size': LOG_INTERVAL,
+        'log_processor.custom_cfg': [*map(dict, others), epoch_loss],
+    }
 
 
 def _condensation_options(cfg: Config, norm: str, wanted: bool) -> Dict[str, Any]:

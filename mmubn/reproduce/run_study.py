@@ -12,11 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+from mmengine.registry import DefaultScope
+
+from ..cli.data_root import set_data_root
 from ..cli.errors import CommandError
+from ..cli.options import read_config
 from ..markdown import table
 from .logs import read_run
 from .rows import Row
-from .run import Job, Setting, as_arguments, make_jobs, make_setting, run_jobs
+from .run import (
+    Job,
+    Setting,
+    as_arguments,
+    make_jobs,
+    make_setting,
+    refuse_varied,
+    run_jobs,
+    scaled_schedule,
+)
 from .study import Study
 
 TUNING, PRETRAINING, SCENES = 'tuning', 'pretraining', 'scenes'
@@ -54,11 +67,15 @@ def run_study(
         failed.
 
     Raises:
-        CommandError: Data is missing, or a pretraining or a whole grid failed.
+        CommandError: Data is missing or too little, an option of the user is one that the
+            study chooses, or a pretraining or a whole grid failed.
     """
     if run.data_root is None:
         raise CommandError('run: a study needs --data-root')
     given = Path(run.data_root)
+    # Before hours of pretraining and tuning.
+    _refuse_varied(study, rows, run.options)
+    _check_split(study, make_setting(rows[0]).config, given)
     data = study.prepare(given, run.root / SCENES) if study.prepare else given
     jobs: List[Job] = []
     started: Dict[str, Path] = {}
@@ -92,7 +109,7 @@ def run_study(
             data,
             started,
             run,
-            extra=as_arguments(choice),
+            chosen=as_arguments(choice),
             condensation=run.condensation,
         )
     # Whole pairs first.
@@ -100,6 +117,48 @@ def run_study(
     print(f'training {len(rows)} rows, {run.seeds} seeds', flush=True)
     failed += run_jobs(training, run.parallel)
     return [*jobs, *tuning, *training], failed
+
+
+def _refuse_varied(study: Study, rows: Sequence[Row], options: Sequence[str]) -> None:
+    for row in rows:
+        setting = make_setting(row)
+        cfg = read_config(setting.config)
+        schedule = scaled_schedule(cfg, cfg.train_cfg.max_epochs)
+        refuse_varied(options, setting, schedule, (*study.grid, *study.validation))
+
+
+def _check_split(study: Study, config: Path, data: Path) -> None:
+    """Refuses a training split that is too small to tune on one part by another."""
+    first = study.validation.get('train_dataloader.dataset.indices', 0)
+    last = -study.validation.get('val_dataloader.dataset.indices', 0)
+    if not last:
+        return
+    images = training_images(config, data)
+    if images < first + last:
+        raise CommandError(
+            f'--data-root: {data} has {images} training images; the study tunes on the first '
+            f'{first} and validates on the last {last}, so it needs {first + last}'
+        )
+
+
+def training_images(config: Path, data: Path) -> int:
+    """How many images the training split of a classification has, without its ``indices``.
+
+    Raises:
+        CommandError: The data cannot be read.
+    """
+    # Here, so that `list` starts quickly and detection alone needs no mmpretrain.
+    from mmpretrain.registry import DATASETS
+
+    cfg = read_config(config)
+    set_data_root(cfg, str(data))
+    dataset = dict(cfg.train_dataloader.dataset, pipeline=[], lazy_init=True)
+    try:
+        with DefaultScope.overwrite_default_scope('mmpretrain'):
+            return len(DATASETS.build(dataset).load_data_list())
+    except Exception as error:  # the datasets raise anything for data that is not there
+        reason = ' '.join(str(error).split())
+        raise CommandError(f'--data-root: {data}: {reason}') from error
 
 
 def _jobs(
@@ -111,7 +170,7 @@ def _jobs(
     data: Path,
     started: Dict[str, Path],
     run: Options,
-    extra: Sequence[str] = (),
+    chosen: Sequence[str] = (),
     condensation: bool = False,
 ) -> List[Job]:
     jobs = make_jobs(
@@ -120,11 +179,12 @@ def _jobs(
         seeds,
         budget,
         None,
-        [*run.options, *extra],
+        run.options,
         run.flags,
         str(data),
         run.gpus,
         condensation=condensation,
+        chosen=chosen,
     )
     if row is not None and row.pretrained:
         init_cfg = dict(type='Pretrained', checkpoint=started[row.pretrained], prefix='backbone.')
@@ -161,8 +221,8 @@ def grid_values(study: Study, row: Row, root: Path) -> List[Tuple[Dict[str, floa
     for point in study.points:
         setting = _at(make_setting(row), point, study.validation)
         run = read_run(root / TUNING / setting.name / 'seed0')
-        done = run.state == 'done' and study.metric in run.curves
-        found.append((point, run.final(study.metric) if done else math.nan))
+        value = run.final(study.metric) if run.state == 'done' else None
+        found.append((point, math.nan if value is None else value))
     return found
 
 

@@ -9,7 +9,7 @@ from hand_made import small, write_logs, write_run
 from tool import read_csv, run_tool, saved_figures
 
 from mmubn.reproduce.logs import SETTINGS
-from mmubn.reproduce.report import paired
+from mmubn.reproduce.report import mean_sd, paired
 from mmubn.runs import COLUMNS
 
 REPORT = ('report', 'table3', 'table8', '--config', 'net.py', '--work-dir', 'runs', '--out', 'out')
@@ -149,3 +149,116 @@ def test_a_single_seed_has_no_interval():
     mean, half, pairs = paired({0: 3.0, 1: 9.0}, {0: 1.0})
     assert (mean, pairs) == (2.0, 1)
     assert math.isnan(half)
+
+
+def change_records(norm: str, **changes) -> None:
+    for seed in range(3):
+        path = small(norm, seed) / SETTINGS
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ('changes', 'why'),
+    [
+        (dict(epochs=2), 'epochs 2 and 3'),
+        (dict(data='e'), 'data e and d'),
+        (dict(flags=['--amp']), 'flags --amp and none'),
+        (dict(gpus=2), 'GPUs 2 and 1'),
+        (dict(options=['a=1']), 'options a=1 and none'),
+        (dict(config_digest='new'), 'content of net.py new and old'),
+    ],
+)
+def test_runs_of_other_conditions_are_not_compared(logs, changes, why):
+    for norm in ('BN', 'UBN'):
+        change_records(norm, flags=[], config_digest='old')
+    change_records('UBN', **changes)
+    with saved_figures() as drawn:
+        run_tool('reproduce', *REPORT)
+    text = Path('out/report.md').read_text()
+    table3, table8 = text.split('## Table 8')
+    (row,) = [line for line in table3.splitlines() if line.startswith('| UBN | top1')]
+    assert row.endswith('| 3 done |  |')
+    note = f'Not compared, since the runs differ: UBN minus BN ({why}).'
+    assert table3.count('Not compared') == table3.splitlines().count(note) == 1
+    assert '605 s |  |  |  |  |' in table8
+    assert table8.splitlines().count(note) == 1
+    (cell,) = [
+        c
+        for c in read_csv(Path('out/report.csv'))
+        if (c['experiment'], c['norm'], c['metric']) == ('table3', 'UBN', 'top1')
+    ]
+    assert cell['minus_bn'] == cell['ci95_low'] == cell['pairs'] == ''
+    assert 'table3_differences.png' not in drawn
+
+
+def test_contrasts_of_other_conditions_are_not_compared(logs):
+    for seed in range(3):
+        write_run(small('UBN-fct_warmup=0', seed), 2, [[(e, 0.1, 50.0) for e in (1, 2)]], seed)
+    run_tool('reproduce', *REPORT[:1], 'ours', *REPORT[3:])
+    text = Path('out/report.md').read_text().split('| row | minus |')[1]
+    assert '| UBN, literal gate | UBN | top1 |  |' in text
+    assert 'UBN, literal gate minus UBN (epochs 2 and 3).' in text
+
+
+def test_options_of_the_row_itself_may_differ(logs):
+    for seed in range(3):
+        for batch, norm in ((4, 'BN'), (4, 'UBN')):
+            name = f'{norm}-batch_size={batch}-lr=0.00625'
+            write_run(small(name, seed), 3, [[(e, 0.1, 50.0 + seed) for e in (1, 2, 3)]], seed)
+    for folder in Path('runs').glob('*lr=*/seed*'):
+        record = json.loads((folder / SETTINGS).read_text())
+        norm = folder.parent.name.split('-')[1]
+        record['options'] = [
+            f'model.backbone.norm_cfg.type={norm}',
+            'train_dataloader.batch_size=4',
+        ]
+        record['options'] += ['model.backbone.norm_cfg._delete_=True']
+        record['options'] += ['optim_wrapper.optimizer.lr=0.00625']
+        if norm == 'UBN':
+            record['options'].insert(1, 'model.backbone.norm_cfg.fct=0.15')
+        (folder / SETTINGS).write_text(json.dumps(record))
+    run_tool('reproduce', *REPORT[:1], 'small-batches', *REPORT[3:])
+    text = Path('out/report.md').read_text()
+    assert '| UBN, batch 4 | top1 |  |  |  | 51.00 ± 1.00 | 3 done | +0.00 [+0.00, +0.00] |' in text
+    assert 'Not compared' not in text
+
+
+def test_seconds_of_an_epoch_are_by_the_epochs_of_each(logs):
+    for norm in ('BN', 'UBN'):
+        change_records(norm, epochs=2)
+    for seed in range(3):  # BN ends after two, UBN was trained on
+        (log,) = small('BN', seed).glob('*/vis_data/scalars.json')
+        log.write_text('\n'.join(log.read_text().splitlines()[:8]) + '\n')
+    run_tool('reproduce', *REPORT)
+    assert '| 2.00 an epoch |' in Path('out/report.md').read_text()
+
+
+def test_a_seed_that_diverged_is_shown_without_a_spread(logs):
+    (log,) = small('UBN', 1).glob('*/vis_data/scalars.json')
+    log.write_text(log.read_text().replace('45.0', 'NaN'))
+    run_tool('reproduce', *REPORT)
+    assert '| nan | 3 done |  |' in Path('out/report.md').read_text()
+    assert Path('out/table3_differences.png').is_file()
+
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_have_no_spread(bad):
+    mean, sd = mean_sd([1.0, bad, 2.0])
+    assert not math.isfinite(mean)
+    assert math.isnan(sd)
+    assert math.isnan(mean_sd([math.inf, -math.inf])[0])
+    assert mean_sd([1.0, 3.0]) == (2.0, pytest.approx(math.sqrt(2)))
+
+
+@pytest.mark.parametrize('seeds', [(1,), (0, 1, 2)])
+def test_curves_are_of_the_runs_that_have_the_metric(logs, seeds):
+    for seed in seeds:
+        (log,) = small('UBN', seed).glob('*/vis_data/scalars.json')
+        log.write_text(log.read_text().replace('accuracy/top1', 'accuracy/top5'))
+    with saved_figures() as drawn:
+        run_tool('reproduce', *REPORT)
+    lines = {line.get_label(): line for line in drawn['table3_epochs.png'].axes[0].lines}
+    assert set(lines) == ({'BN', 'UBN'} if len(seeds) == 1 else {'BN'})
+    if len(seeds) == 1:
+        assert list(lines['UBN'].get_ydata()) == [41.5, 41.5, 44.5]  # seeds 0 and 2
+        assert '44.50 ± 4.95 | 3 done | +2.50 [' in Path('out/report.md').read_text()

@@ -164,3 +164,74 @@ def test_condensation_is_recorded_where_it_can_be_and_is_wanted():
     added = {'default_hooks.condensation.type': 'CondensationHook'}
     assert run._condensation_options(cfg, 'UBN', True) == added
     assert run._condensation_options(cfg, 'GN', True) == {}
+
+
+@pytest.mark.parametrize(
+    ('option', 'own'),
+    [
+        ('randomness.seed=7', 'randomness.seed'),
+        ('randomness=7', 'randomness.seed'),
+        ('model.backbone.norm_cfg.type=UBN', 'model.backbone.norm_cfg.type'),
+        ('model.backbone=3', 'model.backbone.norm_cfg.type'),
+        ('train_cfg.max_epochs=9', 'train_cfg.max_epochs'),
+        ('param_scheduler.0.milestones=[9]', 'param_scheduler.0.milestones'),
+        ('param_scheduler.0.milestones.0=9', 'param_scheduler.0.milestones'),
+        ('optim_wrapper.optimizer.lr=0.05', 'optim_wrapper.optimizer.lr'),
+    ],
+)
+def test_what_the_runs_differ_in_is_no_option_of_the_user(logs, option, own):
+    config = Path('net.py')
+    scheduler = "param_scheduler = [dict(type='MultiStepLR', milestones=[1, 2], gamma=0.1)]\n"
+    config.write_text(config.read_text() + scheduler)
+    key = option.split('=')[0]
+    with pytest.raises(CommandError, match=f'--cfg-options {key}: {own} is set for each run'):
+        jobs(user_options=['a=1', option], chosen=['optim_wrapper.optimizer.lr=0.1'])
+    # Of the row itself.
+    (row,) = select(['small-batches'], ['UBN, batch 2'], one_network=True)
+    setting = make_setting(row, config)
+    with pytest.raises(CommandError, match=r'optimizer\.lr is set for each run'):
+        run.refuse_varied(['optim_wrapper.optimizer.lr=0.05'], setting, ())
+
+
+def test_what_the_runs_share_is_an_option_of_the_user(logs):
+    shared = ['optim_wrapper.optimizer.lr=0.05', 'model.backbone.norm_cfg.eps=1e-3']
+    shared += ['train_cfg.val_interval=2', 'randomness.deterministic=True']
+    (job,) = jobs(work_dir='others', user_options=shared)
+    assert job.arguments[-4:] == job.settings['options'][-4:] == shared
+
+
+def scaled(epochs: int, *schedulers) -> dict:
+    cfg = Config(dict(train_cfg=dict(max_epochs=100), param_scheduler=list(schedulers)))
+    return scaled_schedule(cfg, epochs)
+
+
+def test_lengths_from_the_begin_on_end_where_the_end_does():
+    warmed = dict(begin=5, end=100)
+    options = scaled(
+        10,
+        dict(type='CosineAnnealingLR', T_max=95, **warmed),
+        dict(type='OneCycleLR', total_steps=100),
+        dict(type='CosineRestartLR', periods=[15, 15, 65], **warmed),
+    )
+    del options['train_cfg.max_epochs']
+    assert options == {
+        'param_scheduler.0.begin': 1,  # at least one
+        'param_scheduler.0.end': 10,
+        'param_scheduler.0.T_max': 9,
+        'param_scheduler.1.total_steps': 10,
+        'param_scheduler.2.begin': 1,
+        'param_scheduler.2.end': 10,
+        # Up to 20, 35 and 100 of 100 epochs.
+        'param_scheduler.2.periods': [1, 2, 6],
+    }
+
+
+def test_a_schedule_of_unknown_times_is_not_shortened():
+    for kind in ('ReduceOnPlateauLR', 'mmpretrain.CosineAnnealingCooldownLR'):
+        scheduler = dict(type=kind, patience=5)
+        assert scaled(100, scheduler) == {'train_cfg.max_epochs': 100}
+        message = f'param_scheduler.0.type: how to shorten {kind} is not known'
+        with pytest.raises(CommandError, match=message):
+            scaled(50, scheduler)
+    assert scaled(50, dict(type='mmdet.QuadraticWarmupLR', end=4))['param_scheduler.0.end'] == 2
+    assert scaled(50, dict(type='PolyMomentum', end=4))['param_scheduler.0.end'] == 2

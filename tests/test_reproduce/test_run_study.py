@@ -66,6 +66,7 @@ def instant_runs(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(run_study, 'run_jobs', run)
+        patch.setattr(run_study, 'training_images', lambda config, data: 50000)
         patch.setitem(EXPERIMENTS, TWO_IMAGES.name, replace(TWO_IMAGES, study=changed))
         yield run
 
@@ -203,6 +204,23 @@ def test_a_part_of_the_rows_finds_the_same_contrasts(stages):
 
 
 @pytest.mark.parametrize(
+    ('option', 'key'),
+    [
+        (f'{LEARNING_RATE}=0.05', LEARNING_RATE),
+        (f'{BATCH}=4', BATCH),  # of the rows with batches of 8 and 16
+        ('val_evaluator.ann_file=x', 'val_evaluator.ann_file'),
+        ('randomness.seed=7', 'randomness.seed'),
+    ],
+)
+def test_what_a_study_sets_is_no_option_of_the_user(stages, capsys, option, key):
+    with pytest.raises(SystemExit):
+        run_two('--cfg-options', option)
+    line = f'error: --cfg-options {key}: {key} is set for each run by reproduce.py; leave it out'
+    assert capsys.readouterr().err.startswith(line)
+    assert stages.calls == []
+
+
+@pytest.mark.parametrize(
     ('argv', 'message'),
     [
         (('strong-recipe', 'table3'), 'strong-recipe is a study: give it a command of its own'),
@@ -257,6 +275,35 @@ def test_scenes_of_each_split_are_of_other_pictures(tmp_path, monkeypatch):
     name = CIFAR10_CATEGORIES[label]
     file = cv2.imread(str(tmp_path / 'cifar10' / 'test' / name / '0.png'))
     assert np.array_equal(file, seen['test'].objects[0])
+
+
+def test_a_split_that_cannot_be_divided_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_cifars(tmp_path / 'data')
+    argv = ['run', 'strong-recipe', '--rows', 'UBN', '--work-dir', 'runs', '--data-root']
+    for folder, message in (
+        ('data/cifar100', 'has 400 training images; the study tunes on the first 45000 and valid'),
+        ('data', ''),
+    ):
+        with pytest.raises(SystemExit):
+            run_tool('reproduce', *argv, folder)
+        error = capsys.readouterr().err
+        assert error.startswith(f'error: --data-root: {folder}')
+        assert message in error
+        assert error.count('\n') == 1
+    assert not Path('runs').exists()
+
+
+@pytest.mark.parametrize(('images', 'refused'), [(50000, False), (49999, True)])
+def test_the_parts_of_a_split_may_not_overlap(stages, monkeypatch, images, refused):
+    monkeypatch.setattr(run_study, 'training_images', lambda config, data: images)
+    argv = ['run', 'strong-recipe', '--rows', 'UBN', '--data-root', 'data', '--work-dir', 'runs']
+    if refused:
+        with pytest.raises(SystemExit):
+            run_tool('reproduce', *argv)
+    else:
+        run_tool('reproduce', *argv)
+    assert bool(stages.calls) is not refused
 
 
 @pytest.mark.slow
