@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from own_forward import ActivatedUBN, with_forward
 from torch import nn
 from weights import assert_same_state, difference, trained
 
@@ -214,17 +215,6 @@ def with_layer(norm):
 
 *FIRST, LAST = layers.__all__
 OURS = f'{", ".join(FIRST)} and {LAST}'
-
-
-def with_forward(norm):
-    forward = norm.forward
-    norm.forward = lambda x: 3 * forward(x)
-    return norm
-
-
-class ActivatedUBN(UBN):
-    def forward(self, x):
-        return super().forward(x).relu()
 
 
 @pytest.mark.parametrize(

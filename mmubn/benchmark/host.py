@@ -4,7 +4,6 @@ The kernels are compiled for sm_90 and launched by a driver that does nothing, o
 CPU. It stands for Triton's own, whose interface is Triton's to change: written for Triton 3.6.
 """
 
-import time
 from statistics import median
 from typing import Any, Dict, List
 from unittest import mock
@@ -13,6 +12,8 @@ import torch
 from torch import nn
 
 from ..ops import backend
+from .measure import CpuClock, race
+from .norm import WARMUP
 from .subjects import KINDS, layer_step, with_norm
 
 # So small that BatchNorm, which computes, has next to nothing to compute.
@@ -79,14 +80,10 @@ def host_us(rounds: int = 300) -> Dict[str, List[float]]:
         for kind in ('bn', *KINDS):
             layer = with_norm(nn.BatchNorm2d(SHAPE[1]), kind)
             step = layer_step(layer, x, torch.randn_like(x))
-            laps: Dict[str, List[float]] = {'forward': [], 'backward': []}
-            for _ in range(rounds + 3):
-                own.launches, last = 0, time.perf_counter()
-                for phase in step():
-                    now = time.perf_counter()
-                    laps[phase].append(1e6 * (now - last))
-                    last = now
-            found[kind] = [*(median(times[3:]) for times in laps.values()), own.launches]
+            own.launches = 0
+            laps = race({kind: step}, CpuClock(), rounds, WARMUP, lambda _: None)[kind]
+            times = (1e3 * median(lap[phase] for lap in laps) for phase in laps[0])
+            found[kind] = [*times, own.launches // (rounds + WARMUP)]
     return found
 
 

@@ -126,6 +126,7 @@ def check_images(folders: Folders, dataset: Any) -> None:
             images would be read that a program left there.
     """
     number, suffixes = 0, tuple(sorted(dataset.extensions))
+    readable = f'the suffixes that are read are {", ".join(suffixes)}'
     unread, example = 0, ''
     for name in folders.names:
         place, before, others = osp.join(folders.root, name), number, []
@@ -144,21 +145,18 @@ def check_images(folders: Folders, dataset: Any) -> None:
                 raise CommandError(f'{folders.path}: {file} is empty; copy it anew, or delete it')
         if number == before and others:
             raise CommandError(
-                f'{folders.path}: no file in {place} is read, such as {others[0]}; the suffixes '
-                f'that are read are {", ".join(suffixes)}'
+                f'{folders.path}: no file in {place} is read, such as {others[0]}; {readable}'
             )
         if others:
             unread, example = unread + len(others), example or others[0]
     if not number:
         raise CommandError(
-            f'{folders.path}: no image in any of the class folders in {folders.root}; the suffixes '
-            f'that are read are {", ".join(suffixes)}'
+            f'{folders.path}: no image in any of the class folders in {folders.root}; {readable}'
         )
     if unread:
         warn(
             f'{folders.path}: {unread} files in the class folders of {folders.root} are not read, '
-            f'such as {example}; the suffixes that are read are {", ".join(suffixes)}: set '
-            f'{folders.path}.extensions where others are images'
+            f'such as {example}; {readable}: set {folders.path}.extensions where others are images'
         )
     if _skips_foreign(dataset):
         _tell_skipped(folders, suffixes)

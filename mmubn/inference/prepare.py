@@ -88,9 +88,9 @@ def prepare_for_inference(
             conv, reason = calls.convolution_before(norm) if calls else (None, unread)
         new, left = _replacement(norm, conv)
         by_module[id(norm)] = new
-        prepared = new if norm is prepared else prepared
         conv_name = '' if conv is None else names[id(conv)]
         report.append(PreparedLayer(name, type(norm).__name__, conv_name, left, reason))
+    prepared = by_module.get(id(prepared), prepared)  # a model that is a layer itself
     for parent in list(prepared.modules()):
         for name, child in list(parent._modules.items()):  # one module may have several names
             if id(child) in by_module:

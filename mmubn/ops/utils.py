@@ -121,6 +121,8 @@ def in_one_piece(values: Any) -> Any:
 
 def copy_back(originals: Iterable[Optional[Tensor]], moved: Iterable[Optional[Tensor]]) -> None:
     """What became of the copies that stood in for some of ``originals``."""
+    if moved is originals:  # as in_one_piece() and its like give them nearly always
+        return
     for original, copy in zip(originals, moved):
         if copy is not original:
             original.copy_(copy)

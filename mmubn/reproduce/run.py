@@ -167,7 +167,7 @@ def refuse_varied(
             if f'{own}.'.startswith(f'{key}.') or f'{key}.'.startswith(f'{own}.'):
                 raise CommandError(
                     f'--cfg-options {key}: {own} is set for each run by reproduce.py; leave it '
-                    f'out (--seeds, --budget, --epochs and --rows choose what is trained)'
+                    'out (--seeds, --budget, --epochs and --rows choose what is trained)'
                 )
 
 

@@ -8,6 +8,7 @@ import timm
 import torch
 import torchvision
 from of_inference import KINDS
+from own_forward import ActivatedUBN, with_forward
 from torch import nn
 from weights import assert_same_state, difference, trained
 
@@ -113,17 +114,6 @@ def test_norms_without_a_convolution_stand_alone():
     assert [type(prepared[i]) for i in (1, 3, 5, 6)] == [
         *(InferenceNorm, InferenceNorm, nn.BatchNorm2d, nn.BatchNorm2d)
     ]
-
-
-class ActivatedUBN(mmubn.UBN):
-    def forward(self, x):
-        return super().forward(x).relu()
-
-
-def with_forward(norm):
-    forward = norm.forward
-    norm.forward = lambda x: 3 * forward(x)
-    return norm
 
 
 @pytest.mark.parametrize(
