@@ -112,6 +112,11 @@ def run_rows(args: argparse.Namespace) -> None:
     if study is not None:
         if args.epochs:
             raise CommandError('--epochs: a study has several trainings, scale them by --budget')
+        if args.eval_on_train:
+            raise CommandError(
+                '--eval-on-train: a study tunes on its validation split and compares on its test '
+                'split; leave it out'
+            )
         options = Options(
             root=work_root(args, rows[0].experiment),
             data_root=args.data_root,

@@ -226,6 +226,7 @@ def test_what_a_study_sets_is_no_option_of_the_user(stages, capsys, option, key)
         (('strong-recipe', 'table3'), 'strong-recipe is a study: give it a command of its own'),
         (('strong-recipe', '--small'), 'strong-recipe is a study: it has its own network'),
         (('strong-recipe', '--epochs', '3'), '--epochs: a study has several trainings'),
+        (('strong-recipe', '--eval-on-train'), '--eval-on-train: a study tunes on its validation'),
         (('strong-recipe',), 'run: a study needs --data-root'),
         (('batches-of-two', '--data-root', '.'), '--data-root: no folder cifar10; it needs'),
     ],
