@@ -55,7 +55,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--minutes', type=float, default=10, help='of the call (%(default)s)')
+    parser.add_argument('--minutes', type=float, default=10, help='time of the call (%(default)s)')
     parser.add_argument('--out', type=Path, help="folder of the CSVs (the tools' own)")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():

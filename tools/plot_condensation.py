@@ -41,7 +41,10 @@ def main(arguments: Optional[List[str]] = None) -> None:
     )
     parser.add_argument('--metric', help='scalar drawn on top (accuracy, else mask or box AP)')
     parser.add_argument(
-        '--threshold', type=float, default=0.3, help='similarity of condensed (%(default)s)'
+        '--threshold',
+        type=float,
+        default=0.3,
+        help='similarity above which a layer is condensed (%(default)s)',
     )
     args = parser.parse_args(arguments)
 

@@ -66,11 +66,13 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         'run', parents=[shared, outputs], help='train rows and report; resumes, skips finished'
     )
     length = run.add_mutually_exclusive_group()
-    length.add_argument('--budget', type=positive, help="length of a training by the config's")
-    length.add_argument('--epochs', type=count, help='length of a training')
+    length.add_argument('--budget', type=positive, help="length, as a fraction of the config's")
+    length.add_argument('--epochs', type=count, help='length, in epochs')
     run.add_argument('--seeds', type=count, help="seeds of each row (3, or a study's own)")
     run.add_argument('--jobs', type=count, default=1, help='trainings at a time (%(default)s)')
-    run.add_argument('--gpus', type=count, default=0, help='processes of each, by dist_train.sh')
+    run.add_argument(
+        '--gpus', type=count, default=0, help='GPUs of each training, by dist_train.sh'
+    )
     run.add_argument(
         '--no-condensation',
         action='store_true',

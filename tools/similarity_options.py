@@ -21,9 +21,11 @@ from mmubn.writing import check_file
 def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """The command line."""
     parser = make_parser(__doc__)
-    parser.add_argument('--iterations', type=count, default=300, help='of training (default: 300)')
-    parser.add_argument('--intervals', type=count, nargs='+', default=[1, 4, 16])
-    parser.add_argument('--strides', type=count, nargs='+', default=[1, 2, 4])
+    parser.add_argument('--iterations', type=count, default=300, help='steps (default: 300)')
+    parser.add_argument(
+        '--intervals', type=count, nargs='+', default=[1, 4, 16], help='fct_interval'
+    )
+    parser.add_argument('--strides', type=count, nargs='+', default=[1, 2, 4], help='fct_stride')
     parser.add_argument('--csv', type=Path, help='file for the table')
     return parser.parse_args(argv)
 

@@ -27,13 +27,21 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """The command line."""
     parser = make_parser(__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument('--checkpoint', help='weights to measure with (default: initial ones)')
-    parser.add_argument('--batches', type=int, default=20, help='how many (default: 20)')
+    parser.add_argument(
+        '--checkpoint', help='weights to measure with (default: those that the config starts from)'
+    )
+    parser.add_argument('--batches', type=int, default=20, help='number of batches (default: 20)')
     parser.add_argument('--layers', default='', help='regular expression of the layers (all)')
     parser.add_argument(
-        '--thresholds', type=float, nargs='+', default=THRESHOLDS, help='(0.05, 0.1, ... 0.5)'
+        '--thresholds',
+        type=float,
+        nargs='+',
+        default=THRESHOLDS,
+        help='values of fct (0.05, 0.1, ... 0.5)',
     )
-    parser.add_argument('--out', type=Path, default=Path(), help='folder of the CSV and picture')
+    parser.add_argument(
+        '--out', type=Path, default=Path(), help='folder of the CSV and picture (.)'
+    )
     args = parser.parse_args(argv)
     if args.batches < 1:
         raise CommandError(f'--batches must be at least 1, got {args.batches}')

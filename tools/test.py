@@ -31,7 +31,9 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     )
     parser.add_argument('--show', action='store_true', help='draw predictions in a window')
     parser.add_argument('--show-dir', help='draw predictions into this folder')
-    parser.add_argument('--wait-time', type=float, default=2, help='of a window, in seconds')
+    parser.add_argument(
+        '--wait-time', type=float, default=2, help='seconds that a window of --show stays (2)'
+    )
     return parser.parse_args(argv)
 
 

@@ -41,7 +41,10 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         help='evaluate on the training images, where there is no validation split',
     )
     parser.add_argument(
-        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='of jobs'
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='what started the processes (default: none)',
     )
     parser.add_argument(
         '--cfg-options',
