@@ -51,7 +51,7 @@ class CondensationRecorder:
     The condensation of a batch of features is their mean pairwise cosine similarity,
 
     .. math::
-        s = \operatorname{mean}_{i \ne j} \cos(\mathrm{vec} X_i, \mathrm{vec} X_j),
+        s = \operatorname{mean}_{i \ne j} \cos(\mathrm{vec} X_i, \mathrm{vec} X_j).
 
     It is measured of the input and of the output of every ``_BatchNorm`` (BN, SyncBN,
     UBN, ...), by a forward hook that :meth:`attach` adds. If a layer is called several

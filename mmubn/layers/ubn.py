@@ -97,8 +97,11 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         - Output: the same.
 
     Raises:
-        TypeError: An unknown keyword; the message has the nearest known one. An input that
-            is not a dense float tensor, or that mixes dtypes with the parameters.
+        TypeError: An unknown keyword; the message has the nearest known one. A ``center``
+            or ``scale`` that is no bool. An input that is not a dense float tensor, or that
+            mixes dtypes with the parameters.
+        RuntimeError: The input is on another device; ``backend`` cannot serve; a running
+            statistic requires a gradient.
         ValueError: A setting out of its range; an input that is not 4D or has
             another number of channels; one value per channel in training.
 

@@ -43,7 +43,8 @@ def ubn(
 
     with the symbols of :mod:`mmubn.ops.interface`. The dependence of :math:`\mu` and
     :math:`\sigma^2` on X is part of the backward pass. Under ``create_graph=True``, transforms
-    of torch.func, forward mode, tracing, compilation and export plain torch does the work.
+    of torch.func, forward mode, tracing and export plain torch does the work; torch.compile
+    calls the backend as one operator, ``mmubn::step``.
 
     Args:
         x (Tensor): X, (N, C, H, W), any float dtype and memory format; N may be 0.

@@ -1,7 +1,7 @@
 """The experiments, each in one place: its title, rows, pictures, contrasts, and its study.
 
-The figures' curves are given without numbers, and for several the paper names neither the
-network nor the thresholds; what is assumed then is said in the titles.
+The figures' curves are given without numbers, and for several the paper's text names neither
+the network nor the thresholds; what is assumed then is said in the titles.
 """
 
 from dataclasses import dataclass, replace
