@@ -318,7 +318,8 @@ def _read_images(dataset: Any, coco: CocoFile, used: Collection) -> List[dict]:
 def missing_files(prefix: str, names: Iterable[str]) -> List[str]:
     """Those of ``names`` that are no files in ``prefix``.
 
-    Each folder is listed once. Remote folders are taken to be complete.
+    Each folder is listed once. Remote folders are taken to be complete. A link that leads to
+    no file is none.
     """
     if '://' in prefix:
         return []
@@ -327,7 +328,14 @@ def missing_files(prefix: str, names: Iterable[str]) -> List[str]:
     for name in names:
         folder, base = osp.split(osp.join(prefix, name))
         if folder not in there:
-            there[folder] = set(os.listdir(folder or '.')) if osp.isdir(folder or '.') else ()
+            there[folder] = _files_in(folder or '.')
         if base not in there[folder]:
             missing.append(name)
     return missing
+
+
+def _files_in(folder: str) -> Collection[str]:
+    if not osp.isdir(folder):
+        return ()
+    with os.scandir(folder) as entries:
+        return {entry.name for entry in entries if entry.is_file()}

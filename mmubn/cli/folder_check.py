@@ -122,8 +122,8 @@ def check_images(folders: Folders, dataset: Any) -> None:
         dataset (CustomDataset): The data set.
 
     Raises:
-        CommandError: A folder has files and no image, all are empty, an image has no bytes, or
-            images would be read that a program left there.
+        CommandError: A folder has files and no image, all are empty, an image has no bytes or is
+            a link to nothing, or images would be read that a program left there.
     """
     number, suffixes = 0, tuple(sorted(dataset.extensions))
     readable = f'the suffixes that are read are {", ".join(suffixes)}'
@@ -141,7 +141,14 @@ def check_images(folders: Folders, dataset: Any) -> None:
                 )
             number += 1
             # To ask for the size of a million files takes minutes where they lie on a network.
-            if number <= _MOST_SIZES and osp.isfile(file) and osp.getsize(file) == 0:
+            if number > _MOST_SIZES:
+                continue
+            if not osp.isfile(file):
+                raise CommandError(
+                    f'{folders.path}: {file} is a link that leads to no file, so it would be left '
+                    'out without a word; put the file there, or delete the link'
+                )
+            if osp.getsize(file) == 0:
                 raise CommandError(f'{folders.path}: {file} is empty; copy it anew, or delete it')
         if number == before and others:
             raise CommandError(

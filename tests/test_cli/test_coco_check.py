@@ -283,6 +283,15 @@ def test_missing_images(cfg):
     check_data(cfg, SPLITS)
 
 
+def test_a_link_that_leads_to_no_image(cfg):
+    Path('store').mkdir()
+    Path('train/2.png').rename('store/2.png')
+    Path('train/2.png').symlink_to(Path('store/2.png').absolute())
+    check_data(cfg, SPLITS)
+    Path('store').rename('moved')
+    assert './train/ has no 2.png; 1 of 4 images of ./annotations/train.json are' in failure(cfg)
+
+
 @pytest.mark.parametrize('prefix', [None, 'train/', dict(img_path='train/')])
 def test_where_the_images_are(cfg, prefix):
     cfg.train_dataloader.dataset.data_prefix = prefix

@@ -206,6 +206,17 @@ def test_an_image_without_bytes(cfg):
     )
 
 
+def test_a_link_that_leads_to_no_file(cfg):
+    Path('store').mkdir()
+    Path('val/cat/0.png').rename('store/0.png')
+    Path('val/cat/0.png').symlink_to(Path('store/0.png').absolute())
+    check(cfg)
+    Path('store').rename('moved')
+    assert failure(cfg).startswith(
+        'val_dataloader.dataset: ./val/cat/0.png is a link that leads to no file, so it would be '
+    )
+
+
 def test_no_folder_of_a_split(cfg):
     cfg.val_dataloader.dataset = dict(type='ImageNet', data_root='train', split='val')
     line = 'val_dataloader.dataset: no folder train/val; it must hold a folder for each class'
