@@ -94,8 +94,23 @@ class CocoFile:
             self.fail(f'has the id {twice[0]!r} twice in {name}; each needs its own')
 
     def check_evaluable(self, masks: bool) -> None:
-        """Raises where pycocotools would in the first evaluation, after an epoch of training."""
+        """Raises where pycocotools would in the first evaluation, after an epoch of training.
+
+        It keeps the id of what a detection matches as a number, and 0 there stands for nothing.
+        """
         for annotation in self.annotations:
+            try:
+                number = float(annotation['id'])
+            except ValueError:
+                self.fail(
+                    f'has the id {annotation["id"]!r} in annotations; the evaluator needs numbers '
+                    'there, so number them from 1'
+                )
+            if number == 0:
+                warn(
+                    f'{self.key}: {self.file} has the annotation id 0, and the evaluator counts '
+                    'what detects it as wrong, which lowers the AP; number them from 1'
+                )
             if annotation.get('iscrowd') is None:
                 what = 'iscrowd=None' if 'iscrowd' in annotation else "no 'iscrowd'"
                 self.fail(

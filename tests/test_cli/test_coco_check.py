@@ -167,6 +167,7 @@ def test_unsound_files(cfg, data, reason):
     [
         (lambda a: a.pop('iscrowd'), "no 'iscrowd' in annotation 6; the evaluator needs 0 or"),
         (lambda a: a.update(iscrowd=None), 'iscrowd=None in annotation 6; the evaluator'),
+        (lambda a: a.update(id='b-6'), "the id 'b-6' in annotations; the evaluator needs numbers"),
         (lambda a: a.update(segmentation=[[1, 2, 3, 4]]), 'segmentation=[[1, 2, 3, 4]] in annot'),
         (lambda a: a.update(segmentation=[]), 'segmentation=[] in annotation 6; it must be a list'),
         (lambda a: a.pop('segmentation'), 'segmentation=None in annotation 6; it must be a list'),
@@ -188,6 +189,24 @@ def test_what_the_evaluator_could_not_read(cfg, change, reason):
     if data['annotations'][1].get('segmentation'):
         write('train', data)
         check_data(cfg, SPLITS)
+
+
+def test_the_id_that_stands_for_nothing_in_the_evaluator(cfg, capsys):
+    for split, first in (('train', 0), ('val', 4)):
+        data = content(first=first)
+        for number, annotation in enumerate(data['annotations']):
+            annotation['id'] = number
+        write(split, data)
+    check_data(cfg, SPLITS)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        'warning: val_dataloader.dataset.ann_file: ./annotations/val.json has the annotation id 0, '
+        'and the evaluator counts what detects it as wrong, which lowers the AP; number them from 1'
+    )
+    data['annotations'][0]['id'] = '7'  # a text that is a number will do
+    write('val', data)
+    check_data(cfg, SPLITS)
+    assert not capsys.readouterr().err
 
 
 def test_annotations_beside_crowds(cfg):
