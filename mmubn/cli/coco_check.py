@@ -38,6 +38,9 @@ class CocoFile:
         file (str): Its path.
         labelled (bool): It must have annotations.
 
+    Attributes:
+        number_read (int): How many of its images the data set reads, once that is known.
+
     Raises:
         CommandError: It is no JSON, lacks something, or refers to what it has not.
     """
@@ -52,6 +55,7 @@ class CocoFile:
                 self.fail(f"has no list '{name}'; COCO's layout has {', '.join(_LISTS)}")
             self._check_entries(name, content[name])
         self.images: Dict[Any, dict] = {image['id']: image for image in content['images']}
+        self.number_read = len(self.images)
         self.annotations: List[dict] = content['annotations']
         self.categories: Dict[Any, str] = {c['id']: c['name'] for c in content['categories']}
         self._check_references('image_id', self.images, 'images')
@@ -186,10 +190,9 @@ def check_coco(path: str, node: dict, dataset: Any, labelled: bool = True) -> Co
             )
         coco.fail(f'{reason}; of {len(coco.images)} images none would teach anything')
     _check_masks(path, node, coco, read)
-    missing = missing_files(
-        dataset.data_prefix['img'],
-        [image['file_name'] for image in _read_images(dataset, coco, used)],
-    )
+    images = _read_images(dataset, coco, used)
+    coco.number_read = len(images)
+    missing = missing_files(dataset.data_prefix['img'], [image['file_name'] for image in images])
     if missing:
         raise CommandError(
             f'{path}.data_prefix.img: {dataset.data_prefix["img"]} has no {missing[0]}; '

@@ -14,7 +14,7 @@ from mmengine.utils import is_seq_of
 from ..walk import walk
 from .coco_check import CocoFile, check_coco, check_evaluated
 from .config_check import did_you_mean, find_class
-from .errors import CommandError
+from .errors import CommandError, warn
 from .folder_check import (
     Folders,
     Numbered,
@@ -190,6 +190,16 @@ def _check_coco_files(cfg: Config, split: str, found: Sequence[Data]) -> None:
             )
             if not node.get('format_only'):
                 truth.check_evaluable(masks='segm' in (node.get('metric') or ()))
+                _tell_unread(f'{path}.ann_file', truth, read[0])
+
+
+def _tell_unread(key: str, truth: CocoFile, coco: CocoFile) -> None:
+    if len(truth.images) > coco.number_read:
+        warn(
+            f'{key}: {truth.file} has {len(truth.images)} images, of which the data set reads '
+            f'{coco.number_read}: in the others nothing is detected, which lowers the AP; name a '
+            'file of these images alone'
+        )
 
 
 def _check_folders(cfg: Config, found: Dict[str, List[Data]]) -> None:

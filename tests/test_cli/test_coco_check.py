@@ -349,6 +349,21 @@ def test_evaluator_of_other_data(cfg):
     assert 'has image 4 as other_4.png, and val_dataloader.dataset.ann_file' in failure(cfg)
 
 
+def test_images_that_are_evaluated_and_not_read(cfg, capsys):
+    data = content(first=4)
+    for number in range(3):
+        data['images'].append({**data['images'][0], 'id': 90 + number})
+    write('other', data)
+    cfg.val_evaluator.ann_file = 'annotations/other.json'
+    check_data(cfg, SPLITS)
+    line = 'warning: val_evaluator.ann_file: annotations/other.json has 7 images, of which the data'
+    assert capsys.readouterr().err.startswith(f'{line} set reads 4: in the others nothing is det')
+    cfg.val_evaluator.ann_file = 'annotations/val.json'
+    cfg.val_dataloader.dataset.indices = 1
+    check_data(cfg, SPLITS)
+    assert 'val.json has 4 images, of which the data set reads 1: in' in capsys.readouterr().err
+
+
 def renamed(data: dict, prefix: str) -> dict:
     for image in data['images']:
         image['file_name'] = prefix + image['file_name']
