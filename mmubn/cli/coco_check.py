@@ -28,6 +28,11 @@ _VALUES = dict(
     **dict.fromkeys(('file_name', 'name'), _TEXT),
 )
 _LARGE = 100e6  # bytes; takes some seconds to read
+_BOX = (
+    'bbox must be [x, y, width, height] in pixels, inside of the image and at least 1 pixel wide '
+    'and high, area above 0'
+)
+_MOST_LEFT_OUT = 0.01  # of the annotations: COCO itself has some
 
 
 class CocoFile:
@@ -179,16 +184,20 @@ def check_coco(path: str, node: dict, dataset: Any, labelled: bool = True) -> Co
     if not coco.images:
         coco.fail('has no images')
     used = {identity for identity, name in coco.categories.items() if name in classes}
-    read = [a for a in coco.annotations if a['category_id'] in used and _is_read(coco, a)]
+    meant = [a for a in coco.annotations if a['category_id'] in used and not a.get('ignore')]
+    read = [a for a in meant if _is_read(coco, a)]
     if labelled and all(a.get('iscrowd') for a in read):
         reason = 'has no annotations'
         if coco.annotations:
-            reason = (
-                'has no annotation that can be used: bbox must be [x, y, width, height] in pixels, '
-                'inside of the image and at least 1 pixel wide and high, area above 0, iscrowd and '
-                'ignore 0'
-            )
+            reason = f'has no annotation that can be used: {_BOX}, iscrowd and ignore 0'
         coco.fail(f'{reason}; of {len(coco.images)} images none would teach anything')
+    if not dataset.test_mode and len(meant) - len(read) > _MOST_LEFT_OUT * len(meant):
+        first = next(a for a in meant if not _is_read(coco, a))
+        warn(
+            f'{coco.key}: mmdet leaves out {len(meant) - len(read)} of {len(meant)} annotations of '
+            f'{coco.file}, such as {first["id"]!r} with bbox={first["bbox"]}, '
+            f'area={first["area"]}: {_BOX}'
+        )
     _check_masks(path, node, coco, read)
     images = _read_images(dataset, coco, used)
     coco.number_read = len(images)
@@ -283,7 +292,7 @@ def _check_classes(path: str, node: dict, coco: CocoFile, classes: Sequence[str]
 
 
 def _is_read(coco: CocoFile, annotation: dict) -> bool:
-    """As ``CocoDataset.parse_data_info`` judges it."""
+    """As ``CocoDataset.parse_data_info`` judges it, of what has no ``ignore``."""
     image, box = coco.images[annotation['image_id']], annotation['bbox']
     if not is_seq_of(box, (int, float)) or len(box) != 4:
         coco.fail(
@@ -294,8 +303,7 @@ def _is_read(coco: CocoFile, annotation: dict) -> bool:
     inside = min(x + width, image['width']) > max(x, 0) and min(y + height, image['height']) > max(
         y, 0
     )
-    large = min(width, height) >= 1 and annotation['area'] > 0
-    return inside and large and not annotation.get('ignore')
+    return inside and min(width, height) >= 1 and annotation['area'] > 0
 
 
 def _check_masks(path: str, node: dict, coco: CocoFile, annotations: List[dict]) -> None:

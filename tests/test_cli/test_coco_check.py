@@ -221,6 +221,27 @@ def test_annotations_beside_crowds(cfg):
     check_data(cfg, SPLITS)
 
 
+@pytest.mark.parametrize(
+    ('change', 'reason'),
+    [
+        (dict(area=0), 'such as 2 with bbox=[10, 10, 40, 40], area=0: bbox must be [x, y, width, '),
+        (dict(bbox=[0.1, 0.1, 0.6, 0.6]), 'such as 2 with bbox=[0.1, 0.1, 0.6, 0.6], area=1600: '),
+        (dict(bbox=[64, 10, 5, 5]), 'such as 2 with bbox=[64, 10, 5, 5], area=1600: bbox must be'),
+        (dict(area=0, ignore=1), ''),
+    ],
+)
+def test_boxes_that_are_left_out_are_told(cfg, change, reason, capsys):
+    for split, first in (('train', 0), ('val', 4)):
+        data = content(first=first)
+        data['annotations'][1].update(change)
+        write(split, data)
+    check_data(cfg, SPLITS)
+    warned = capsys.readouterr().err
+    start = 'warning: train_dataloader.dataset.ann_file: mmdet leaves out 1 of 4 annotations of '
+    assert warned.startswith(f'{start}./annotations/train.json, {reason}' if reason else '')
+    assert warned.count('warning') == bool(reason)
+
+
 def test_results_that_are_only_written_need_no_crowds(cfg):
     data = content(first=4)
     del data['annotations'][1]['iscrowd']
