@@ -4,7 +4,6 @@ import contextlib
 import copy
 import logging
 import os
-import pickle
 import re
 import traceback
 from typing import Dict, Iterator, List, Optional, Tuple
@@ -193,11 +192,16 @@ def read_checkpoint(key: str, source: str, remedy: str = 'give the path of a .pt
         checkpoint = CheckpointLoader.load_checkpoint(source, map_location='cpu', logger='silent')
     except FileNotFoundError as error:
         raise CommandError(f'{key}: no file {source}; {remedy}') from error
-    except KeyError as error:
-        raise CommandError(f'{key}: {source} names no known model; {remedy}') from error
     except OSError as error:
         raise CommandError(f'{key}: cannot fetch {source} ({error}); {remedy}') from error
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (ImportError, AttributeError) as error:  # it holds objects, or is at a special address
+        raise CommandError(
+            f'{key}: {source} needs code that is not here ({error}); where that is, save '
+            'model.state_dict() to a file of its own'
+        ) from error
+    except Exception as error:  # bytes that are no pickle may raise anything
+        if isinstance(error, KeyError) and '://' in source:
+            raise CommandError(f'{key}: {source} names no known model; {remedy}') from error
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CommandError(f'{key}: {source} is not a whole checkpoint ({reason})') from error
     if not isinstance(checkpoint, dict):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_missing_checkpoint(project, fails):
     assert fails('test', 'tiny.py', 'x.pth', '--data-root', 'images') == line
 
 
-@pytest.mark.parametrize('content', [b'', b'no checkpoint', 'half'])
+@pytest.mark.parametrize('content', [b'', b'no checkpoint', b'epoch,1', b'hello', b'Fx\n', 'half'])
 def test_broken_checkpoint(project, fails, content):
     if content == 'half':
         torch.save(dict(state_dict=dict(weight=torch.zeros(1000))), 'x.pth')
@@ -103,6 +104,19 @@ def test_broken_checkpoint(project, fails, content):
     (project / 'x.pth').write_bytes(content)
     line = fails('test', 'tiny.py', 'x.pth', '--data-root', 'images')
     assert line.startswith('error: checkpoint: x.pth is not a whole checkpoint (')
+
+
+def test_a_checkpoint_of_objects(project, fails, monkeypatch):
+    """As those of YOLOv5, whose classes are not here."""
+    there = types.ModuleType('models')
+    there.Net = type('Net', (torch.nn.Linear,), dict(__module__='models'))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, 'models', there)
+        torch.save(dict(model=there.Net(2, 2)), 'x.pth')
+    assert fails('train', *DATA, '--cfg-options', 'load_from=x.pth') == (
+        "error: load_from: x.pth needs code that is not here (No module named 'models'); where "
+        'that is, save model.state_dict() to a file of its own'
+    )
 
 
 def save_weights(depth: int, norm: str = 'UBN', **meta) -> None:
