@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 from mmengine.config import Config
-from mmengine.fileio import list_from_file
 from mmengine.registry import DATASETS
 from mmengine.utils import is_seq_of
 
@@ -22,6 +21,7 @@ from .folder_check import (
     check_images,
     check_numbers,
     labels_of_folders,
+    lines_of,
     read_folders,
     read_labels,
 )
@@ -154,7 +154,7 @@ def _check_metainfo(path: str, node: dict, kind: type) -> None:
         (f'{path}.classes', node.get('classes')),
     ):
         if isinstance(classes, str) and osp.isfile(classes):
-            classes = list_from_file(classes)
+            classes = lines_of(key, classes)
         if classes is None:
             continue
         if isinstance(classes, str):

@@ -4,6 +4,8 @@ import os
 import os.path as osp
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
+from mmengine.fileio import list_from_file
+
 from ..datasets.class_folders import class_folders, foreign_folders, is_foreign
 from .coco_check import missing_files
 from .config_check import did_you_mean
@@ -207,15 +209,14 @@ def read_labels(path: str, dataset: Any) -> Dict[str, int]:
     """
     labels: Dict[str, int] = {}
     key, file = f'{path}.ann_file', dataset.ann_file
-    with open(file, encoding='utf-8') as lines:
-        for number, line in enumerate(lines, 1):
-            name, _, label = line.strip().rpartition(' ')
-            if not name or not label.isdigit():
-                raise CommandError(
-                    f'{key}: line {number} of {file} is {line.strip()!r}, not FILE LABEL with a '
-                    'number from 0 on'
-                )
-            labels[name] = int(label)
+    for number, line in enumerate(lines_of(key, file), 1):
+        name, _, label = line.strip().rpartition(' ')
+        if not name or not label.isdecimal():
+            raise CommandError(
+                f'{key}: line {number} of {file} is {line.strip()!r}, not FILE LABEL with a '
+                'number from 0 on'
+            )
+        labels[name] = int(label)
     if not labels:
         raise CommandError(f'{key}: {file} is empty')
     missing = missing_files(dataset.img_prefix, labels)
@@ -232,6 +233,18 @@ def read_labels(path: str, dataset: Any) -> Dict[str, int]:
             f'0 to {len(classes) - 1}; number the labels from 0, or name all classes'
         )
     return labels
+
+
+def lines_of(key: str, file: str) -> List[str]:
+    """The lines of a text file, as mmengine reads them.
+
+    Raises:
+        CommandError: It is not written in UTF-8.
+    """
+    try:
+        return list_from_file(file)
+    except UnicodeDecodeError as error:
+        raise CommandError(f'{key}: {file} is no UTF-8 ({error}); save it as that') from error
 
 
 def labels_of_folders(labels: Dict[str, int]) -> Dict[str, int]:

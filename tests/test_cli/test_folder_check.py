@@ -314,6 +314,17 @@ def test_lists_of_labels(cfg, lines, reason):
     assert reason in failure(cfg)
 
 
+def test_text_that_is_not_utf8(cfg):
+    Path('list.txt').write_text('apple/0.png 0\n', encoding='utf-16')
+    cfg.train_dataloader.dataset.ann_file = 'list.txt'
+    line = 'train_dataloader.dataset.ann_file: ./list.txt is no UTF-8 ('
+    assert failure(cfg).startswith(line)
+    Path('names.txt').write_text('Bär\n', encoding='latin-1')
+    cfg.train_dataloader.dataset.metainfo = dict(classes='names.txt')
+    line = 'train_dataloader.dataset.metainfo.classes: names.txt is no UTF-8 ('
+    assert failure(cfg).startswith(line)
+
+
 def test_lists_that_begin_at_one(cfg):
     Path('list.txt').write_text('apple/0.png 1\nbear/0.png 2\ncat/0.png 3\n')
     cfg.train_dataloader.dataset.ann_file = cfg.val_dataloader.dataset.ann_file = 'list.txt'
