@@ -52,6 +52,11 @@ class Data:
                 f'{self.path}.data_prefix: must name the folder of the images, dict(img=...), '
                 f'got {prefix!r}'
             )
+        if is_custom(self.kind) and isinstance(prefix, dict) and 'img_path' not in prefix:
+            raise CommandError(
+                f'{self.path}.data_prefix: must name the folder of the images, as text or by '
+                f'dict(img_path=...), got {dict(prefix)!r}'
+            )
         try:
             return DATASETS.build({**self.node, 'pipeline': [], 'lazy_init': True})
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:

@@ -325,6 +325,16 @@ def test_text_that_is_not_utf8(cfg):
     assert failure(cfg).startswith(line)
 
 
+def test_the_folder_of_the_images(cfg):
+    cfg.train_dataloader.dataset.data_prefix = dict(img_path='train')
+    check(cfg)
+    cfg.train_dataloader.dataset.data_prefix = dict(img='train')  # as for mmdet
+    assert failure(cfg) == (
+        'train_dataloader.dataset.data_prefix: must name the folder of the images, as text or by '
+        "dict(img_path=...), got {'img': 'train'}"
+    )
+
+
 def test_lists_that_begin_at_one(cfg):
     Path('list.txt').write_text('apple/0.png 1\nbear/0.png 2\ncat/0.png 3\n')
     cfg.train_dataloader.dataset.ann_file = cfg.val_dataloader.dataset.ann_file = 'list.txt'
