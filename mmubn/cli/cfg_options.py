@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import re
 import shlex
 from typing import Any, Collection, Dict, Iterator, List, Optional, Sequence
 
@@ -13,6 +14,7 @@ from ..walk import walk
 from .config_check import RUNNER_KEYS, Arguments, did_you_mean, find_class
 from .errors import CommandError, warn
 
+_DICT = re.compile(r'\s*(\[?\s*dict\(|\{.*\}\s*$)', re.DOTALL)  # in a config or in Python
 _REGISTRIES = [value for value in vars(roots).values() if isinstance(value, Registry)]
 
 
@@ -40,6 +42,7 @@ class OptionAction(DictAction):
                     f"spaces, as in 'KEY=a b'"
                 )
             _check_brackets(key, value)
+            _check_dict(key.strip(), value)
             options[key.strip()] = parse_value(value)
         setattr(namespace, self.dest, options)
 
@@ -55,6 +58,14 @@ def _check_brackets(key: str, text: str) -> None:
         raise CommandError(
             f'--cfg-options {key}: {text} has a bracket without its other half; text with brackets '
             f"""is written in quotes, as '{key}="{text}"'"""
+        )
+
+
+def _check_dict(key: str, text: str) -> None:
+    if _DICT.match(text):
+        raise CommandError(
+            f'--cfg-options {key}: {text} is a dict, which would arrive as text; set its keys, as '
+            f"{key}.NAME=VALUE, or write a list of dicts as \"{key}=[{{'type': 'NAME'}}]\""
         )
 
 
@@ -93,7 +104,7 @@ def _split(text: str) -> List[str]:
 
 def option(key: str, value: str) -> str:
     """``KEY=VALUE`` as a shell takes it, for a string that must arrive as it is."""
-    plain = parse_value(value) == value and not _half_open(value)
+    plain = parse_value(value) == value and not _half_open(value) and not _DICT.match(value)
     return shlex.quote(f'{key}={value if plain else repr(value)}')
 
 

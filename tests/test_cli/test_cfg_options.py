@@ -50,6 +50,9 @@ def test_values_without_spaces_are_mmengines(text):
         ('runs(1,2)/x.pth', 'runs(1,2)/x.pth'),
         ('(a, b),(c, d)', [('a', 'b'), ('c', 'd')]),
         ('[v1] run/x.pth', '[v1] run/x.pth'),
+        ("[{'type': 'EMAHook'}]", [dict(type='EMAHook')]),
+        ('"dict(b=1)"', 'dict(b=1)'),
+        ('{}.pth', '{}.pth'),
     ],
 )
 def test_spaces_and_quotes_survive(text, value):
@@ -71,6 +74,9 @@ def test_options_given_twice_add_up():
     [
         ('weights/x.pth', 'is not KEY=VALUE; put quotes around'),
         ('=3', 'is not KEY=VALUE; put quotes around'),
+        ('a=dict(b=1)', r'a: dict\(b=1\) is a dict, .* set its keys, as a.NAME=V'),
+        ("a={'b': 1}", r"a: {'b': 1} is a dict, which would"),
+        ('a=[dict(b=1)]', r'a: \[dict\(b=1\)\] is a dict, .* as "a=\[{\'type\': \'NAME\'}\]"'),
         ('a=[1', r'a: \[1 has a bracket without its other half; .* as \'a="\[1"\''),
     ],
 )
