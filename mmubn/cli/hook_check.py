@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from typing import Dict
 
 from mmengine.config import Config
 from mmengine.registry import HOOKS
@@ -21,12 +22,19 @@ def check_hooks(cfg: Config, model: nn.Module) -> None:
         model (Module): Its model.
 
     Raises:
-        CommandError: A hook refuses an argument, or finds no layer to measure.
+        CommandError: A hook refuses an argument, finds no layer to measure, or is there twice.
     """
+    places: Dict[type, str] = {}
     for path, node in hook_nodes(cfg):
         kind = find_class(node, HOOKS) if isinstance(node, dict) else None
         if not inspect.isclass(kind) or not kind.__module__.startswith('mmubn.'):
             continue
+        other = places.setdefault(kind, path)
+        if other != path:
+            raise CommandError(
+                f'{path}: a second {kind.__name__} beside {other}, and both would act; take one '
+                'away, such as that of a base config, by writing the whole list of custom_hooks'
+            )
         try:
             hook = HOOKS.build({key: value for key, value in node.items() if key != 'priority'})
             if isinstance(hook, CondensationHook):

@@ -43,3 +43,12 @@ def test_error_names_the_hook(hook, reason):
     cfg = Config(dict(default_hooks=dict(ours=hook)))
     with pytest.raises(CommandError, match=f'^default_hooks.ours: .*{reason}'):
         check_hooks(cfg, model())
+
+
+def test_a_hook_that_is_there_twice():
+    base = [dict(type='UBNCheckHook'), dict(type='NonFiniteHook')]
+    hooks = [dict(type='NonFiniteHook', action='skip'), *base]  # the other would stop
+    line = r'^custom_hooks\.2: a second NonFiniteHook beside custom_hooks\.0, and both would act'
+    with pytest.raises(CommandError, match=line):
+        check_hooks(Config(dict(custom_hooks=hooks)), model())
+    check_hooks(Config(dict(custom_hooks=[dict(type='EMAHook'), dict(type='EMAHook')])), model())
