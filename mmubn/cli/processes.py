@@ -4,6 +4,7 @@ import os
 from datetime import timedelta
 from typing import Any, Callable, List
 
+import torch
 import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -22,8 +23,8 @@ def start_processes(cfg: Config) -> None:
         cfg (Config): On a CPU it gets a ``model_wrapper_cfg`` without device.
 
     Raises:
-        CommandError: A launcher other than 'pytorch' without a GPU, or 'pytorch'
-            outside of torchrun.
+        CommandError: A launcher other than 'pytorch' without a GPU, 'pytorch' outside of
+            torchrun, or more processes than GPUs.
     """
     if cfg.launcher == 'none':
         return
@@ -31,6 +32,12 @@ def start_processes(cfg: Config) -> None:
         raise CommandError('--launcher pytorch: start by torchrun or tools/dist_train.sh')
     settings = cfg.get('env_cfg', {}).get('dist_cfg', {})
     if get_device() != 'cpu':
+        here, devices = int(os.environ.get('LOCAL_WORLD_SIZE', 1)), torch.cuda.device_count()
+        if cfg.launcher == 'pytorch' and get_device() == 'cuda' and here > devices:
+            raise CommandError(
+                f'--launcher pytorch: {here} processes on a machine with {devices} GPUs that can '
+                'be seen; start one for each GPU'
+            )
         init_dist(cfg.launcher, **settings)
         return
     if cfg.launcher != 'pytorch':

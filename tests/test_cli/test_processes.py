@@ -1,0 +1,27 @@
+"""Processes that cannot be started."""
+
+import pytest
+import torch
+from mmengine.config import Config
+from told import told
+
+from mmubn.cli import processes
+
+
+@pytest.mark.parametrize(('count', 'starts'), [('4', True), ('8', False)])
+def test_more_processes_than_gpus(monkeypatch, count, starts):
+    started = []
+    monkeypatch.setattr(processes, 'get_device', lambda: 'cuda')
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    monkeypatch.setattr(processes, 'init_dist', started.append)
+    monkeypatch.setenv('RANK', '0')
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', count)
+    cfg = Config(dict(launcher='pytorch'))
+    if starts:
+        processes.start_processes(cfg)
+        assert started == ['pytorch']
+        return
+    assert told(processes.start_processes, cfg) == (
+        '--launcher pytorch: 8 processes on a machine with 4 GPUs that can be seen; start one for '
+        'each GPU'
+    )
