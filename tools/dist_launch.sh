@@ -6,6 +6,10 @@
 launch() {
     local tools script=$1 gpus=$2 nodes=(--standalone) # takes a free port
     shift 2
+    if ! [[ $gpus =~ ^([1-9][0-9]*|auto|cpu|gpu)$ ]]; then
+        echo "error: GPUS must be a number from 1 on, got '$gpus'" >&2
+        exit 2
+    fi
     tools=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
     if [ "${NNODES:-1}" != 1 ] || [ -n "${PORT:-}" ]; then
         nodes=(--nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}"

@@ -72,3 +72,13 @@ def test_usage(script):
     done = subprocess.run([ROOT / 'tools' / script, 'x.py'], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith('usage: ')
+
+
+@pytest.mark.parametrize('count', ['0', '-1', 'two', '', '--work-dir'])
+@pytest.mark.parametrize('argv', [('dist_train.sh', 'x.py'), ('dist_test.sh', 'x.py', 'x.pth')])
+def test_a_number_of_gpus_that_is_none(argv, count):
+    script, *others = argv
+    command = [ROOT / 'tools' / script, *others, count, 'run']
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"error: GPUS must be a number from 1 on, got '{count}'\n"
