@@ -35,13 +35,16 @@ def library(dtype: str, kernel_size: int) -> ctypes.CDLL:
     """The library for a dtype (``float``, ``double``, ``bf16``) and k, built if need be.
 
     Raises:
-        BuildError: There is no compiler, it fails, or nothing can be written.
+        BuildError: There is no compiler, it fails, or the sources cannot be read or a library
+            not be written.
     """
     compiler = _compiler()
     command = [compiler, *_FLAGS, _NATIVE.get(platform.machine(), '-march=native')]
     command += [f'-DUBN_T={"ubn::bf16" if dtype == "bf16" else dtype}', f'-DUBN_K={kernel_size}']
-    sources = sorted(_SOURCES.iterdir())
-    contents = [path.read_bytes() for path in sources]
+    try:
+        contents = [path.read_bytes() for path in sorted(_SOURCES.iterdir())]
+    except OSError as error:  # in a zip file, or left out by what packed an application
+        raise BuildError(f'the C++ sources cannot be read: {error}') from error
     about = '\n'.join([*command, _version(compiler), _processor()]).encode()
     key = hashlib.sha256(b'\0'.join([about, *contents])).hexdigest()[:20]
     path = _folder() / f'step_{dtype}_k{kernel_size}_{key}.so'
@@ -79,12 +82,13 @@ def _processor() -> str:
 def _folder() -> Path:
     """A folder that only this user can write to."""
     home = os.environ.get('MMUBN_CACHE')
-    base = Path(home or os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
+    base = Path(home or os.environ.get('XDG_CACHE_HOME') or '~/.cache')
     folder = base if home else base / 'mmubn'
     try:
+        folder = folder.expanduser()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = folder.stat()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter of a user without a home
         raise BuildError(f'{folder} cannot be made ({error}); MMUBN_CACHE names another') from error
     if hasattr(os, 'getuid') and (status.st_uid != os.getuid() or status.st_mode & 0o022):
         raise BuildError(

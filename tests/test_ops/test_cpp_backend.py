@@ -1,6 +1,7 @@
 """The C++ backend: against the literal equations, against torch's errors, and as a library."""
 
 import os
+import pwd
 import stat
 import subprocess
 import sys
@@ -381,6 +382,26 @@ def test_folder_that_cannot_be_written(fresh, tmp_path):
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
     fresh.setenv('MMUBN_CACHE', str(tmp_path))
     with pytest.raises(cpp_build.BuildError, match='cannot be written'):
+        cpp_build.library('float', 3)
+
+
+def test_user_without_a_home(fresh):
+    """As in a container that runs under a number of its own: one line, and torch serves."""
+
+    def unknown(number):
+        raise KeyError(number)
+
+    for name in ('HOME', 'MMUBN_CACHE', 'XDG_CACHE_HOME'):
+        fresh.delenv(name, raising=False)
+    fresh.setattr(pwd, 'getpwuid', unknown)
+    with pytest.raises(cpp_build.BuildError, match='~/.cache/mmubn cannot be made .*MMUBN_CACHE'):
+        cpp_build.library('float', 3)
+
+
+def test_package_without_the_sources(fresh, tmp_path):
+    """As in a zip file, and in applications that take Python's files alone."""
+    fresh.setattr(cpp_build, '_SOURCES', tmp_path / 'cpp')
+    with pytest.raises(cpp_build.BuildError, match='the C\\+\\+ sources cannot be read: .*cpp'):
         cpp_build.library('float', 3)
 
 
