@@ -85,7 +85,7 @@ def _folder() -> Path:
     base = Path(home or os.environ.get('XDG_CACHE_HOME') or '~/.cache')
     folder = base if home else base / 'mmubn'
     try:
-        folder = folder.expanduser()
+        folder = folder.expanduser().absolute()  # a bare name is looked up where libraries are
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = folder.stat()
     except (OSError, RuntimeError) as error:  # the latter of a user without a home

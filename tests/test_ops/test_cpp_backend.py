@@ -385,6 +385,15 @@ def test_folder_that_cannot_be_written(fresh, tmp_path):
         cpp_build.library('float', 3)
 
 
+def test_folder_with_a_relative_name(fresh, tmp_path):
+    """Of ``MMUBN_CACHE=.`` a bare name would be left, which is no path for the loader."""
+    fresh.chdir(tmp_path)
+    fresh.setenv('MMUBN_CACHE', '.')
+    fresh.setattr(cpp_build, '_build', lambda command, path: path.touch())
+    fresh.setattr(cpp_build.ctypes, 'CDLL', Path)
+    assert cpp_build.library('float', 3).parent == tmp_path
+
+
 def test_user_without_a_home(fresh):
     """As in a container that runs under a number of its own: one line, and torch serves."""
 
