@@ -43,6 +43,8 @@ class Calls:
             return None, 'it does not follow a convolution'
         if type(conv) not in CONVOLUTIONS:  # it may do something else with its weights
             return None, f'it follows {type(conv).__name__}, a convolution of another kind'
+        if 'forward' in vars(conv):
+            return None, 'the forward of the convolution before it was replaced on the layer'
         if any(len(readers) != 1 for readers in self.outputs[id(conv)]):
             return None, 'its input is read elsewhere too'
         if any(readers[0] is not norm for readers in self.outputs[id(conv)]):
