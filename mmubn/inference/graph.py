@@ -6,6 +6,7 @@ reads it from the model's forward; where forward depends on what it is given, a 
 instead.
 """
 
+import copy
 import inspect
 import weakref
 from collections import defaultdict
@@ -75,6 +76,16 @@ class _Tracer(torch.fx.Tracer):
     def __init__(self, norms: Sequence[nn.Module]) -> None:
         super().__init__()
         self.norms = {id(norm) for norm in norms}
+        self._proxies: List[weakref.ref] = []
+
+    def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
+        proxy = super().proxy(node)
+        self._proxies.append(weakref.ref(proxy))
+        return proxy
+
+    def kept(self) -> Set[torch.fx.Node]:
+        """What forward left where it outlives the call, such as in an attribute of a module."""
+        return {proxy().node for proxy in self._proxies if proxy() is not None}
 
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
         if id(m) in self.norms or isinstance(m, CONVOLUTIONS):
@@ -96,7 +107,13 @@ def read_forward(model: nn.Module, norms: Sequence[nn.Module]) -> Calls:
     """
     parameters = inspect.signature(model.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    graph = _Tracer(norms).trace(model, defaults)
+    # On a twin of the same numbers: what forward keeps of a trace could not be saved.
+    names = {id(module): name for name, module in model.named_modules()}
+    shared = {id(value): value for value in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    tracer = _Tracer([twin.get_submodule(names[id(norm)]) for norm in norms])
+    graph = tracer.trace(twin, defaults)
+    kept = tracer.kept()
     calls = Calls()
 
     def module_of(node: torch.fx.Node) -> Optional[nn.Module]:
@@ -111,7 +128,8 @@ def read_forward(model: nn.Module, norms: Sequence[nn.Module]) -> Calls:
             value = getattr(model.get_submodule(owner), name)
             calls.weights_read.update(map(id, owners.get(id(value), ())))
         elif isinstance(module, CONVOLUTIONS):
-            calls.outputs[id(module)].append([module_of(user) for user in node.users])
+            readers = [module_of(user) for user in node.users]
+            calls.outputs[id(module)].append(readers + [None] * (node in kept))
         elif id(module) in wanted:
             calls.inputs[id(module)].append(module_of(node.all_input_nodes[0]))
     return calls
@@ -173,8 +191,11 @@ class _Watcher(TorchDispatchMode):
             self.calls.weights_read.update(map(id, self._owners.get(id(value), ())))
 
     def finish(self, result: Any) -> Calls:
-        """The calls, once the run has given ``result``: what is returned is read."""
+        """The calls, once the run has given ``result``: what is returned or kept is read."""
         self._read(result)
+        for reference, _, readers in self._made.values():
+            if reference() is not None:  # in the result, in an attribute of a module
+                readers.append(None)
         return self.calls
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

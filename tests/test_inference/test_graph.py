@@ -55,6 +55,35 @@ class ReadBefore(Block):
         return self.norm(y) * gate
 
 
+class ReturnedInAnObject(Block):
+    """Of a class that torch does not know, as OpenMMLab's samples are."""
+
+    reason = 'its input is read elsewhere too'
+
+    def forward(self, x):
+        y = self.conv(x)
+        return types.SimpleNamespace(norm=self.norm(y), raw=y)
+
+
+class Kept(Block):
+    reason = 'its input is read elsewhere too'
+
+    def forward(self, x):
+        self.raw = self.conv(x)
+        return self.norm(self.raw)
+
+
+class KeptInAList(Block):
+    reason = 'its input is read elsewhere too'
+
+    def build(self):
+        self.raw = []
+
+    def forward(self, x):
+        self.raw.append(self.conv(x))
+        return self.norm(self.raw[-1])
+
+
 class NextConvolutionReads(Block):
     reason = 'its input is read elsewhere too'
 
@@ -259,6 +288,8 @@ CASES = Block.__subclasses__()
 
 
 def leaves(output):
+    if isinstance(output, types.SimpleNamespace):
+        output = vars(output)
     return torch.utils._pytree.tree_flatten(output)[0]
 
 
@@ -282,6 +313,21 @@ class Branching(Block):
     def forward(self, x):
         y = self.conv(x)
         return self.norm(y) if x.sum() > 0 else self.norm(y).relu()
+
+
+class KeepsItsMean(Block):
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        self.mean = y.mean()
+        return y
+
+
+def test_what_forward_keeps_is_nothing_of_the_reading(tmp_path):
+    """It could not be saved."""
+    prepared = prepare_for_inference(trained(KeepsItsMean()))
+    assert prepared.inference_report[0].convolution == 'conv'
+    assert 'mean' not in vars(prepared)
+    torch.save(prepared, tmp_path / 'prepared.pt')
 
 
 def test_watches_a_run_where_forward_cannot_be_read():
