@@ -140,6 +140,11 @@ def test_what_torch_is_built_for(cuda, hip, build, monkeypatch):
     assert next(doctor.devices()).value.endswith(f'torch is built for {build}')
 
 
+def test_a_compiler_with_arguments(monkeypatch):
+    monkeypatch.setenv('CXX', f'{sys.executable} g++')
+    assert lines(doctor.devices)['C++ compiler'].value == sys.executable
+
+
 def answer_of_pip(monkeypatch, **answer):
     done = types.SimpleNamespace(returncode=1, **{'stdout': '', 'stderr': '', **answer})
     monkeypatch.setattr(doctor.subprocess, 'run', lambda *a, **k: done)

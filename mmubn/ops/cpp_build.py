@@ -39,7 +39,7 @@ def library(dtype: str, kernel_size: int) -> ctypes.CDLL:
             not be written.
     """
     compiler = _compiler()
-    command = [compiler, *_FLAGS, _NATIVE.get(platform.machine(), '-march=native')]
+    command = [*compiler, *_FLAGS, _NATIVE.get(platform.machine(), '-march=native')]
     command += [f'-DUBN_T={"ubn::bf16" if dtype == "bf16" else dtype}', f'-DUBN_K={kernel_size}']
     try:
         contents = [path.read_bytes() for path in sorted(_SOURCES.iterdir())]
@@ -56,17 +56,19 @@ def library(dtype: str, kernel_size: int) -> ctypes.CDLL:
         raise BuildError(f'{path} cannot be loaded: {error}') from error
 
 
-def _compiler() -> str:
-    names: List[str] = [os.environ['CXX']] if os.environ.get('CXX') else ['c++', 'g++', 'clang++']
-    for name in names:
-        found = shutil.which(name)
+def _compiler() -> List[str]:
+    """The compiler, with the arguments that ``$CXX`` may have, as in ``ccache g++``."""
+    given = os.environ.get('CXX', '')
+    # A path with spaces is one name.
+    for command in [[given], given.split()] if given.strip() else [['c++'], ['g++'], ['clang++']]:
+        found = shutil.which(command[0])
         if found:
-            return found
-    raise BuildError(f'there is no C++ compiler ({", ".join(names)})')
+            return [found, *command[1:]]
+    raise BuildError(f'there is no C++ compiler ({given or "c++, g++, clang++"})')
 
 
-def _version(compiler: str) -> str:
-    return _run([compiler, '--version']).stdout
+def _version(compiler: List[str]) -> str:
+    return _run([*compiler, '--version']).stdout
 
 
 def _processor() -> str:

@@ -2,6 +2,7 @@
 
 import os
 import pwd
+import shutil
 import stat
 import subprocess
 import sys
@@ -347,6 +348,8 @@ def test_loading_flushes_no_denormals():
 
 # --- Building the library.
 
+FAILED = subprocess.CompletedProcess([], 1, stdout='', stderr='')
+
 
 @pytest.fixture
 def fresh(monkeypatch):
@@ -368,6 +371,23 @@ def test_compiler_that_fails(fresh, tmp_path):
     with pytest.raises(cpp_build.BuildError, match='false failed'):
         cpp_build.library('float', 3)
     assert not list((tmp_path / 'cache').iterdir())  # nothing half made
+
+
+def test_compiler_with_arguments(fresh, tmp_path):
+    """As ``ccache g++``; what it is called with is all of it, and a path may have spaces."""
+    spaced = tmp_path / 'a compiler'
+    spaced.write_text('#!/bin/sh\n')
+    spaced.chmod(0o700)
+    for given, command in (('env c++', ['env', 'c++']), (str(spaced), [str(spaced)])):
+        fresh.setenv('CXX', given)
+        assert cpp_build._compiler() == [shutil.which(command[0]), *command[1:]]
+    calls = []
+    fresh.setenv('CXX', 'env -i c++')
+    fresh.setenv('MMUBN_CACHE', str(tmp_path / 'cache'))
+    fresh.setattr(cpp_build, '_run', lambda command: calls.append(command) or FAILED)
+    with pytest.raises(cpp_build.BuildError, match='env failed'):
+        cpp_build.library('float', 3)
+    assert [call[1:3] for call in calls] == [['-i', 'c++']] * 2
 
 
 def test_folder_that_others_can_write_to(fresh, tmp_path):
@@ -403,14 +423,14 @@ def test_user_without_a_home(fresh):
     for name in ('HOME', 'MMUBN_CACHE', 'XDG_CACHE_HOME'):
         fresh.delenv(name, raising=False)
     fresh.setattr(pwd, 'getpwuid', unknown)
-    with pytest.raises(cpp_build.BuildError, match='~/.cache/mmubn cannot be made .*MMUBN_CACHE'):
+    with pytest.raises(cpp_build.BuildError, match=r'~/\.cache/mmubn cannot be made .*MMUBN_CACHE'):
         cpp_build.library('float', 3)
 
 
 def test_package_without_the_sources(fresh, tmp_path):
     """As in a zip file, and in applications that take Python's files alone."""
     fresh.setattr(cpp_build, '_SOURCES', tmp_path / 'cpp')
-    with pytest.raises(cpp_build.BuildError, match='the C\\+\\+ sources cannot be read: .*cpp'):
+    with pytest.raises(cpp_build.BuildError, match=r'the C\+\+ sources cannot be read: .*cpp'):
         cpp_build.library('float', 3)
 
 
@@ -465,7 +485,7 @@ def test_nothing_outside_of_a_tensor_is_touched(dtype, kernel_size, tmp_path):
     source = Path(__file__).with_name('memory_check.cpp')
     program = str(tmp_path / 'check')
     flags = ['-O1', '-std=c++17', '-march=native', '-fsanitize=address', f'-I{cpp_build._SOURCES}']
-    command = [cpp_build._compiler(), *flags, f'-DUBN_T={dtype}', f'-DUBN_K={kernel_size}']
+    command = [*cpp_build._compiler(), *flags, f'-DUBN_T={dtype}', f'-DUBN_K={kernel_size}']
     built = subprocess.run([*command, str(source), '-o', program], capture_output=True, text=True)
     if 'asan' in built.stderr:
         pytest.skip('the compiler has no address sanitizer')
