@@ -13,6 +13,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -53,7 +54,9 @@ def library(dtype: str, kernel_size: int) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise BuildError(f'{path} cannot be loaded: {error}') from error
+        raise BuildError(
+            f'{path} cannot be loaded ({error}); MMUBN_CACHE names another folder'
+        ) from error
 
 
 def _compiler() -> List[str]:
@@ -109,7 +112,9 @@ def _build(command: List[str], path: Path) -> None:
         result = _run([*command, str(_SOURCES / 'step.cpp'), '-o', name])
         if result.returncode:
             lines = (result.stderr or result.stdout).strip().splitlines()
-            first = next((line for line in lines if 'error' in line), lines[0] if lines else '')
+            # The linker says what it cannot do, and the compiler after it that there was an error.
+            told = [line for line in lines if re.search('error|cannot|failed', line)] or lines
+            first = told[0] if told else ''
             raise BuildError(f'{command[0]} failed: {first or f"exit code {result.returncode}"}')
         os.replace(name, path)  # whole, also where several processes build at once
     finally:

@@ -390,6 +390,21 @@ def test_compiler_with_arguments(fresh, tmp_path):
     assert [call[1:3] for call in calls] == [['-i', 'c++']] * 2
 
 
+def test_linker_that_fails(fresh, tmp_path):
+    """Its line is the reason, as of a compiler without OpenMP's library or of a full disk."""
+    compiler = tmp_path / 'compiler'
+    compiler.write_text(
+        '#!/bin/sh\n'
+        'echo "step.cpp: In function:\nld: cannot find -lomp\ncollect2: error: ld returned 1" >&2\n'
+        'exit 1\n'
+    )
+    compiler.chmod(0o700)
+    fresh.setenv('CXX', str(compiler))
+    fresh.setenv('MMUBN_CACHE', str(tmp_path / 'cache'))
+    with pytest.raises(cpp_build.BuildError, match='compiler failed: ld: cannot find -lomp'):
+        cpp_build.library('float', 3)
+
+
 def test_folder_that_others_can_write_to(fresh, tmp_path):
     tmp_path.chmod(0o777)
     fresh.setenv('MMUBN_CACHE', str(tmp_path))
