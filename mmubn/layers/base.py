@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, Dict, Iterable, List, Optional
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -105,8 +104,6 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
             self.scale_bias.fill_(self._initial_scale_bias)
 
     def forward(self, input: Tensor) -> Tensor:  # as BatchNorm calls it, which some give by name
-        if isinstance(input, torch.fx.Proxy):
-            return self._leaf(input)
         parameters, buffers = self._parameters_of_step(), self._state()
         self._check_input(input, parameters, buffers)
         if input.numel() == 0:

@@ -46,8 +46,19 @@ class BatchNormGuard:
             'torch.export.export on the model in evaluation (model.eval())'
         )
 
+    def __call__(self, *args, **kwargs):
+        """Calls the layer; in a symbolic trace it is a leaf, as BatchNorm is.
+
+        Here, because hooks and what a subclass adds to forward belong into the leaf: after a
+        trace through them they would run twice.
+        """
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.fx.Proxy):
+                return value.tracer.call_module(self, self._leaf, (value,), {})
+        return super().__call__(*args, **kwargs)
+
     def _leaf(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
-        """The call of this layer in a symbolic trace, in which BatchNorm is a leaf as well."""
+        """Its call, where the tracer would look inside."""
         if _called_by('turn_on_efficient_conv_bn_eval'):
             raise TypeError(
                 f'{type(self).__name__} cannot be traced symbolically, as efficient_conv_bn_eval '

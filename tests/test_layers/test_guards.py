@@ -7,15 +7,17 @@ import pickle
 import pytest
 import timm
 import torch
-from timm.layers import convert_splitbn_model
+from own_forward import ActivatedUBN, with_forward
+from timm.layers import BatchNormAct2d, convert_splitbn_model
 from timm.layers import convert_sync_batchnorm as timm_convert_sync_batchnorm
 from torch import nn
 from torch.ao.quantization import default_qconfig, get_default_qconfig_mapping, quantize_dynamic
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from torch.fx.experimental.optimization import fuse
 from torchvision.models.feature_extraction import create_feature_extractor
-from weights import assert_same_state
+from weights import assert_same_state, trained
 
+import mmubn
 from mmubn import layers
 
 
@@ -140,6 +142,18 @@ def test_it_is_a_leaf_of_a_symbolic_trace(net):
     assert torch.equal(traced(x), net(x))
     extractor = create_feature_extractor(net, ['1'])
     assert torch.equal(extractor(x)['1'], net[1](net[0](x)))
+
+
+def test_what_surrounds_forward_runs_once_after_a_symbolic_trace(net, norm):
+    """Hooks, a forward of one's own, and the activation of a fused layer of timm."""
+    norm.register_forward_pre_hook(lambda layer, args: 2 * args[0])
+    norm.register_forward_hook(lambda layer, args, output: output + 1)
+    with_forward(norm)
+    net.append(nn.Unflatten(1, (2, 1, 1))).append(trained(ActivatedUBN(2)))
+    fused = nn.Sequential(BatchNormAct2d(3, act_layer=nn.SiLU))
+    net.insert(0, mmubn.convert_norm(trained(fused), dict(type=type(norm).__name__)))
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(torch.fx.symbolic_trace(net)(x), net(x))
 
 
 def test_scripting_is_refused_in_one_line_and_tracing_saves(net, tmp_path):
