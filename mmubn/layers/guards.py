@@ -68,17 +68,12 @@ class BatchNormGuard:
 
 
 class _Eps(float):
-    """A float that no tensor can be added to; for every other function of torch it is a float."""
+    """A float that no tensor and no array can be added to; for all else that takes it, a float."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function in _ADDITIONS:
-            raise RuntimeError(
-                'a norm layer of mmubn cannot be fused into a convolution as BatchNorm can: turn '
-                'fuse_conv_bn and efficient_conv_bn_eval off, or convert the layer with '
-                "mmubn.convert_norm(model, dict(type='BN')) where that is exact. For "
-                'anything but fusing, add float(layer.eps)'
-            )
+            raise RuntimeError(_NO_FUSION)
         args = [float(value) if isinstance(value, cls) else value for value in args]
         kwargs = {
             key: float(value) if isinstance(value, cls) else value
@@ -86,10 +81,23 @@ class _Eps(float):
         }
         return function(*args, **kwargs)
 
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        """NumPy asks it: exporters fuse in arrays."""
+        if ufunc.__name__ == 'add':
+            raise RuntimeError(_NO_FUSION)
+        inputs = [float(value) if isinstance(value, _Eps) else value for value in inputs]
+        return getattr(ufunc, method)(*inputs, **kwargs)
+
     def __reduce__(self):
         return float, (float(self),)
 
 
+_NO_FUSION = (
+    'a norm layer of mmubn cannot be fused into a convolution as BatchNorm can: turn '
+    'fuse_conv_bn and efficient_conv_bn_eval off, or convert the layer with '
+    "mmubn.convert_norm(model, dict(type='BN')) where that is exact. For "
+    'anything but fusing, add float(layer.eps)'
+)
 _ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 
 

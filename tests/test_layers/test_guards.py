@@ -91,6 +91,9 @@ def test_fusers_are_caught(net):
         nn.utils.fuse_conv_bn_eval(net[0], net[1])
     with pytest.raises(RuntimeError, match='cannot be fused into a convolution'):
         net[1].eps + net[1].running_var
+    for add in (lambda var, eps: var + eps, lambda var, eps: eps + var):
+        with pytest.raises(RuntimeError, match='cannot be fused into a convolution'):
+            add(net[1].running_var.numpy(), net[1].eps)
     cnn = pytest.importorskip('mmcv.cnn')
     with pytest.raises(RuntimeError, match='cannot be fused into a convolution'):
         cnn.fuse_conv_bn(copy.deepcopy(net))
@@ -119,6 +122,8 @@ def test_eps_beside_the_running_variance_is_a_number_but_for_addition(norm):
     torch.testing.assert_close(torch.clamp(var, min=eps), var)
     torch.testing.assert_close(torch.full_like(var, eps), torch.full_like(var, 1e-5))
     torch.testing.assert_close(var + float(eps), var + 1e-5)
+    torch.testing.assert_close(torch.from_numpy(var.numpy() * eps), var * 1e-5)
+    torch.testing.assert_close(torch.from_numpy(eps * var.numpy()), var * 1e-5)
 
 
 def test_other_layers_are_quantized(net):
