@@ -61,8 +61,9 @@ def convert_norm(
         ValueError: A type or pattern names nothing; no layer can be replaced, with the
             reason for each; BatchNorm cannot give the output of a layer, with its name and
             the reason; with a setting the new layer cannot hold what the old one does; a
-            weight would change and belongs to another layer too. The model is then
-            as it was.
+            weight would change and belongs to another layer too; the model is wrapped in
+            DistributedDataParallel, which would not synchronise new parameters. The model
+            is then as it was.
     """
     if not isinstance(norm_cfg, dict):
         raise TypeError(f"norm_cfg must be a dict, such as dict(type='UBN'), got {norm_cfg!r}")
@@ -87,6 +88,7 @@ def convert_norm(
     if not replaced:
         raise ValueError(f'no layer to replace by {kind}: {why or _other_norms(model)}')
     weights.check(model, [norms[name] for name in replaced])
+    _check_wrapper(model, replaced)
     logger.log(
         logging.WARNING if left.keys() - {_NOT_CHOSEN} else logging.INFO,
         '%d of %d norm layers became %s%s',
@@ -216,6 +218,22 @@ class _Weights:
                         f'{name}.{key} is also the weight of a layer to replace, where it takes '
                         'another value: convert both or neither, by include and exclude'
                     )
+
+
+def _check_wrapper(model: nn.Module, replaced: Dict[str, nn.Module]) -> None:
+    """Raises a ValueError where a wrapper would leave the gradients of new parameters out."""
+    held = {id(value) for value in model.parameters()}
+    names = [
+        name for name, new in replaced.items() if any(id(p) not in held for p in new.parameters())
+    ]
+    for path, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            inside = [name for name in names if name.startswith(f'{path}.' if path else '')]
+            if inside:
+                raise ValueError(
+                    f'{inside[0]} would get parameters that {type(module).__name__} does not '
+                    'synchronise: convert the model first, then wrap it'
+                )
 
 
 def _replacement(
