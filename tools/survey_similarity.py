@@ -22,15 +22,18 @@ from mmubn.cli.survey import survey_config, survey_run
 from mmubn.similarity_survey import THRESHOLDS
 from mmubn.writing import check_folder
 
+# Options that say nothing of a run.
+_OF_A_CONFIG = ('data_root', 'cfg_options', 'checkpoint', 'batches', 'layers')
+
 
 def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """The command line."""
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, starts_runner=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         '--checkpoint', help='weights to measure with (default: those that the config starts from)'
     )
-    parser.add_argument('--batches', type=int, default=20, help='number of batches (default: 20)')
+    parser.add_argument('--batches', type=int, help='number of batches (default: 20)')
     parser.add_argument('--layers', default='', help='regular expression of the layers (all)')
     parser.add_argument(
         '--thresholds',
@@ -43,7 +46,7 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         '--out', type=Path, default=Path(), help='folder of the CSV and picture (.)'
     )
     args = parser.parse_args(argv)
-    if args.batches < 1:
+    if args.batches is not None and args.batches < 1:
         raise CommandError(f'--batches must be at least 1, got {args.batches}')
     try:
         re.compile(args.layers)
@@ -60,11 +63,14 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     check_folder('--out', args.out)
     source = Path(args.config)
     if source.is_dir() or source.suffix == '.csv':
+        for name in _OF_A_CONFIG:
+            if getattr(args, name):
+                key = name.replace('_', '-')
+                raise CommandError(f'--{key}: needs a config; {source} has what a run recorded')
         survey = survey_run(source, args.thresholds)
     else:
-        survey = survey_config(
-            load_config(args), args.checkpoint, args.batches, args.thresholds, args.layers
-        )
+        cfg, batches = load_config(args), args.batches or 20
+        survey = survey_config(cfg, args.checkpoint, batches, args.thresholds, args.layers)
     print(survey)
     args.out.mkdir(parents=True, exist_ok=True)
     table, picture = (args.out / f'similarity_survey.{kind}' for kind in ('csv', 'png'))

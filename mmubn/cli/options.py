@@ -17,23 +17,40 @@ from .data_root import evaluate_on_train, set_data_root
 from .errors import CommandError
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
+def make_parser(description: str, starts_runner: bool = True) -> argparse.ArgumentParser:
     """A parser with the options that mmdet's and mmpretrain's tools share, and the data's.
 
     Args:
         description (str): What the tool does.
+        starts_runner (bool): Whether it trains or tests; else there are only the options of a
+            model and its data. Default: True.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config', help='config file, of mmdet or of mmpretrain')
-    parser.add_argument(
-        '--work-dir', help='folder of logs and checkpoints (default: work_dirs/<config name>)'
-    )
+    if starts_runner:
+        _add_runner_options(parser)
+    else:
+        parser.set_defaults(work_dir=None, eval_on_train=False, launcher='none', local_rank=0)
     parser.add_argument(
         '--data-root',
         metavar='DIR',
         help='folder of the data, in the layout the config expects; for COCO that is '
         'annotations/instances_{train,val}2017.json, train2017/ and val2017/, for CIFAR the '
         'unpacked archive, or train/ and test/ with a folder for each class',
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=OptionAction,
+        metavar='KEY=VALUE',
+        help='settings that replace those of the config, by their dotted keys',
+    )
+    return parser
+
+
+def _add_runner_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--work-dir', help='folder of logs and checkpoints (default: work_dirs/<config name>)'
     )
     parser.add_argument(
         '--eval-on-train',
@@ -46,16 +63,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         default='none',
         help='what started the processes (default: none)',
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=OptionAction,
-        metavar='KEY=VALUE',
-        help='settings that replace those of the config, by their dotted keys',
-    )
     # Some launchers pass it in place of the environment variable.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
-    return parser
 
 
 def positive(text: str) -> float:

@@ -92,6 +92,8 @@ def test_a_checkpoint_that_does_not_fit(project, fails, content, reason):
     ('argv', 'message'),
     [
         (('images',), 'images/condensation.csv: no such file; train with custom_hooks='),
+        (('images', '--checkpoint', 'x.pth'), '--checkpoint: needs a config; images has what a'),
+        (('images', '--batches', '2'), '--batches: needs a config; images has what a run recorded'),
         (('tiny.py', '--data-root', 'images', '--checkpoint', 'x.pth'), '--checkpoint: no file x'),
         (('tiny.py', '--data-root', 'images', '--layers', '('), "--layers: '(' is no regular exp"),
         (('tiny.py', '--data-root', 'images', '--batches', '0'), '--batches must be at least 1'),
