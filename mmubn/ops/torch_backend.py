@@ -205,7 +205,7 @@ class TorchBackend(Backend):
                 d_weight = (sums.d_taps * parameters.kernel.squeeze(1)).sum((1, 2))
                 d_kernel = (sums.d_taps * parameters.weight[:, None, None])[:, None]
         return Sums(
-            d_statistics=torch.stack([-d_shift.sum(0), -0.5 * rstd**3 * d_rstd]),
+            d_statistics=torch.stack([-d_shift.sum(0), -0.5 * rstd * (rstd * (rstd * d_rstd))]),
             gradients=Parameters(
                 weight=d_weight,
                 kernel=d_kernel,

@@ -920,7 +920,7 @@ def reduce_sums(
         c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
         known = c < channels
         rstd = _load(statistics_ptr + channels + c, known, DTYPE)
-        d_var = -0.5 * rstd * rstd * rstd * tl.sum(d_rstd, 0)
+        d_var = -0.5 * rstd * (rstd * (rstd * tl.sum(d_rstd, 0)))
         tl.store(d_statistics_ptr + c, tl.sum(d_mean, 0), mask=known)
         tl.store(d_statistics_ptr + channels + c, d_var, mask=known)
         if scale_weight_ptr is not None:

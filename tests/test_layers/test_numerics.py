@@ -73,6 +73,22 @@ def test_tiny_activations(make_layer):
     assert_equals_reference(layer, oracle, x, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize('backend', ['auto', 'torch'])
+def test_huge_activations(make_layer, backend):
+    """Deviations of 1e16: the cube of 1 / sigma is below every number of float32."""
+    layer = make_layer(3)
+    layer.backend = backend
+    randomize(layer)
+    oracle = Reference(layer)
+    inputs, upstream = 1e16 * torch.randn(2, 8, 3, 9, 9)  # so that the gradient is about 1
+    gradients = []
+    for function, dtype in ((layer, torch.float32), (oracle, torch.float64)):
+        x = inputs.to(dtype, copy=True).requires_grad_()
+        function(x).backward(upstream.to(dtype))
+        gradients.append(x.grad.double())
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
 def test_zero_vectors_have_no_similarity():
     x = torch.randn(6, 3, 4, 4, dtype=torch.double)
     x[[1, 4]] = 0
