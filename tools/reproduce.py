@@ -6,8 +6,8 @@
 
 Without the paper's GPUs: ``--small`` trains the same norms in a network for a CPU, that of
 configs/cifar10/resnet18_small_cifar10.py; ``--config`` names another. Give ``list`` and
-``report`` the same option. Studies (batches-of-two, strong-recipe) are run one at a time: they
-make their data, pretrain and tune before they train; see docs/evidence.md.
+``report`` the same option. Studies, such as batches-of-two, are run one at a time: they make their
+data, pretrain and tune before they train; see docs/evidence.md.
 """
 
 import argparse
