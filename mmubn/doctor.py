@@ -197,7 +197,7 @@ def devices() -> Iterator[Line]:
     else:
         triton, reason = _load('triton')  # its distributions have several names
         yield Line('triton', getattr(triton, '__version__', '') or f'cannot be imported: {reason}')
-    given = os.environ.get('CXX') or 'c++'  # which may have arguments
+    given = os.environ.get('CXX', '').strip() or 'c++'  # which may have arguments
     compiler = shutil.which(given) or shutil.which(given.split()[0])
     yield Line('C++ compiler', compiler or 'none: OPS=1 needs one, nothing else has to')
 

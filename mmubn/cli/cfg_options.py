@@ -14,7 +14,8 @@ from ..walk import walk
 from .config_check import RUNNER_KEYS, Arguments, did_you_mean, find_class
 from .errors import CommandError, warn
 
-_DICT = re.compile(r'\s*(\[?\s*dict\(|\{.*\}\s*$)', re.DOTALL)  # in a config or in Python
+# In a config or in Python.
+_DICT = re.compile(r"""\s*(\[?\s*dict\(|\{\s*(['"].*:.*)?\}\s*$)""", re.DOTALL)
 _REGISTRIES = [value for value in vars(roots).values() if isinstance(value, Registry)]
 
 

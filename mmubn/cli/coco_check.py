@@ -28,6 +28,8 @@ _VALUES = dict(
     **dict.fromkeys(('file_name', 'name'), _TEXT),
 )
 _LARGE = 100e6  # bytes; takes some seconds to read
+# Files that are asked for more than their names: of a million on a network it takes minutes.
+MOST_ASKED = 100_000
 _BOX = (
     'bbox must be [x, y, width, height] in pixels, inside of the image and at least 1 pixel wide '
     'and high, area above 0'
@@ -44,7 +46,7 @@ class CocoFile:
         labelled (bool): It must have annotations.
 
     Attributes:
-        number_read (int): How many of its images the data set reads, once that is known.
+        read_ids (Collection): Ids of the images that the data set reads, once they are known.
 
     Raises:
         CommandError: It is no JSON, lacks something, or refers to what it has not.
@@ -60,7 +62,7 @@ class CocoFile:
                 self.fail(f"has no list '{name}'; COCO's layout has {', '.join(_LISTS)}")
             self._check_entries(name, content[name])
         self.images: Dict[Any, dict] = {image['id']: image for image in content['images']}
-        self.number_read = len(self.images)
+        self.read_ids: Collection = self.images.keys()
         self.annotations: List[dict] = content['annotations']
         self.categories: Dict[Any, str] = {c['id']: c['name'] for c in content['categories']}
         self._check_references('image_id', self.images, 'images')
@@ -200,7 +202,7 @@ def check_coco(path: str, node: dict, dataset: Any, labelled: bool = True) -> Co
         )
     _check_masks(path, node, coco, read)
     images = _read_images(dataset, coco, used)
-    coco.number_read = len(images)
+    coco.read_ids = {image['id'] for image in images}
     missing = missing_files(dataset.data_prefix['img'], [image['file_name'] for image in images])
     if missing:
         raise CommandError(
@@ -349,19 +351,23 @@ def missing_files(prefix: str, names: Iterable[str]) -> List[str]:
     """
     if '://' in prefix:
         return []
-    there: Dict[str, Collection[str]] = {}
-    missing = []
+    there: Dict[str, Dict[str, bool]] = {}
+    missing, links = [], 0
     for name in names:
-        folder, base = osp.split(osp.join(prefix, name))
+        path = osp.join(prefix, name)
+        folder, base = osp.split(path)
         if folder not in there:
-            there[folder] = _files_in(folder or '.')
-        if base not in there[folder]:
+            there[folder] = _entries(folder or '.')
+        is_link = there[folder].get(base)
+        links += bool(is_link)
+        if is_link is None or (is_link and links <= MOST_ASKED and not osp.isfile(path)):
             missing.append(name)
     return missing
 
 
-def _files_in(folder: str) -> Collection[str]:
+def _entries(folder: str) -> Dict[str, bool]:
+    """Whether each entry of a folder is a link; nothing where there is no folder."""
     if not osp.isdir(folder):
-        return ()
+        return {}
     with os.scandir(folder) as entries:
-        return {entry.name for entry in entries if entry.is_file()}
+        return {entry.name: entry.is_symlink() for entry in entries}

@@ -195,15 +195,16 @@ def _check_coco_files(cfg: Config, split: str, found: Sequence[Data]) -> None:
             )
             if not node.get('format_only'):
                 truth.check_evaluable(masks='segm' in (node.get('metric') or ()))
-                _tell_unread(f'{path}.ann_file', truth, read[0])
+                _tell_unread(f'{path}.ann_file', truth, read[0], dataset.metainfo['classes'])
 
 
-def _tell_unread(key: str, truth: CocoFile, coco: CocoFile) -> None:
-    if len(truth.images) > coco.number_read:
+def _tell_unread(key: str, truth: CocoFile, coco: CocoFile, classes: Sequence[str]) -> None:
+    used = [a for a in truth.annotations if truth.categories[a['category_id']] in classes]
+    unread = {annotation['image_id'] for annotation in used}.difference(coco.read_ids)
+    if unread:
         warn(
-            f'{key}: {truth.file} has {len(truth.images)} images, of which the data set reads '
-            f'{coco.number_read}: in the others nothing is detected, which lowers the AP; name a '
-            'file of these images alone'
+            f'{key}: {truth.file} has {len(unread)} images with annotations that the data set does '
+            'not read: nothing is detected in them, which lowers the AP; name a file without them'
         )
 
 

@@ -30,11 +30,16 @@ def _is_first_process() -> bool:
     return (os.environ.get('RANK') or os.environ.get('SLURM_PROCID') or '0') == '0'
 
 
+def _is_first_of_machine() -> bool:
+    """Of those that a launcher started, which differ in what their machines have."""
+    return 'RANK' in os.environ and os.environ.get('LOCAL_RANK') == '0'
+
+
 def command(main: Callable[[Optional[Sequence[str]]], None]) -> Callable[..., None]:
     """Ends ``main`` with ``error: ...`` on stderr and exit code 1 on a :class:`CommandError`.
 
     Any other exception keeps its traceback, which torchrun repeats as the one that ended
-    the job. Of several processes the first one speaks.
+    the job. Of several processes the first one of each machine speaks.
 
     Args:
         main: The command; takes the arguments after the program's name, None for
@@ -46,7 +51,7 @@ def command(main: Callable[[Optional[Sequence[str]]], None]) -> Callable[..., No
         try:
             main(argv)
         except CommandError as error:
-            if _is_first_process():
+            if _is_first_process() or _is_first_of_machine():
                 print(f'error: {error}', file=sys.stderr)
             leave_group()
             sys.exit(1)

@@ -7,11 +7,9 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Se
 from mmengine.fileio import list_from_file
 
 from ..datasets.class_folders import class_folders, foreign_folders, is_foreign
-from .coco_check import missing_files
+from .coco_check import MOST_ASKED, missing_files
 from .config_check import did_you_mean
 from .errors import CommandError, listed, warn
-
-_MOST_SIZES = 100_000  # of files
 
 
 class Folders(NamedTuple):
@@ -142,13 +140,13 @@ def check_images(folders: Folders, dataset: Any) -> None:
                     f"'{name}'; delete the folder {osp.dirname(file)}"
                 )
             number += 1
-            # To ask for the size of a million files takes minutes where they lie on a network.
-            if number > _MOST_SIZES:
+            if number > MOST_ASKED:
                 continue
             if not osp.isfile(file):
                 raise CommandError(
-                    f'{folders.path}: {file} is a link that leads to no file, so it would be left '
-                    'out without a word; put the file there, or delete the link'
+                    f'{folders.path}: {file} is no file that can be read, such as a link to '
+                    'nothing, so it would be left out without a word; put the file there, or '
+                    'delete it'
                 )
             if osp.getsize(file) == 0:
                 raise CommandError(f'{folders.path}: {file} is empty; copy it anew, or delete it')

@@ -35,8 +35,8 @@ def start_processes(cfg: Config) -> None:
         here, devices = int(os.environ.get('LOCAL_WORLD_SIZE', 1)), torch.cuda.device_count()
         if cfg.launcher == 'pytorch' and get_device() == 'cuda' and here > devices:
             raise CommandError(
-                f'--launcher pytorch: {here} processes on a machine with {devices} GPUs that can '
-                'be seen; start one for each GPU'
+                f'--launcher pytorch: {here} processes on this machine, where torch sees {devices} '
+                'GPUs; start one process for each GPU'
             )
         init_dist(cfg.launcher, **settings)
         return

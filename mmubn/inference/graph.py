@@ -125,7 +125,7 @@ def read_forward(model: nn.Module, norms: Sequence[nn.Module]) -> Calls:
         module = module_of(node)
         if node.op == 'get_attr':
             owner, _, name = node.target.rpartition('.')
-            value = getattr(model.get_submodule(owner), name)
+            value = getattr(twin.get_submodule(owner), name)
             calls.weights_read.update(map(id, owners.get(id(value), ())))
         elif isinstance(module, CONVOLUTIONS):
             readers = [module_of(user) for user in node.users]

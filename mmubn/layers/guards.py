@@ -54,17 +54,19 @@ class BatchNormGuard:
         """
         for value in (*args, *kwargs.values()):
             if isinstance(value, torch.fx.Proxy):
-                return value.tracer.call_module(self, self._leaf, (value,), {})
+                return value.tracer.call_module(self, self._leaf, args, kwargs)
         return super().__call__(*args, **kwargs)
 
-    def _leaf(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
+    def _leaf(self, *args, **kwargs) -> torch.fx.Proxy:
         """Its call, where the tracer would look inside."""
         if _called_by('turn_on_efficient_conv_bn_eval'):
             raise TypeError(
                 f'{type(self).__name__} cannot be traced symbolically, as efficient_conv_bn_eval '
                 'does to fuse it into a convolution: turn that off'
             )
-        return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x,), {})
+        values = (*args, *kwargs.values())
+        tracer = next(value.tracer for value in values if isinstance(value, torch.fx.Proxy))
+        return tracer.create_proxy('call_module', tracer.path_of_module(self), args, kwargs)
 
 
 class _Eps(float):

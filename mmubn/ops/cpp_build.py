@@ -93,7 +93,7 @@ def _folder() -> Path:
         folder = folder.expanduser().absolute()  # a bare name is looked up where libraries are
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = folder.stat()
-    except (OSError, RuntimeError) as error:  # the latter of a user without a home
+    except (OSError, RuntimeError, KeyError) as error:  # the last two: a user without a home
         raise BuildError(f'{folder} cannot be made ({error}); MMUBN_CACHE names another') from error
     if hasattr(os, 'getuid') and (status.st_uid != os.getuid() or status.st_mode & 0o022):
         raise BuildError(
@@ -113,8 +113,9 @@ def _build(command: List[str], path: Path) -> None:
         if result.returncode:
             lines = (result.stderr or result.stdout).strip().splitlines()
             # The linker says what it cannot do, and the compiler after it that there was an error.
-            told = [line for line in lines if re.search('error|cannot|failed', line)] or lines
-            first = told[0] if told else ''
+            reasons = re.compile('error|cannot|failed|not found')
+            told = [line for line in lines if reasons.search(line) and 'warning:' not in line]
+            first = (told or lines or [''])[0]
             raise BuildError(f'{command[0]} failed: {first or f"exit code {result.returncode}"}')
         os.replace(name, path)  # whole, also where several processes build at once
     finally:

@@ -53,6 +53,8 @@ def test_values_without_spaces_are_mmengines(text):
         ("[{'type': 'EMAHook'}]", [dict(type='EMAHook')]),
         ('"dict(b=1)"', 'dict(b=1)'),
         ('{}.pth', '{}.pth'),
+        ('{}_{}', '{}_{}'),
+        ('{name}/{epoch}', '{name}/{epoch}'),
     ],
 )
 def test_spaces_and_quotes_survive(text, value):

@@ -213,7 +213,7 @@ def test_a_link_that_leads_to_no_file(cfg):
     check(cfg)
     Path('store').rename('moved')
     assert failure(cfg).startswith(
-        'val_dataloader.dataset: ./val/cat/0.png is a link that leads to no file, so it would be '
+        'val_dataloader.dataset: ./val/cat/0.png is no file that can be read, such as a link to '
     )
 
 

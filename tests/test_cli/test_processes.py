@@ -22,6 +22,6 @@ def test_more_processes_than_gpus(monkeypatch, count, starts):
         assert started == ['pytorch']
         return
     assert told(processes.start_processes, cfg) == (
-        '--launcher pytorch: 8 processes on a machine with 4 GPUs that can be seen; start one for '
-        'each GPU'
+        '--launcher pytorch: 8 processes on this machine, where torch sees 4 GPUs; start one '
+        'process for each GPU'
     )

@@ -10,6 +10,7 @@ from weights import difference, trained
 
 import mmubn
 from mmubn import UBN, prepare_for_inference
+from mmubn.inference.graph import read_forward
 
 
 class Block(nn.Module):
@@ -53,6 +54,11 @@ class ReadBefore(Block):
         y = self.conv(x)
         gate = y.mean()
         return self.norm(y) * gate
+
+
+class Constant(Block):
+    def forward(self, x):
+        return self.norm(self.conv(x - torch.tensor(0.5)))
 
 
 class ReturnedInAnObject(Block):
@@ -313,6 +319,11 @@ class Branching(Block):
     def forward(self, x):
         y = self.conv(x)
         return self.norm(y) if x.sum() > 0 else self.norm(y).relu()
+
+
+def test_a_tensor_made_in_forward_can_be_read():
+    model = trained(Constant())
+    assert list(read_forward(model, [model.norm]).inputs) == [id(model.norm)]
 
 
 class KeepsItsMean(Block):

@@ -161,6 +161,25 @@ def test_what_surrounds_forward_runs_once_after_a_symbolic_trace(net, norm):
     assert torch.equal(torch.fx.symbolic_trace(net)(x), net(x))
 
 
+class Gained(layers.UBN):
+    def forward(self, x, gain, shift=0.0):
+        return gain * super().forward(x) + shift
+
+
+class Gains(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = Gained(3)
+
+    def forward(self, x):
+        return self.norm(x, x.mean(), shift=2.0)
+
+
+def test_a_leaf_keeps_all_its_arguments():
+    net, x = trained(Gains()), torch.randn(2, 3, 8, 8)
+    assert torch.equal(torch.fx.symbolic_trace(net)(x), net(x))
+
+
 def test_scripting_is_refused_in_one_line_and_tracing_saves(net, tmp_path):
     with pytest.raises(
         RuntimeError, match=r'^torch\.jit\.script cannot compile .*torch\.jit\.trace'

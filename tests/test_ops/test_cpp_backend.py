@@ -395,7 +395,7 @@ def test_linker_that_fails(fresh, tmp_path):
     compiler = tmp_path / 'compiler'
     compiler.write_text(
         '#!/bin/sh\n'
-        'echo "step.cpp: In function:\nld: cannot find -lomp\ncollect2: error: ld returned 1" >&2\n'
+        'echo "a.cpp: warning: cannot unroll\nld: cannot find -lomp\nerror: ld returned 1" >&2\n'
         'exit 1\n'
     )
     compiler.chmod(0o700)

@@ -114,8 +114,8 @@ def test_a_checkpoint_of_objects(project, fails, monkeypatch):
         patch.setitem(sys.modules, 'models', there)
         torch.save(dict(model=there.Net(2, 2)), 'x.pth')
     assert fails('train', *DATA, '--cfg-options', 'load_from=x.pth') == (
-        "error: load_from: x.pth needs code that is not here (No module named 'models'); where "
-        'that is, save model.state_dict() to a file of its own'
+        'error: load_from: x.pth holds objects of code that is not installed here (No module named '
+        "'models'); on a machine that has it, save model.state_dict() to a file"
     )
 
 
