@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from mmubn.ops import Buffers, Parameters, Settings
 from mmubn.ops.backend import CPP
@@ -75,6 +75,6 @@ def assert_as_promised(operator, *arguments):
         fakes = tree_map_only(torch.Tensor, mode.from_tensor, arguments)
         promised = operator(*fakes)
     returned = operator(*arguments)
-    for own, fake in zip(tree_leaves(returned), tree_leaves(promised)):
+    for own, fake in zip(tree_flatten(returned)[0], tree_flatten(promised)[0]):
         assert (own.dtype, own.shape, own.stride()) == (fake.dtype, fake.shape, fake.stride())
     return returned
