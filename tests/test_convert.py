@@ -405,20 +405,16 @@ def test_hooks_of_fused_layers_come_after_the_activation():
     torch.testing.assert_close(seen[2], seen[3])
 
 
+@pytest.mark.usefixtures('one_process')
 def test_new_parameters_under_ddp_are_refused():
     """Its reducer knows the old ones alone, so the others would differ between processes."""
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
-    try:
-        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), UBN(4))
-        model = nn.ModuleDict(dict(part=nn.parallel.DistributedDataParallel(net)))
-        for kind in ('UBN', 'BNET'):
-            with pytest.raises(ValueError, match=r'^part.module.1 would get .* DistributedDataPar'):
-                mmubn.convert_norm(model, dict(type=kind))
-        assert type(net[1]) is nn.BatchNorm2d
-        held = {name: id(value) for name, value in net.named_parameters()}
-        mmubn.convert_norm(model, dict(type='SyncUBN'), include='part.module.2')
-        assert type(net[2]) is SyncUBN
-        assert {name: id(value) for name, value in net.named_parameters()} == held
-    finally:
-        torch.distributed.destroy_process_group()
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), UBN(4))
+    model = nn.ModuleDict(dict(part=nn.parallel.DistributedDataParallel(net)))
+    for kind in ('UBN', 'BNET'):
+        with pytest.raises(ValueError, match=r'^part.module.1 would get .* DistributedDataPar'):
+            mmubn.convert_norm(model, dict(type=kind))
+    assert type(net[1]) is nn.BatchNorm2d
+    held = {name: id(value) for name, value in net.named_parameters()}
+    mmubn.convert_norm(model, dict(type='SyncUBN'), include='part.module.2')
+    assert type(net[2]) is SyncUBN
+    assert {name: id(value) for name, value in net.named_parameters()} == held

@@ -195,14 +195,14 @@ def read_checkpoint(key: str, source: str, remedy: str = 'give the path of a .pt
     except OSError as error:
         raise CommandError(f'{key}: cannot fetch {source} ({error}); {remedy}') from error
     except (ImportError, AttributeError) as error:  # it holds objects, or is at a special address
-        if '://' in source and not source.startswith('http'):
+        if _is_scheme(source):
             raise CommandError(f'{key}: cannot fetch {source} ({error}); {remedy}') from error
         raise CommandError(
             f'{key}: {source} holds objects of code that is not installed here ({error}); on a '
             'machine that has it, save model.state_dict() to a file'
         ) from error
     except Exception as error:  # bytes that are no pickle may raise anything
-        if isinstance(error, KeyError) and '://' in source and not source.startswith('http'):
+        if isinstance(error, KeyError) and _is_scheme(source):
             raise CommandError(f'{key}: {source} names no known model; {remedy}') from error
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CommandError(f'{key}: {source} is not a whole checkpoint ({reason})') from error
@@ -216,6 +216,11 @@ def read_checkpoint(key: str, source: str, remedy: str = 'give the path of a .pt
                     f"'state_dict'; save torch.load('{source}')['{name}'] to a file of its own"
                 )
     return checkpoint
+
+
+def _is_scheme(source: str) -> bool:
+    """Whether it is an address that a library of its own resolves, as ``torchvision://`` is."""
+    return '://' in source and not source.startswith('http')
 
 
 def _weights(checkpoint: dict, prefix: Optional[str] = None) -> Dict[str, Tensor]:

@@ -31,9 +31,10 @@ def start_processes(cfg: Config) -> None:
     if cfg.launcher == 'pytorch' and 'RANK' not in os.environ:
         raise CommandError('--launcher pytorch: start by torchrun or tools/dist_train.sh')
     settings = cfg.get('env_cfg', {}).get('dist_cfg', {})
-    if get_device() != 'cpu':
+    device = get_device()
+    if device != 'cpu':
         here, devices = int(os.environ.get('LOCAL_WORLD_SIZE', 1)), torch.cuda.device_count()
-        if cfg.launcher == 'pytorch' and get_device() == 'cuda' and here > devices:
+        if cfg.launcher == 'pytorch' and device == 'cuda' and here > devices:
             raise CommandError(
                 f'--launcher pytorch: {here} processes on this machine, where torch sees {devices} '
                 'GPUs; start one process for each GPU'

@@ -9,6 +9,7 @@ module takes. And a fuser reads the running variance and adds ``eps`` to it.
 
 import sys
 import weakref
+from functools import partial
 from typing import Dict, Optional
 
 import torch.fx
@@ -54,18 +55,17 @@ class BatchNormGuard:
         """
         for value in (*args, *kwargs.values()):
             if isinstance(value, torch.fx.Proxy):
-                return value.tracer.call_module(self, self._leaf, args, kwargs)
+                leaf = partial(self._leaf, value.tracer)
+                return value.tracer.call_module(self, leaf, args, kwargs)
         return super().__call__(*args, **kwargs)
 
-    def _leaf(self, *args, **kwargs) -> torch.fx.Proxy:
+    def _leaf(self, tracer: torch.fx.Tracer, *args, **kwargs) -> torch.fx.Proxy:
         """Its call, where the tracer would look inside."""
         if _called_by('turn_on_efficient_conv_bn_eval'):
             raise TypeError(
                 f'{type(self).__name__} cannot be traced symbolically, as efficient_conv_bn_eval '
                 'does to fuse it into a convolution: turn that off'
             )
-        values = (*args, *kwargs.values())
-        tracer = next(value.tracer for value in values if isinstance(value, torch.fx.Proxy))
         return tracer.create_proxy('call_module', tracer.path_of_module(self), args, kwargs)
 
 

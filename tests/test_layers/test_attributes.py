@@ -346,22 +346,18 @@ def test_tensors_of_another_shape_are_refused(name, shape):
 
 
 @pytest.mark.newer_torch('DTensor is a prototype there', than='2.4')
+@pytest.mark.usefixtures('one_process')
 def test_distributed_parameters_with_a_plain_input_are_refused(kind):
     tensor = pytest.importorskip('torch.distributed.tensor')
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
-    try:
-        mesh = tensor.init_device_mesh('cpu', (1,))
-        layer = getattr(layers, kind)(CHANNELS)
-        for name, value in list(layer.named_parameters()):
-            there = tensor.distribute_tensor(value.detach(), mesh, [tensor.Replicate()])
-            layer.register_parameter(name, nn.Parameter(there))
-        for _ in range(2):
-            with pytest.raises(RuntimeError, match=r'mixed torch\.Tensor and DTensor'):
-                layer(torch.randn(2, CHANNELS, 5, 5))
-            layer.eval()
-    finally:
-        torch.distributed.destroy_process_group()
+    mesh = tensor.init_device_mesh('cpu', (1,))
+    layer = getattr(layers, kind)(CHANNELS)
+    for name, value in list(layer.named_parameters()):
+        there = tensor.distribute_tensor(value.detach(), mesh, [tensor.Replicate()])
+        layer.register_parameter(name, nn.Parameter(there))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r'mixed torch\.Tensor and DTensor'):
+            layer(torch.randn(2, CHANNELS, 5, 5))
+        layer.eval()
 
 
 @pytest.mark.parametrize('kind', [*KINDS, 'SyncUBN'])

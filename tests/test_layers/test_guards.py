@@ -51,16 +51,7 @@ def test_a_converter_is_caught_where_there_is_no_weight():
         nn.SyncBatchNorm.convert_sync_batchnorm(layers.UBN(4, affine=False))
 
 
-@pytest.fixture
-def _one_process():
-    """A process group of one, without which mmcv's SyncBatchNorm cannot be built."""
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures('_one_process')
+@pytest.mark.usefixtures('one_process')  # else mmcv's SyncBatchNorm cannot be built
 def test_mmengine_converters_are_caught(net):
     model = pytest.importorskip('mmengine.model')
     pytest.importorskip('mmcv.ops')
