@@ -1,6 +1,7 @@
 """Trains a model of mmdet or mmpretrain."""
 
 import argparse
+from contextlib import ExitStack
 from typing import Optional, Sequence
 
 from mmengine.config import Config
@@ -12,6 +13,7 @@ from mmubn.cli.preflight import preflight
 from mmubn.cli.processes import on_main_process, start_processes
 from mmubn.cli.resume import resume_settings
 from mmubn.cli.sync_bn import replace_sync_bn
+from mmubn.cli.work_dir_lock import locked
 
 
 def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -58,7 +60,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         newest = args.resume == 'auto'
         cfg.merge_from_dict(on_main_process(lambda: resume_settings(cfg, newest)))
     on_main_process(lambda: preflight(cfg, 'train'))
-    build_runner(cfg).train()
+    with ExitStack() as held:
+        on_main_process(lambda: held.enter_context(locked(cfg.work_dir)))
+        build_runner(cfg).train()
 
 
 if __name__ == '__main__':

@@ -10,12 +10,8 @@ import time
 from pathlib import Path
 from typing import IO, Any, Dict, List, Optional
 
+from ..claim import claim
 from ..runs import COLUMNS, TABLE, as_written, read_condensation
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 
 class CondensationTable:
@@ -48,7 +44,7 @@ class CondensationTable:
         old: Optional[IO] = None
         if path.exists():
             old = path.open('a')
-            if not _lock(old):
+            if not claim(old):
                 path = work_dir / f'condensation_{stamp}.csv'
                 self.notes.append(
                     f'another training is writing {work_dir / TABLE}: condensation goes to {path}'
@@ -75,7 +71,7 @@ class CondensationTable:
         # Replaced as a whole, under a lock that the new file has from its first moment on.
         partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
         self._file = partial.open('w', newline='')
-        _lock(self._file)
+        claim(self._file)
         self._hash = hashlib.sha256()
         csv.DictWriter(self._file, COLUMNS).writeheader()
         self.append(self.rows)
@@ -131,19 +127,6 @@ def _table_of(path: Path, found: List[Dict[str, Any]], iteration: int, digest: s
             return table, rows, True
     nearest = max(kept, key=lambda table: max((row['iter'] for row in kept[table]), default=-1))
     return nearest, kept[nearest], False
-
-
-def _lock(file: IO) -> bool:
-    """Claims a file until it is closed; False where another process has it."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
 
 
 def _put_aside(path: Path) -> Path:

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from holder import held
 from tool import ROOT, run_tool
+
+from mmubn.cli.work_dir_lock import LOCK
 
 DATA = ('tiny.py', '--data-root', 'images')
 
@@ -40,6 +43,13 @@ def test_trains_tests_and_resumes(project, capsys):
     right = sum(bool(s['pred_label'] == s['gt_label']) for s in predictions)
     metrics = json.loads((project / 'metrics.json').read_text())
     assert metrics['accuracy/top1'] == pytest.approx(100 * right / 8)
+
+
+def test_a_second_training_in_the_same_folder_is_refused(project, fails):
+    with held('run') as (process, _):
+        line = fails('train', *DATA, '--work-dir', 'run')
+    assert line.startswith(f'error: work_dir: process {process.pid} on ')
+    assert os.listdir('run') == [LOCK]
 
 
 def test_evaluates_on_train(project, capsys):
