@@ -1,6 +1,7 @@
 """Checks numbers and names in a config that are refused after the work directory is made."""
 
 import logging
+import math
 import numbers
 from typing import Any
 
@@ -37,16 +38,22 @@ def check_values(cfg: Config, model: nn.Module) -> None:
 
 
 def check_training(cfg: Config, model: nn.Module) -> None:
-    """Looks at what the optimizer's wrapper refuses.
+    """Looks at what the optimizer and its wrapper refuse.
 
     Args:
         cfg (Config): The resolved config.
         model (Module): Not used.
 
     Raises:
-        CommandError: Mixed precision without a GPU, or no batch size to scale from.
+        CommandError: A setting of the optimizer that is no number from 0 on, mixed precision
+            without a GPU, or no batch size to scale from.
     """
-    kind = (cfg.get('optim_wrapper') or {}).get('type') or ''
+    wrapper = cfg.get('optim_wrapper') or {}
+    for key in ('lr', 'momentum', 'weight_decay'):
+        value = (wrapper.get('optimizer') or {}).get(key)
+        if value is not None:
+            _check_number(f'optim_wrapper.optimizer.{key}', value)
+    kind = wrapper.get('type') or ''
     name = kind if isinstance(kind, str) else kind.__name__
     if name.endswith('AmpOptimWrapper') and get_device() == 'cpu':
         raise CommandError(
@@ -80,3 +87,10 @@ def _check_count(key: str, value: Any, least: int) -> None:
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or value < least:
         raise CommandError(f'{key}: must be an integer from {least} on, got {value!r}')
+
+
+def _check_number(key: str, value: Any) -> None:
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not 0 <= value < math.inf:
+        point = '; write decimals with a point' if isinstance(value, (list, tuple)) else ''
+        raise CommandError(f'{key}: must be a number from 0 on, got {value!r}{point}')

@@ -13,7 +13,7 @@ SOUND = dict(
     train_dataloader=dict(batch_size=2, num_workers=2, persistent_workers=True),
     val_dataloader=dict(num_workers=0, persistent_workers=False, prefetch_factor=None),
     train_cfg=dict(max_epochs=1, val_interval=1),
-    optim_wrapper=dict(type='OptimWrapper'),
+    optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1, weight_decay=0)),
     auto_scale_lr=dict(enable=True, base_batch_size=16),
 )
 
@@ -48,6 +48,14 @@ def test_sound_values():
         ('train_cfg.val_interval', 0.5, 'must be an integer from 1 on, got 0.5'),
         ('log_level', 'LOUD', "there is no level 'LOUD'; take DEBUG, INFO"),
         ('load_from', '', 'names no file; write None'),
+        (
+            'optim_wrapper.optimizer.lr',
+            [0, 1],
+            'optim_wrapper.optimizer.lr: must be a number from 0 on, got [0, 1]; write decimals',
+        ),
+        ('optim_wrapper.optimizer.lr', float('nan'), 'must be a number from 0 on, got nan'),
+        ('optim_wrapper.optimizer.momentum', True, 'must be a number from 0 on, got True'),
+        ('optim_wrapper.optimizer.weight_decay', -1e-4, 'a number from 0 on, got -0.0001'),
         ('auto_scale_lr.base_batch_size', None, 'the config has no auto_scale_lr.base_batch_size'),
     ],
 )
