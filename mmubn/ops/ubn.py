@@ -46,6 +46,9 @@ def ubn(
     of torch.func, forward mode, tracing and export plain torch does the work; torch.compile
     calls the backend as one operator, ``mmubn::step``.
 
+    Shapes, dtypes and devices are not checked, and compiled code reads memory by them. The
+    layers check them first.
+
     Args:
         x (Tensor): X, (N, C, H, W), any float dtype and memory format; N may be 0.
         parameters (Parameters): What the layer learns.
