@@ -30,7 +30,9 @@ def check_folder(key: str, folder: Place, size: int = 1, remedy: str = OTHER_PLA
     existing = next(place for place in (path, *path.parents) if os.path.lexists(place))
     try:
         with tempfile.TemporaryFile(dir=existing) as file:
-            os.posix_fallocate(file.fileno(), 0, size)
+            file.write(b' ')
+            if hasattr(os, 'posix_fallocate'):  # macOS has none
+                os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise CommandError(

@@ -25,3 +25,13 @@ def test_error_names_the_option_and_the_place(tmp_path):
         assert str(caught.value) == line
     with pytest.raises(CommandError, match=r'^--x: .* is a folder; name a file'):
         check_file('--x', tmp_path)
+
+
+def test_system_that_reserves_no_room(tmp_path, monkeypatch):
+    """macOS: nothing tells before the work whether a checkpoint has room; the rest is checked."""
+    monkeypatch.delattr('os.posix_fallocate')
+    check_folder('--out', tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / 'file').touch()
+    with pytest.raises(CommandError, match='cannot write'):
+        check_folder('--out', tmp_path / 'file' / 'x')

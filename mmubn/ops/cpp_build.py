@@ -117,6 +117,8 @@ def _build(command: List[str], path: Path) -> None:
             told = [line for line in lines if reasons.search(line) and 'warning:' not in line]
             first = (told or lines or [''])[0]
             raise BuildError(f'{command[0]} failed: {first or f"exit code {result.returncode}"}')
+        with open(name, 'rb') as file:  # on the disk first, lest a power cut leave half of it
+            os.fsync(file.fileno())
         os.replace(name, path)  # whole, also where several processes build at once
     finally:
         Path(name).unlink(missing_ok=True)

@@ -429,6 +429,22 @@ def test_folder_with_a_relative_name(fresh, tmp_path):
     assert cpp_build.library('float', 3).parent == tmp_path
 
 
+def test_power_cut_leaves_no_half_of_a_library(fresh, tmp_path):
+    """What was written is on the disk before it gets the name that is looked for."""
+    synced = []
+    fresh.setattr(cpp_build.os, 'fsync', lambda file: synced.append(os.fstat(file).st_ino))
+
+    def compile_to(command):
+        if '-o' in command:
+            Path(command[-1]).write_text('library')
+        return subprocess.CompletedProcess(command, 0, stdout='', stderr='')
+
+    fresh.setattr(cpp_build, '_run', compile_to)
+    fresh.setattr(cpp_build.ctypes, 'CDLL', Path)
+    fresh.setenv('MMUBN_CACHE', str(tmp_path))
+    assert synced == [cpp_build.library('float', 3).stat().st_ino]
+
+
 def test_user_without_a_home(fresh):
     """As in a container that runs under a number of its own: one line, and torch serves."""
 
