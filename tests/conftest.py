@@ -1,6 +1,7 @@
 """Fixtures that several test modules share."""
 
 import os
+import traceback
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,6 +30,18 @@ def _version(text: str) -> tuple:
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _leave_a_lost_gpu():
+    """After an illegal access all that a process asks of a GPU fails: xdist starts another."""
+    yield
+    if torch.cuda.is_initialized() and 'PYTEST_XDIST_WORKER' in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            traceback.print_exc()
+            os._exit(1)
 
 
 @pytest.fixture

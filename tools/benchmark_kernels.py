@@ -10,6 +10,8 @@ a CSV. Tiles that are faster for most settings belong into Tiles of mmubn/ops/tr
 """
 
 import argparse
+import sys
+import traceback
 from itertools import product
 from pathlib import Path
 from typing import Optional, Sequence
@@ -70,10 +72,18 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     every = list(product(args.shapes, args.dtypes, args.layouts))
     print(f'compiling the kernels of {len(every)} settings', flush=True)
     compile_all(every, [Tiles(), *tiles], device)
+    failed = False
     for setting in every:
-        rows = time_kernels(run, setting, tiles, device)
+        try:
+            rows = time_kernels(run, setting, tiles, device)
+        except Exception:  # whatever it is, the other settings may go well
+            traceback.print_exc()
+            failed = True
+            continue
         append_csv(args.csv, rows, COLUMNS)
         print(table(rows), flush=True)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == '__main__':

@@ -103,12 +103,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         torch.backends.cudnn.benchmark = True  # the fastest convolutions leave norms the most share
     bench = Bench(args)
     print(', '.join(f'{key} {value}' for key, value in bench.run.items() if value), flush=True)
-    rows, complete = run_all(bench, args.csv)
+    rows, status = run_all(bench, args.csv)
     print('\n' + '\n'.join(resnet50_totals(rows) + goals(rows)))
     if args.plot is not None:
         plot(rows, args.plot)
-    if not complete:
-        sys.exit(130)
+    if status:
+        sys.exit(status)
 
 
 if __name__ == '__main__':

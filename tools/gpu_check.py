@@ -5,7 +5,7 @@
 
 It needs torch, triton, torchvision and pytest, and no installation of mmubn: its steps get the
 checkout by PYTHONPATH. With pytest-xdist the tests run side by side, on a GPU mostly compilations.
-The benchmarks run in the order of BENCHMARKS, each after its kernels are compiled; what the time
+They have half of the time at most. The benchmarks run in the order of BENCHMARKS; what the time
 does not reach is named. Exits with 1 where there is no GPU, a test failed or a step was not done.
 """
 
@@ -21,9 +21,8 @@ from itertools import product
 from pathlib import Path
 from typing import Optional, Sequence
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[1]
+STOPPING = 25  # seconds that an interrupted step has to end in
 TESTS = [
     'tests/test_ops/test_triton_backend.py',
     'tests/test_ops/test_cuda.py',
@@ -31,7 +30,8 @@ TESTS = [
 ]
 _DTYPES, _LAYOUTS = ('bfloat16', 'float32'), ('channels_last', 'contiguous')
 _ALL = ['--dtypes', *_DTYPES, '--layouts', *_LAYOUTS]
-_NORMS = ['bn', 'ubn', 'rbn', 'bnet', 'iebn', 'literal']
+_COMPILED = ['ubn', 'rbn', 'bnet', 'iebn']
+_NORMS = ['bn', *_COMPILED, 'literal']
 _LAYERS = ['32,64,56,56', '32,256,14,14', '128,64,32,32', '2,256,100,152']
 _SMALL = ['64,512,4,4', '4,16,4,4']
 _R50 = ['--model', 'resnet50', '--norms', 'bn', 'ubn', '--shapes']
@@ -58,23 +58,31 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument('--minutes', type=float, default=10, help='time of the call (%(default)s)')
     parser.add_argument('--out', type=Path, help="folder of the CSVs (the tools' own)")
     args = parser.parse_args(argv)
+    start = time.monotonic()
+    import torch  # only now, as its time counts: on a fresh machine up to half a minute
+
     if not torch.cuda.is_available():
         print('gpu_check: torch sees no GPU, so there is nothing to check', file=sys.stderr)
         sys.exit(1)
-    end = time.monotonic() + 60 * args.minutes - 15  # to stop in
-    pytest = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider']
+    end = start + 60 * args.minutes - STOPPING
+    # Verbose, so that what failed is named though the time ends.
+    pytest = [sys.executable, '-m', 'pytest', '-v', '-p', 'no:cacheprovider']
     if importlib.util.find_spec('xdist'):
         pytest += ['-n', str(min(os.cpu_count() or 1, 12))]
+    if importlib.util.find_spec('pytest_timeout'):
+        pytest += ['--timeout', '120']
     pytest += ['-m', 'not slow', *TESTS]
-    undone = [] if _finish(end, _start(pytest)) else [pytest]
+    undone = [] if _finish((start + end) / 2, _start(pytest)) else [pytest]
     for tool, arguments in BENCHMARKS:
         command = [sys.executable, str(ROOT / 'tools' / f'{tool}.py'), *arguments]
         if tool == 'benchmark_norm':
             command += ['--repeats', '15']
-            _compile([*command, '--repeats', '1'], end)
+            # A model's few kernels are compiled sooner than the model is built.
+            if '--model' not in arguments and time.monotonic() < end:
+                _compile([*command, '--repeats', '1'], end)
         if args.out:
             command += ['--csv', str(args.out.resolve() / f'{tool}.csv')]
-        if not _finish(end, _start(command)):
+        if time.monotonic() >= end or not _finish(end, _start(command)):
             undone.append(command)
     for command in undone:
         print('failed or out of time:', ' '.join(command))
@@ -82,15 +90,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 
 def _compile(command: Sequence[str], end: float) -> None:
-    """Fills Triton's cache, a dtype and layout a process: one alone would compile for minutes."""
+    """Fills Triton's cache, many processes at once: one alone would compile for minutes."""
+    started = []
     with tempfile.TemporaryDirectory() as folder:
-        started = [
-            _start(
-                [*command, '--dtypes', dtype, '--layouts', layout, '--csv', f'{folder}/{i}.csv'],
-                quiet=True,
-            )
-            for i, (dtype, layout) in enumerate(product(_DTYPES, _LAYOUTS))
-        ]
+        for norm, dtype, layout in product(_COMPILED, _DTYPES, _LAYOUTS):
+            own = ['--norms', norm, '--dtypes', dtype, '--layouts', layout]
+            own += ['--csv', f'{folder}/{norm}_{dtype}_{layout}.csv']
+            started.append(_start([*command, *own], quiet=True))
         _finish(end, *started)
 
 
@@ -108,7 +114,7 @@ def _finish(end: float, *processes: subprocess.Popen) -> bool:
     late = [process for process in processes if process.poll() is None]
     for process in late:
         process.send_signal(signal.SIGINT)
-    last = time.monotonic() + 10
+    last = time.monotonic() + STOPPING
     for process in late:
         try:
             process.wait(max(last - time.monotonic(), 0))

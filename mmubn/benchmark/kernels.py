@@ -4,7 +4,8 @@ Needs torch and Triton alone.
 """
 
 import os
-from concurrent.futures import ProcessPoolExecutor
+import sys
+from concurrent.futures import ProcessPoolExecutor, wait
 from itertools import product
 from multiprocessing import get_context
 from typing import Callable, Dict, Iterator, List, Sequence, Tuple
@@ -48,10 +49,18 @@ def _step(setting: Setting, norm: str, device: torch.device) -> measure.Step:
 
 
 def compile_all(every: Sequence[Setting], tiles: Sequence[Tiles], device: torch.device) -> None:
-    """Fills Triton's cache, a process a core: one alone would compile for many minutes."""
+    """Fills Triton's cache, a process a core: one alone would compile for many minutes.
+
+    What cannot be compiled is said when it is timed.
+    """
     workers = min(os.cpu_count() or 1, 12)
     with ProcessPoolExecutor(workers, mp_context=get_context('spawn')) as pool:
-        list(pool.map(_compile, *zip(*product(every, tiles, [device]))))
+        jobs = [pool.submit(_compile, *job) for job in product(every, tiles, [device])]
+        try:
+            wait(jobs)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)  # else the rest would be compiled
+            raise
 
 
 def _compile(setting: Setting, tiles: Tiles, device: torch.device) -> None:
@@ -101,7 +110,13 @@ def time_kernels(
     step = _step(setting, 'ubn_triton', device)
     for choice in (*tiles, Tiles()):  # which are left in place
         TRITON.tiles = choice
-        times = kernel_us(step, device)
+        try:
+            times = kernel_us(step, device)
+        except Exception as error:  # Triton has one for each thing that tiles can ask too much of
+            if choice == Tiles():
+                raise
+            print(f'{choice}: {error}', file=sys.stderr)
+            continue
         names = PASSES if choice == Tiles() else _CONVOLUTIONS
         rows += [row(name, times[name], choice) for name in names if name in times]
     return rows

@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+import traceback
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -161,22 +162,26 @@ class Bench:
         forwards: Dict[str, Callable[[], torch.Tensor]],
         clock: object,
     ) -> List[Row]:
-        saved, peak, launches = {}, {}, {}
+        device, is_model = self.args.device, bool(setting['model'])
+        saved, peak, launches = {}, {}, None
         for name in list(steps):
             self.progress(f'memory, {name}')
             try:
                 for _ in steps[name]():  # the first run also compiles and tunes
                     pass
-                peak[name] = measure.peak_bytes(steps[name], self.args.device)
+                peak[name] = measure.peak_bytes(steps[name], device)
                 saved[name] = measure.saved_bytes(forwards[name], modules[name])
-                launches[name] = measure.launches(steps[name], self.args.device)
             except torch.cuda.OutOfMemoryError:
                 print(f'{name}: out of memory, left out', file=sys.stderr)
                 del steps[name]
         if not steps:
             return []
-        warmup = WARMUP_MODEL if setting['model'] else WARMUP
+        warmup = WARMUP_MODEL if is_model else WARMUP
         laps = measure.race(steps, clock, self.args.repeats, warmup, self.progress)
+        # After the times, and not of a model on a GPU, whose times include the host's share: what
+        # the profiler leaves behind slows all later launches (pytorch#144455).
+        if not (is_model and device.type == 'cuda'):
+            launches = {name: measure.launches(step, device) for name, step in steps.items()}
         return make_rows(self.run, setting, laps, saved, peak, launches)
 
 
@@ -214,19 +219,26 @@ class Progress:
         print(text, end='', file=sys.stderr, flush=True)
 
 
-def run_all(bench: Bench, csv_file: Path) -> Tuple[List[Row], bool]:
+def run_all(bench: Bench, csv_file: Path) -> Tuple[List[Row], int]:
     """Measures every setting, writes and prints its rows as it ends.
 
     Returns:
-        tuple: All rows, and whether all settings were measured: Ctrl-C ends early.
+        tuple: All rows, and the exit status: 1 where a setting failed, which is left out, 130 where
+        Ctrl-C ended the run.
     """
     rows: List[Row] = []
-    settings = bench.settings()
+    settings, status = bench.settings(), 0
     try:
         for number, (method, choice) in enumerate(settings, 1):
             shown = ' '.join(str(part).replace(' ', '') for part in choice)
             bench.progress.start(f'[{number}/{len(settings)}] {shown}')
-            new = method(*choice)
+            try:
+                new = method(*choice)
+            except Exception:  # whatever it is, the other settings may go well
+                bench.progress.clear()
+                traceback.print_exc()
+                status = 1
+                continue
             append_csv(csv_file, new, COLUMNS)
             rows += new
             bench.progress.clear()
@@ -235,5 +247,5 @@ def run_all(bench: Bench, csv_file: Path) -> Tuple[List[Row], bool]:
     except KeyboardInterrupt:
         bench.progress.clear()
         print(f'interrupted; what was measured is in {csv_file}', file=sys.stderr)
-        return rows, False
-    return rows, True
+        status = 130
+    return rows, status

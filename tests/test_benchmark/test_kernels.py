@@ -1,6 +1,7 @@
 """The kernels' benchmark: other tiles compute the same; rows and table say what was measured."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -62,6 +63,21 @@ def test_rows_and_table():
     assert ['write_output', '30.0', '0.333', '20.0', 'values=512'] in lines
     assert ['decide', '30.0'] in lines
     assert lines[-1] == ['ubn,', 'all', 'kernels', '240.0', '6.00', 'x', 'bn']
+
+
+def test_tiles_that_fail_are_left_out(capsys):
+    def kernel_us(step, device):
+        if TRITON.tiles.warps == 8:
+            raise RuntimeError('out of resource: shared memory')
+        return dict.fromkeys(PASSES, 1.0)
+
+    setting = (2, 3, 4, 4), 'float32', 'contiguous'
+    tiles = [Tiles(warps=8), Tiles(warps=2)]
+    run = dict.fromkeys(COLUMNS[:6], 'x')
+    rows = time_kernels(run, setting, tiles, torch.device('cpu'), kernel_us)
+    assert {row['warps'] for row in rows[2:]} == {'2', str(Tiles().warps)}
+    assert re.search('warps=8.*: out of resource: shared memory', capsys.readouterr().err)
+    assert TRITON.tiles == Tiles()
 
 
 def test_no_gpu(monkeypatch):

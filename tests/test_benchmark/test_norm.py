@@ -134,6 +134,21 @@ def test_ctrl_c_keeps_the_settings_that_ended(bench, tmp_path, monkeypatch, caps
     assert 'bytes kept for backward by a layer' in out
 
 
+def test_setting_that_fails_is_left_out(bench, tmp_path, monkeypatch, capsys):
+    race = measure.race
+
+    def failing(*args):
+        monkeypatch.setattr(measure, 'race', race)
+        raise RuntimeError('illegal memory access')
+
+    monkeypatch.setattr(measure, 'race', failing)
+    with pytest.raises(SystemExit) as caught:
+        bench(*TINY, '--norms', 'bn', '--dtypes', 'float32', 'bfloat16')
+    assert caught.value.code == 1
+    assert [row['dtype'] for row in read_csv(tmp_path / 'rows.csv')] == ['bfloat16'] * 3
+    assert 'RuntimeError: illegal memory access' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ('argv', 'message'),
     [
