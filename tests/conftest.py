@@ -9,6 +9,9 @@ from pathlib import Path
 # torch is imported, here and in the subprocesses of the tests.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
+# With deterministic algorithms, older torch refuses cuBLAS without it. Read by cuBLAS.
+os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+
 import pytest
 import torch
 from tool import saved_figures

@@ -102,6 +102,11 @@ def _is_due(buffers: Buffers, settings: Settings) -> Union[bool, Tensor]:
         return False
     if buffers.steps is None:
         return True
+    if buffers.running_similarity.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            'a CUDA graph repeats what the captured step decides: set fct_interval=1, with which '
+            'every step measures'
+        )
     number = buffers.steps.clone() if tracing() else int(buffers.steps)  # on the CPU
     buffers.steps.add_(1)
     return number % settings.interval == 0

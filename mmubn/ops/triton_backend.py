@@ -212,7 +212,7 @@ class TritonBackend(Backend):
                 d_gap=new((batch, channels)) if calibrated else None,
                 center_sums=new((3, channels)) if centered else None,
             )
-            block_c = min(_power(channels), 16)
+            block_n, block_c = min(_power(batch), 64), min(_power(channels), 16)
             self._kernels.reduce_sums[(_cdiv(channels, block_c) + channels,)](
                 *partial,
                 *known,
@@ -233,8 +233,9 @@ class TritonBackend(Backend):
                 size,
                 _power(size * size),
                 _BLOCK // _power(size * size),
-                min(_power(batch), 64),
+                block_n,
                 block_c,
+                _at_once(tiling.grid[1], block_n * block_c),
                 num_warps=8,
             )
         return Sums(d_statistics, gradients, rest)
@@ -380,6 +381,7 @@ class TritonBackend(Backend):
         block_n, block_c = min(_power(batch), 128), min(_power(channels), 16)
         measured = partial is not None
         parts, partials = (moments.parts, len(partial)) if measured else (1, 1)
+        splits = moments.splits
         self._kernels.finish_row[(_cdiv(channels, block_c) + measured,)](
             mean,
             moments.square,
@@ -392,13 +394,14 @@ class TritonBackend(Backend):
             channels,
             height * width,
             moments.share,
-            moments.splits,
+            splits,
             batch * height * width,
             batch * (batch - 1),
             parts,
             partials,
             block_n,
             block_c,
+            _at_once(splits, block_n * block_c),
             _BLOCK // block_n,
             _BLOCK,
             num_warps=8,
@@ -537,6 +540,11 @@ def _readable(dy: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=dy.dtype).copy_(dy)
 
 
+def _at_once(parts: int, size: int) -> int:
+    """How many parts of some size a program adds up at once; two values of it to compile for."""
+    return 1 if parts == 1 else max(_BLOCK // size, 1)
+
+
 def _cdiv(number: int, divisor: int) -> int:
     return -(-number // divisor)
 
@@ -553,8 +561,8 @@ def _why_no_launch(device: torch.device) -> str:
     if tuple(map(int, triton.__version__.split('.')[:2])) < _TRITON_VERSION:
         needed = '.'.join(map(str, _TRITON_VERSION))
         return f'its kernels need triton {needed}, found {triton.__version__}'
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
-        return f'{device} is older than compute capability 7.0'
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f'{device} is older than compute capability 8.0'
     try:  # loads its link to the driver, for which it wants a C compiler and Python.h
         triton.runtime.driver.active.get_current_device()
     except Exception as error:  # whatever a compiler, a loader or the driver raises

@@ -167,7 +167,11 @@ def _image_weights(
         weight = _load(norm_ptr + n, n < batch, DTYPE)
     else:
         norm = _squared_norms(norm_ptr, n, batch, parts, DTYPE, BLOCK)
-        weight = tl.where(norm > 0, tl.rsqrt(tl.where(norm > 0, norm, 1.0)), 0.0)
+        # The rsqrt of a GPU takes a denormal for 0.
+        is_small = norm < 1e-30
+        norm = tl.where(is_small, norm * 2.0**60, norm)
+        root = tl.rsqrt(tl.where(norm > 0, norm, 1.0))
+        weight = tl.where(norm > 0, tl.where(is_small, root * 2.0**30, root), 0.0)
     return weight
 
 
@@ -279,6 +283,7 @@ def finish_row(
     partials,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -321,14 +326,28 @@ def finish_row(
             n = first + tl.arange(0, BLOCK_N)
             mask = (n[:, None] < batch) & (c[None, :] < channels)
             image_mean = tl.zeros([BLOCK_N, BLOCK_C], DTYPE)
-            for split in range(splits):
-                place = (split * batch + n[:, None]).to(tl.int64) * channels + c[None, :]
-                before = split * share
-                here = tl.minimum(share, pixels - before)
-                step = _load(mean_ptr + place, mask, DTYPE) - image_mean
+            # Many at a time: one after the other, each would wait for memory.
+            for first_split in range(0, splits, BLOCK_SPLITS):
+                split = (first_split + tl.arange(0, BLOCK_SPLITS))[:, None, None]
+                known = (split < splits) & mask[None, :, :]
+                place = (split * batch + n[None, :, None]).to(tl.int64) * channels
+                place += c[None, None, :]
+                own = tl.maximum(tl.minimum(share, pixels - split * share), 0).to(DTYPE)
+                before = first_split * share
+                here = tl.minimum(BLOCK_SPLITS * share, pixels - before)
+                means = _load(mean_ptr + place, known, DTYPE)
+                here_mean = tl.sum(means * own, 0) / here
+                centred = tl.where(known, means - here_mean[None, :, :], 0.0)
+                rounding = tl.sum(centred * own, 0) / here
+                rounding = tl.where(_is_finite(rounding), rounding, 0.0)
+                here_mean += rounding
+                centred -= rounding[None, :, :]
+                squares = _load(square_ptr + place, known, DTYPE)
+                step = here_mean - image_mean
                 weight = here.to(DTYPE) / (before + here)
                 image_mean += step * weight
-                within += _load(square_ptr + place, mask, DTYPE) + step * step * (before * weight)
+                within += tl.sum(squares + own * centred * centred, 0)
+                within += step * step * (before * weight)
             if image_mean_ptr is not None:
                 place = n[:, None].to(tl.int64) * channels + c[None, :]
                 tl.store(image_mean_ptr + place, image_mean, mask=mask)
@@ -846,6 +865,7 @@ def reduce_sums(
     BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
 ):
     r"""From the sums of :func:`sum_pixels` to the gradients of the parameters, :math:`\mu` and
     :math:`\sigma^2`.
@@ -896,10 +916,13 @@ def reduce_sums(
             )
             centred = image_mean + shift  # (1 + w_m) m - mu
             d_scale, d_shift = zero, zero
-            for tile in range(tiles):
-                place = (tile * batch + n) * channels + c
-                d_scale += _load(d_scale_part_ptr + place, mask, DTYPE)
-                d_shift += _load(d_shift_part_ptr + place, mask, DTYPE)
+            # Many at a time: one after the other, each would wait for memory.
+            for first_tile in range(0, tiles, BLOCK_TILES):
+                tile = (first_tile + tl.arange(0, BLOCK_TILES))[:, None, None]
+                known = (tile < tiles) & mask[None, :, :]
+                place = (tile * batch + n[None, :, :]) * channels + c[None, :, :]
+                d_scale += tl.sum(_load(d_scale_part_ptr + place, known, DTYPE), 0)
+                d_shift += tl.sum(_load(d_shift_part_ptr + place, known, DTYPE), 0)
             d_rstd += d_scale * factor
             if scale_weight_ptr is not None:
                 d_logit = d_scale * rstd * factor * (1 - factor)

@@ -157,10 +157,10 @@ def test_auto_is_torch_where_triton_is_too_old(monkeypatch, caplog):
 
 @pytest.mark.usefixtures('gpu')
 def test_auto_is_torch_on_an_old_gpu(monkeypatch, caplog):
-    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (6, 1))
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (7, 5))
     with caplog.at_level(logging.WARNING, logger='mmubn'):
         assert backend.choose('auto', OnGpu(), 3) is TORCH
-    assert 'cuda:0 is older than compute capability 7.0' in caplog.text
+    assert 'cuda:0 is older than compute capability 8.0' in caplog.text
 
 
 def test_auto_is_torch_where_triton_cannot_start(gpu, caplog):

@@ -1,6 +1,7 @@
 """UBN against the literal equations, step by step, and against BatchNorm."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from hypothesis import strategies as st
 from weights import assert_same_state
 
 from mmubn.layers import UBN
-from mmubn.ops import reference
+from mmubn.ops import Buffers, Settings, reference
+from mmubn.ops.step import _is_due
 
 
 @st.composite
@@ -135,6 +137,17 @@ def test_similarity_of_every_third_step():
         if step % 3 == 0:
             tau = 0.8**3 * tau + (1 - 0.8**3) * reference.mean_cosine_similarity(x)
         torch.testing.assert_close(layer.running_similarity, tau)
+
+
+def test_no_cuda_graph_of_every_third_step(monkeypatch):
+    """Replayed, it would measure in each step or in none."""
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
+    layer = UBN(4, fct_interval=3)
+    layer(torch.randn(8, 4, 6, 6))  # on a CPU nothing is captured
+    on_gpu = SimpleNamespace(is_cuda=True)
+    buffers = Buffers(running_similarity=on_gpu, steps=torch.tensor(1))
+    with pytest.raises(RuntimeError, match='set fct_interval=1'):
+        _is_due(buffers, Settings(fct=0.15, interval=3))
 
 
 def test_similarity_of_every_second_row_and_column():

@@ -114,6 +114,18 @@ def test_measure_of_more_images_than_a_block():
         assert_same(TRITON.measure(x, None, stride), TORCH.measure(x, None, stride))
 
 
+def test_similarity_of_an_image_with_a_denormal_norm():
+    """A GPU's rsqrt takes it for 0, of which the weight would be infinite."""
+    x = random_input((4, 8, 9, 9), dtype=torch.float32)
+    x[0] = 0
+    x[0, 0, 0, 0] = 1e-20
+    pairs, similarity = TORCH.measure(x.double(), None, 1)[1][1:3]
+    found_pairs, found = TRITON.measure(x, None, 1)[1][1:3].double()
+    assert found_pairs == pairs
+    # Of a square of 1e-40 few bits are left, and a GPU may take it for 0, too.
+    torch.testing.assert_close(found, similarity, rtol=0, atol=0.05)
+
+
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), 1e200], ids=str)
 def test_similarity_of_a_batch_that_is_not_finite(value):
     """Nor are its squares at 1e200."""
@@ -252,6 +264,15 @@ def assert_steps_agree(layer, shape, kernel_size, layout, dy_layout):
 @pytest.mark.parametrize('case', MAPS, ids=str)
 def test_step_by_shape(case):
     assert_steps_agree('ubn', *case)
+
+
+def test_more_parts_than_are_added_at_once():
+    """Shares of the pixels and tiles: one after the other, hundreds would wait for memory."""
+    shape = batch, channels, height, width = 9, 17, 5, 80
+    at_once = triton_backend._at_once(2, 16 * 16)
+    assert triton_backend._split_pixels(batch, channels, height * width, True, True)[1] > at_once
+    assert triton_backend._tile(TRITON.tiles, *shape, True, 3).grid[1] > at_once
+    assert_steps_agree('ubn', shape, 3, 'channels_last', 'channels_last')
 
 
 @pytest.mark.parametrize('layer', LAYERS)
