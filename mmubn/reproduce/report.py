@@ -23,7 +23,7 @@ CSV_COLUMNS = (
     *('config', 'options', 'epochs', 'data', 'device'),
 )
 LAYER_COLUMNS = (
-    *('setting', 'seed', 'epoch', 'layer', 'type'),
+    *('setting', 'seed', 'epoch', 'layer', 'type', 'where'),
     *('similarity', 'running_similarity', 'batch_statistics_used'),
 )
 
@@ -327,7 +327,7 @@ def _similarities(line: Line) -> Dict[int, float]:
     """Seed -> mean over the layers in the last epoch, times 100."""
     found = {}
     for seed, run in line.done.items():
-        rows = _last_epoch(run.folder, 'fixed/input')
+        rows = [row for row in _last_epoch(run.folder) if row['where'] == 'fixed/input']
         values = [row['similarity'] for row in rows if row['similarity'] is not None]
         if values:
             found[seed] = 100 * statistics.fmean(values)
@@ -401,7 +401,7 @@ def write_tables(by_experiment: Dict[str, List[Line]], out: Path, one_network: b
     """Writes the report.
 
     ``report.md`` and ``report.csv`` have the rows, ``curves.csv`` every epoch of every run,
-    ``layers.csv`` what CondensationHook saw of each layer's input in the last epoch.
+    ``layers.csv`` what CondensationHook saw of each layer in the last epoch.
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / 'report.md').write_text(markdown(by_experiment, one_network))
@@ -430,10 +430,12 @@ def write_tables(by_experiment: Dict[str, List[Line]], out: Path, one_network: b
     return [out / name for name in ('report.md', 'report.csv', 'curves.csv', 'layers.csv')]
 
 
-def _last_epoch(work_dir: Path, where: str = 'train/input') -> List[Dict[str, Any]]:
-    """The rows of one place in the last epoch; none where nothing was recorded."""
+def _last_epoch(work_dir: Path) -> List[Dict[str, Any]]:
+    """The rows of each place in its last epoch; none where nothing was recorded."""
     if not (work_dir / TABLE).is_file():
         return []
-    rows = [row for row in read_condensation(work_dir) if row['where'] == where]
-    last = max((row['epoch'] for row in rows), default=0)
-    return [row for row in rows if row['epoch'] == last]
+    rows = read_condensation(work_dir)
+    last: Dict[str, int] = {}
+    for row in rows:
+        last[row['where']] = max(row['epoch'], last.get(row['where'], 0))
+    return [row for row in rows if row['epoch'] == last[row['where']]]

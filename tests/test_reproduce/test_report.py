@@ -82,8 +82,11 @@ def test_the_report_has_the_layers_of_the_last_epoch(logs):
     rows += ['3,45,a,UBN,fixed/input,0.5,0.4,']
     (small('UBN', 1) / 'condensation.csv').write_text('\r\n'.join([','.join(COLUMNS), *rows, '']))
     run_tool('reproduce', *REPORT)
-    _, row = Path('out/layers.csv').read_text().splitlines()
-    assert row == 'net-UBN,1,3,a,UBN,0.3,0.4,0'
+    _, *rows = Path('out/layers.csv').read_text().splitlines()
+    assert rows == [
+        'net-UBN,1,3,a,UBN,train/input,0.3,0.4,0',
+        'net-UBN,1,3,a,UBN,fixed/input,0.5,0.4,',
+    ]
 
 
 def test_an_unfinished_run_counts_for_nothing(logs):
