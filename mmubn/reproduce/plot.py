@@ -157,16 +157,18 @@ def _finals(line: Line) -> Dict[int, float]:
 
 def _condensation(lines: Sequence[Line], one_network: bool) -> Dict[str, Figure]:
     """The first seed of each row, as :mod:`mmubn.plot_condensation` draws it."""
+    shown = 'fixed/input', 0.3
     runs = []
     for line in lines:
         folder = next(iter(line.done.values())).folder
-        if (folder / TABLE).is_file():
-            run = plot_condensation.Run(folder)
-            run.name = _name(line, lines)
+        if not (folder / TABLE).is_file():
+            continue
+        run = plot_condensation.Run(folder)
+        run.name = _name(line, lines)
+        if run.table(shown[0]).layers:  # there are none with fixed_samples=0
             runs.append(run)
     if not runs:
         return {}
-    shown = 'fixed/input', 0.3
     metric = plot_condensation.choose_metric(runs)
     return {
         'condensation': plot_condensation.draw_curves(runs, *shown, metric),

@@ -89,6 +89,15 @@ def test_the_report_has_the_layers_of_the_last_epoch(logs):
     ]
 
 
+def test_runs_without_a_fixed_batch_have_a_report(logs):
+    rows = ','.join(COLUMNS), '3,45,a,UBN,train/input,0.3,0.4,0', ''  # of fixed_samples=0
+    for norm in 'BN', 'UBN':
+        (small(norm, 0) / 'condensation.csv').write_text('\r\n'.join(rows))
+    run_tool('reproduce', 'report', 'figure2', *REPORT[3:])
+    assert 'Condensation' not in Path('out/report.md').read_text()
+    assert not list(Path('out').glob('*.png'))
+
+
 def test_an_unfinished_run_counts_for_nothing(logs):
     path = small('UBN', 2) / SETTINGS
     path.write_text(path.read_text().replace('"epochs": 3', '"epochs": 5'))
