@@ -17,13 +17,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from .runs import TABLE, read_condensation, read_scalars
 
 METRICS = ('accuracy/top1', 'coco/segm_mAP', 'coco/bbox_mAP')
-# Told apart without colour: by dashes, marker and shade, in this order.
-STYLES = [
-    dict(linestyle='-', marker='o', color='black'),
-    dict(linestyle='--', marker='s', color='0.45', markerfacecolor='white'),
-    dict(linestyle=':', marker='^', color='black', markerfacecolor='white'),
-    dict(linestyle='-.', marker='D', color='0.45'),
-]
+# Told apart without colour: by dashes and marker, in 20 combinations, and by shade.
+DASHES = ('-', '--', ':', '-.')
+MARKERS = ('o', 's', '^', 'D', 'v')
 AXES = {'epoch': 'epoch', 'iter': 'iteration'}
 ROW_HEIGHT, MAX_HEIGHT = 0.14, 14  # inches
 
@@ -60,7 +56,7 @@ class Run:
         if not self.rows:
             raise SystemExit(f'{path}: holds no record yet')
         self.folder = folder
-        self.name = folder.resolve().name
+        self.name = literal(folder.resolve().name)
         # An iteration-based loop counts no epochs.
         self.axis = 'epoch' if self.rows[-1]['epoch'] else 'iter'
         self.metrics = read_scalars(folder).metrics
@@ -168,7 +164,24 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 
 def _style(number: int) -> dict:
-    return dict(STYLES[number % len(STYLES)], markersize=4, linewidth=1.4)
+    color = ('black', '0.45')[number % 2]
+    return dict(
+        linestyle=DASHES[number % len(DASHES)],
+        marker=MARKERS[number % len(MARKERS)],
+        color=color,
+        markerfacecolor=color if number % 4 in (0, 3) else 'white',
+        markersize=4,
+        linewidth=1.4,
+    )
+
+
+def literal(text: str) -> str:
+    """Text that matplotlib draws as it stands, in a legend too.
+
+    It takes ``$`` for mathematics, and leaves names that begin with ``_`` out of legends.
+    """
+    text = text.replace('$', r'\$')
+    return f' {text}' if text.startswith('_') else text
 
 
 def _shared_axis(runs: List[Run]) -> str:

@@ -52,10 +52,13 @@ class Scalars:
             iteration-based loop it counts iterations; where mmengine logged 0 in their place
             (``LoggerHook(log_metric_by_epoch=True)``), it is the last iteration that was
             logged before; of several validations after the same one, the last is kept.
+        validations (dict): ``step``, counted as that of ``metrics`` -> the last iteration that
+            was logged before. COCO's metric gives no value where nothing was detected.
     """
 
     train: List[Dict[str, Any]] = field(default_factory=list)
     metrics: Dict[str, Dict[int, float]] = field(default_factory=dict)
+    validations: Dict[int, int] = field(default_factory=dict)
 
 
 def read_scalars(work_dir: PathLike) -> Scalars:
@@ -113,12 +116,11 @@ class _Training:
             self._iteration = step
             return
         step = self._metric_step(step)
+        if 'time' in line:  # of mmengine's own lines
+            _put(self.scalars.validations, step, self.last)
         for name, value in line.items():
             if _is_metric(name, value):
-                curve = self.scalars.metrics.setdefault(name, {})
-                for later in [other for other in curve if other >= step]:
-                    del curve[later]
-                curve[step] = value
+                _put(self.scalars.metrics.setdefault(name, {}), step, value)
                 self._seen.setdefault(name, {})[step] = self.last
 
     def reaches(self, steps: List[int]) -> bool:
@@ -142,6 +144,15 @@ class _Training:
         for name, curve in self.scalars.metrics.items():
             for epoch in [epoch for epoch in curve if self._seen[name][epoch] >= step]:
                 del curve[epoch]
+        validations = self.scalars.validations
+        self.scalars.validations = {k: last for k, last in validations.items() if last < step}
+
+
+def _put(curve: Dict[int, Any], step: int, value: Any) -> None:
+    """Sets the value of a step, and drops those of later ones, which are of another start."""
+    for later in [other for other in curve if other >= step]:
+        del curve[later]
+    curve[step] = value
 
 
 def _json_lines(path: Path) -> Iterator[Dict[str, Any]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import UBN
+from .layers.base import recomputing
 from .ops import mean_cosine_similarity
 
 COLUMNS = ('fct_interval', 'fct_stride', 'mean_difference', 'largest_difference', 'gates_differing')
@@ -24,17 +25,26 @@ def record(
     """Lets every training step leave the similarities of each UBN layer, per stride.
 
     Raises:
-        ValueError: The model has no UBN layer.
+        ValueError: The model has no UBN layer, none with a gate, or none whose statistics train.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, UBN)}
     if not layers:
         raise ValueError("config: no UBN layer to measure; set norm_cfg=dict(type='UBN')")
+    layers = {name: layer for name, layer in layers.items() if layer.fct is not None}
+    if not layers:
+        raise ValueError('config: no UBN layer has a gate to follow; set a threshold fct')
+    model.train()  # norm_eval and frozen_stages put layers back into evaluation
+    layers = {name: layer for name, layer in layers.items() if layer.training}
+    if not layers:
+        raise ValueError(
+            'config: all UBN layers have frozen statistics and measure nothing; set norm_eval=False'
+        )
     seen = {name: defaultdict(list) for name in layers}
 
     def hook_of(name: str):
         @torch.no_grad()
         def hook(module: UBN, args: Tuple[Tensor, ...]) -> None:
-            if module.training:
+            if module.training and not recomputing():
                 for stride in strides:
                     positions = args[0][:, :, ::stride, ::stride]
                     seen[name][stride].append(mean_cosine_similarity(positions))
@@ -62,7 +72,8 @@ def compare(
     intervals: List[int],
     strides: List[int],
 ) -> List[Tuple]:
-    """A row for each setting: its differences over all layers and steps."""
+    """A row for each setting: its differences over all steps and all layers that were run."""
+    layers = {name: layer for name, layer in layers.items() if seen[name][1]}
     rows = []
     for interval, stride in product(intervals, strides):
         differences, gates = [], []

@@ -81,10 +81,10 @@ def test_curves_are_means_over_layers_under_the_accuracy(runs):
 
 def test_runs_differ_without_colour(runs):
     figure = plot_condensation.draw_curves(
-        [plot_condensation.Run(folder) for folder in runs * 2], 'fixed/input', 0.3, None
+        [plot_condensation.Run(folder) for folder in runs * 4], 'fixed/input', 0.3, None
     )
-    lines = figure.axes[0].lines[:4]
-    assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == 4
+    lines = figure.axes[0].lines[:8]
+    assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == 8
     for line in lines:
         assert len(set(to_rgb(line.get_color()))) == 1
 
@@ -117,6 +117,15 @@ def test_runs_of_one_name_are_told_apart_by_their_path(tmp_path):
     run_tool('plot_condensation', *map(str, folders), '--out', str(tmp_path))
     text = (tmp_path / 'condensation_gates.svg').read_text()
     assert all(str(folder) in text for folder in folders)
+
+
+def test_names_are_drawn_as_they_stand(tmp_path, drawn):
+    names = ['_bn', 'lr$a_$b']
+    folders = [write_run(tmp_path / name, 'UBN') for name in names]
+    run_tool('plot_condensation', *map(str, folders))
+    legend = drawn['condensation_curves.png'].axes[0].get_legend()
+    shown = [text.get_text().strip().replace('\\', '') for text in legend.get_texts()]
+    assert shown == names
 
 
 def test_no_gates_no_picture_and_default_folder(runs, capsys):

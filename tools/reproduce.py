@@ -24,7 +24,6 @@ from mmubn.cli.options import count, positive, read_config
 from mmubn.paths import ROOT
 from mmubn.reproduce.commands import list_rows, report, run_rows
 from mmubn.reproduce.experiments import EXPERIMENTS
-from mmubn.writing import check_folder
 
 SMALL = ROOT / 'configs' / 'cifar10' / 'resnet18_small_cifar10.py'
 
@@ -89,22 +88,12 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Whether the config can be read and the results can be written, before any work."""
-    if args.config is not None:
-        read_config(args.config)
-    written = dict(list=(), run=('work_dir', 'out'), report=('out',))
-    for name in written[args.command]:
-        folder = getattr(args, name)
-        if folder is not None:
-            check_folder(f'--{name.replace("_", "-")}', folder)
-
-
 @command
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Does what the command line says."""
     args = parse_args(argv)
-    _check(args)
+    if args.config is not None:
+        read_config(args.config)  # before any work
     {'list': list_rows, 'run': run_rows, 'report': report}[args.command](args)
 
 

@@ -8,7 +8,7 @@ from ..writing import check_file
 from .rows import SETTING, TOTALS, Row
 
 # Told apart without colour.
-_MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')
+MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '<', '>', 'p', 'h', '*')
 
 
 def plot(rows: List[Row], path: Path) -> None:
@@ -68,7 +68,7 @@ def draw_ratios(rows: List[Row]) -> Any:
     figure = Figure(figsize=(7, 1.6 + 0.24 * len(places)), layout='constrained')
     axes = figure.subplots()
     axes.axvline(1, color='black', linewidth=0.8)
-    for marker, norm in zip(_MARKERS, dict.fromkeys(row['norm'] for row in rows)):
+    for marker, norm in zip(MARKERS, dict.fromkeys(row['norm'] for row in rows)):
         chosen = [(row, label) for row, label in zip(rows, labels) if row['norm'] == norm]
         axes.scatter(
             [float(row['ratio_bn']) for row, _ in chosen],

@@ -9,6 +9,7 @@ from typing import Dict, List, Optional
 from ..cli.errors import CommandError
 from ..cli.options import read_config
 from ..paths import ROOT
+from ..writing import check_folder
 from .experiments import EXPERIMENTS, select
 from .logs import read_run
 from .plot import draw
@@ -94,6 +95,9 @@ def run_rows(args: argparse.Namespace) -> None:
     if not args.experiments:
         raise CommandError('run: name the experiments, such as table3')
     rows = _rows(args)
+    root = work_root(args, rows[0].experiment)
+    check_folder('--work-dir', root)
+    _report_folder(args, root)
     if args.config is not None:
         detects = read_config(args.config).get('default_scope') == 'mmdet'
         for row in rows:
@@ -118,7 +122,7 @@ def run_rows(args: argparse.Namespace) -> None:
                 'split; leave it out'
             )
         options = Options(
-            root=work_root(args, rows[0].experiment),
+            root=root,
             data_root=args.data_root,
             seeds=args.seeds or study.seeds,
             budget=args.budget or 1,
@@ -130,15 +134,17 @@ def run_rows(args: argparse.Namespace) -> None:
         )
         jobs, failed = run_study(study, rows, EXPERIMENTS[rows[0].experiment].rows, options)
     else:
-        jobs, failed = _run_plain(rows, args, flags)
-    if len(failed) < len(jobs):
-        report(args)
+        jobs, failed = _run_plain(rows, root, args, flags)
     if failed:
         print(f'{len(failed)} of {len(jobs)} runs failed:', *failed, sep='\n  ', file=sys.stderr)
+    lines = find_lines(args)
+    if _finished(lines):
+        _write_report(args, lines)
+    if failed:
         sys.exit(1)
 
 
-def _run_plain(rows: List[Row], args: argparse.Namespace, flags: List[str]) -> tuple:
+def _run_plain(rows: List[Row], root: Path, args: argparse.Namespace, flags: List[str]) -> tuple:
     """Trains rows as their configs say; the jobs, and what failed."""
     settings: Dict[str, Setting] = {}
     for row in rows:
@@ -146,7 +152,7 @@ def _run_plain(rows: List[Row], args: argparse.Namespace, flags: List[str]) -> t
         settings[setting.name] = setting
     jobs = make_jobs(
         list(settings.values()),
-        work_root(args, rows[0].experiment),
+        root,
         args.seeds or 3,
         args.budget,
         args.epochs,
@@ -161,16 +167,32 @@ def _run_plain(rows: List[Row], args: argparse.Namespace, flags: List[str]) -> t
 
 def report(args: argparse.Namespace) -> None:
     """Writes tables and pictures of the finished runs."""
-    study = study_of(args)
     lines = find_lines(args)
-    root = work_root(args, next(iter(lines)))
-    if not any(line.done for found in lines.values() for line in found):
+    if not _finished(lines):
+        root = work_root(args, next(iter(lines)))
         raise CommandError(f'{root}: no finished run of these rows; `run` trains them')
+    _write_report(args, lines)
+
+
+def _finished(lines: Dict[str, List[Line]]) -> bool:
+    return any(line.done for found in lines.values() for line in found)
+
+
+def _report_folder(args: argparse.Namespace, root: Path) -> Path:
+    """Where the report goes, which can be written."""
     out = args.out or root / 'report'
+    check_folder('--out', out)
+    return out
+
+
+def _write_report(args: argparse.Namespace, lines: Dict[str, List[Line]]) -> None:
+    study = study_of(args)
+    root = work_root(args, next(iter(lines)))
+    out = _report_folder(args, root)
     written = write_tables(lines, out, args.config is not None)
     if study is not None:
         rows = [line.row for found in lines.values() for line in found]
-        with (out / 'report.md').open('a') as file:
+        with (out / 'report.md').open('a', encoding='utf-8') as file:
             file.write('\n'.join(write_tuning(study, rows, root, out)) + '\n')
         written.append(out / 'tuning.csv')
     for path in [*written, *draw(lines, out, args.config is not None)]:

@@ -70,10 +70,10 @@ def read_run(folder: Path) -> Run:
     """
     scalars = read_scalars(folder)
     curves: Dict[str, Dict[int, float]] = {}
-    epoch = 0
+    validated = [*scalars.validations]
     for metric, (key, factor) in METRICS.items():
         found = scalars.metrics.get(key, {})
-        epoch = max([epoch, *found])
+        validated += found
         is_coco = key.startswith('coco/')
         curve = {step: v * factor for step, v in found.items() if not (is_coco and v == -1)}
         if curve:
@@ -96,7 +96,7 @@ def read_run(folder: Path) -> Run:
             for number, parts in losses.items()
         }
         curves['loss'] = {**means, **whole}
-    return Run(folder, _read_settings(folder), curves, seconds, epoch)
+    return Run(folder, _read_settings(folder), curves, seconds, max(validated, default=0))
 
 
 def _read_settings(folder: Path) -> Dict[str, Any]:

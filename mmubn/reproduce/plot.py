@@ -8,10 +8,18 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .. import plot_condensation
-from ..runs import TABLE
 from .experiments import EXPERIMENTS
 from .logs import Run
-from .report import Line, difference, finals_of, mean_sd, several, with_baselines
+from .report import (
+    FIXED_BATCH,
+    Line,
+    difference,
+    finals_of,
+    last_epoch,
+    mean_sd,
+    several,
+    with_baselines,
+)
 
 DASHES = ['-', '--', ':', '-.', (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3))]
 
@@ -35,13 +43,15 @@ def draw(by_experiment: Dict[str, List[Line]], out: Path, one_network: bool) -> 
         for plot in EXPERIMENTS[experiment].plots:
             figures.update(PLOTS[plot](have, one_network))
         for name, figure in figures.items():
-            if figure is not None:
-                if not figure.get_suptitle():
-                    figure.suptitle(_title(experiment, have, one_network), fontsize=9)
-                path = out / f'{experiment}_{name}.png'
-                figure.savefig(path, dpi=110)
-                plt.close(figure)
-                written.append(path)
+            path = out / f'{experiment}_{name}.png'
+            if figure is None:
+                path.unlink(missing_ok=True)  # of an earlier report
+                continue
+            if not figure.get_suptitle():
+                figure.suptitle(_title(experiment, have, one_network), fontsize=9)
+            figure.savefig(path, dpi=110)
+            plt.close(figure)
+            written.append(path)
     return written
 
 
@@ -50,7 +60,8 @@ def _title(experiment: str, lines: Sequence[Line], one_network: bool) -> str:
         return EXPERIMENTS[experiment].title
     ours = next(iter(lines[0].done.values())).settings
     what = EXPERIMENTS[experiment].title.split(':')[0]
-    return f'{what}, with {ours["config"]}, data {ours["data"]}, {ours["epochs"]} epochs'
+    text = f'{what}, with {ours["config"]}, data {ours["data"]}, {ours["epochs"]} epochs'
+    return plot_condensation.literal(text)
 
 
 def _name(line: Line, lines: Sequence[Line]) -> str:
@@ -155,20 +166,18 @@ def _finals(line: Line) -> Dict[int, float]:
     return line.finals(line.metrics[0])
 
 
-def _condensation(lines: Sequence[Line], one_network: bool) -> Dict[str, Figure]:
-    """The first seed of each row, as :mod:`mmubn.plot_condensation` draws it."""
-    shown = 'fixed/input', 0.3
+def _condensation(lines: Sequence[Line], one_network: bool) -> Dict[str, Optional[Figure]]:
+    """The first seed of each row that recorded it, as :mod:`mmubn.plot_condensation` draws it."""
+    shown = FIXED_BATCH, 0.3
     runs = []
     for line in lines:
-        folder = next(iter(line.done.values())).folder
-        if not (folder / TABLE).is_file():
-            continue
-        run = plot_condensation.Run(folder)
-        run.name = _name(line, lines)
-        if run.table(shown[0]).layers:  # there are none with fixed_samples=0
+        first = next((run for run in line.done.values() if last_epoch(run, FIXED_BATCH)), None)
+        if first is not None:
+            run = plot_condensation.Run(first.folder)
+            run.name = _name(line, lines)
             runs.append(run)
     if not runs:
-        return {}
+        return dict.fromkeys(('condensation', 'layers'))
     metric = plot_condensation.choose_metric(runs)
     return {
         'condensation': plot_condensation.draw_curves(runs, *shown, metric),

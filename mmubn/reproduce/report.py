@@ -9,6 +9,7 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tupl
 
 from scipy.stats import t as student
 
+from ..cli.errors import CommandError
 from ..markdown import table
 from ..runs import TABLE, as_written, read_condensation
 from .experiments import EXPERIMENTS
@@ -23,9 +24,10 @@ CSV_COLUMNS = (
     *('config', 'options', 'epochs', 'data', 'device'),
 )
 LAYER_COLUMNS = (
-    *('setting', 'seed', 'epoch', 'layer', 'type', 'where'),
+    *('experiment', 'setting', 'seed', 'epoch', 'layer', 'type', 'where'),
     *('similarity', 'running_similarity', 'batch_statistics_used'),
 )
+FIXED_BATCH = 'fixed/input'  # where the similarity is taken that a report has
 
 
 @dataclass
@@ -165,6 +167,8 @@ def cells(lines: Sequence[Line]) -> List[Dict[str, object]]:
             if row.zoo is not None:
                 cell['host_bn'] = row.zoo.values.get(metric, '')
             finals = line.finals(metric)
+            if len(finals) < len(line.done):
+                cell['state'] = f'{line.state}, {len(line.done) - len(finals)} without a value'
             if finals:
                 mean, sd = mean_sd(list(finals.values()))
                 # A mean that is not finite says that a run diverged.
@@ -305,6 +309,7 @@ def _values(lines: Sequence[Line], one_network: bool) -> List[str]:
 def condensation(lines: Sequence[Line]) -> List[str]:
     """Mean similarity of the layers on the fixed batch after training, as Markdown."""
     rows = []
+    name = 'label' if several(lines) else 'name'
     for line in lines:
         finals = _similarities(line)
         if not finals:
@@ -313,7 +318,7 @@ def condensation(lines: Sequence[Line]) -> List[str]:
         shown = _difference(*_interval(line, bn, _similarities)[:3]) if bn is not None else ''
         mean, sd = mean_sd(list(finals.values()))
         spread = '' if math.isnan(sd) else f' ± {sd:.2f}'
-        rows.append((line.row.name, f'{mean:.2f}{spread}', len(finals), shown))
+        rows.append((getattr(line.row, name), f'{mean:.2f}{spread}', len(finals), shown))
     if not rows:
         return []
     title = (
@@ -327,7 +332,7 @@ def _similarities(line: Line) -> Dict[int, float]:
     """Seed -> mean over the layers in the last epoch, times 100."""
     found = {}
     for seed, run in line.done.items():
-        rows = [row for row in _last_epoch(run.folder) if row['where'] == 'fixed/input']
+        rows = last_epoch(run, FIXED_BATCH)
         values = [row['similarity'] for row in rows if row['similarity'] is not None]
         if values:
             found[seed] = 100 * statistics.fmean(values)
@@ -401,41 +406,60 @@ def write_tables(by_experiment: Dict[str, List[Line]], out: Path, one_network: b
     """Writes the report.
 
     ``report.md`` and ``report.csv`` have the rows, ``curves.csv`` every epoch of every run,
-    ``layers.csv`` what CondensationHook saw of each layer in the last epoch.
+    ``layers.csv`` what CondensationHook saw of each layer in the last epoch. In both a run
+    that several experiments share stands once, under the first of them.
     """
     out.mkdir(parents=True, exist_ok=True)
-    (out / 'report.md').write_text(markdown(by_experiment, one_network))
+    (out / 'report.md').write_text(markdown(by_experiment, one_network), encoding='utf-8')
     with (out / 'report.csv').open('w', newline='') as file:
         writer = csv.DictWriter(file, CSV_COLUMNS, lineterminator='\n')
         writer.writeheader()
         for lines in by_experiment.values():
             writer.writerows(cells(lines))
-    settings = {line.setting.name: line for lines in by_experiment.values() for line in lines}
+    # Studies have settings of the same names in other folders.
+    owners: Dict[Path, Tuple[Line, int]] = {}
+    for line in (line for lines in by_experiment.values() for line in lines):
+        for seed, run in line.runs.items():
+            owners.setdefault(run.folder, (line, seed))
+    named = [
+        ((line.row.experiment, line.setting.name, seed), line.runs[seed])
+        for line, seed in owners.values()
+    ]
     with (out / 'curves.csv').open('w', newline='') as file:
         writer = csv.writer(file, lineterminator='\n')
-        writer.writerow(('setting', 'seed', 'epoch', 'train_seconds', 'metric', 'value'))
-        for name, line in settings.items():
-            for seed, run in line.runs.items():
-                for metric, curve in run.curves.items():
-                    for epoch, value in curve.items():
-                        seconds = f'{run.seconds.get(epoch, math.nan):.2f}'
-                        writer.writerow((name, seed, epoch, seconds, metric, f'{value:.4g}'))
+        writer.writerow((*LAYER_COLUMNS[:4], 'train_seconds', 'metric', 'value'))
+        for names, run in named:
+            for metric, curve in run.curves.items():
+                for epoch, value in curve.items():
+                    seconds = f'{run.seconds.get(epoch, math.nan):.2f}'
+                    writer.writerow((*names, epoch, seconds, metric, f'{value:.4g}'))
     with (out / 'layers.csv').open('w', newline='') as file:
         writer = csv.DictWriter(file, LAYER_COLUMNS, lineterminator='\n', extrasaction='ignore')
         writer.writeheader()
-        for name, line in settings.items():
-            for seed, run in line.done.items():
-                for layer in _last_epoch(run.folder):
-                    writer.writerow({'setting': name, 'seed': seed, **as_written(layer)})
+        for names, run in named:
+            for layer in last_epoch(run) if run.state == 'done' else ():
+                writer.writerow({**dict(zip(LAYER_COLUMNS, names)), **as_written(layer)})
     return [out / name for name in ('report.md', 'report.csv', 'curves.csv', 'layers.csv')]
 
 
-def _last_epoch(work_dir: Path) -> List[Dict[str, Any]]:
-    """The rows of each place in its last epoch; none where nothing was recorded."""
-    if not (work_dir / TABLE).is_file():
+def last_epoch(run: Run, where: str = '') -> List[Dict[str, Any]]:
+    """The rows of a condensation table after the last epoch, of one place or of all.
+
+    Args:
+        run (Run): A finished run; no row where it recorded none then.
+        where (str): The place; empty for all.
+
+    Raises:
+        CommandError: The file is no condensation table.
+    """
+    if not (run.folder / TABLE).is_file():
         return []
-    rows = read_condensation(work_dir)
-    last: Dict[str, int] = {}
-    for row in rows:
-        last[row['where']] = max(row['epoch'], last.get(row['where'], 0))
-    return [row for row in rows if row['epoch'] == last[row['where']]]
+    try:
+        rows = read_condensation(run.folder)
+    except ValueError as error:
+        raise CommandError(f'{error}; move it away for a report without it') from error
+    return [
+        row
+        for row in rows
+        if row['epoch'] == run.settings['epochs'] and where in ('', row['where'])
+    ]

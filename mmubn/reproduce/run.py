@@ -17,11 +17,11 @@ from mmengine.config import Config
 from tqdm import tqdm
 
 from ..benchmark.rows import describe_run
-from ..cli.errors import CommandError
+from ..cli.errors import CommandError, warn
 from ..cli.options import read_config
 from ..paths import ROOT
 from ..runs import checkpoints, replace_text
-from .logs import EPOCH_LOSS, SETTINGS, read_run
+from .logs import EPOCH_LOSS, METRICS, SETTINGS, read_run
 from .rows import BATCH_NORMS, Row
 
 SEED = 'randomness.seed'
@@ -235,6 +235,7 @@ def make_jobs(
         total = cfg.train_cfg.get('max_epochs')
         if total is None:
             raise CommandError(f'{setting.config}: trains by iterations, no epochs to scale')
+        _check_evaluator(cfg, setting.config)
         length = epochs or max(1, round((budget or 1) * total))
         schedule = scaled_schedule(cfg, length)
         tuned = [option.split('=')[0] for option in chosen]
@@ -268,6 +269,14 @@ def make_jobs(
             arguments += ['--cfg-options', *listed]
             jobs.append(Job(setting, folder, arguments, record))
     return jobs
+
+
+def _check_evaluator(cfg: Config, config: Path) -> None:
+    evaluator = cfg.get('val_evaluator')
+    if not evaluator:
+        raise CommandError(f'{config}: has no val_evaluator, so no value to compare')
+    if not re.search('Accuracy|Coco', str(evaluator)):
+        warn(f'{config}: val_evaluator: the report reads {", ".join(METRICS)} alone')
 
 
 def _log_options(cfg: Config) -> Dict[str, Any]:
@@ -349,8 +358,8 @@ def run_jobs(jobs: Sequence[Job], parallel: int) -> List[str]:
             while waiting and len(running) < parallel:
                 job = waiting.pop(0)
                 job.folder.mkdir(parents=True, exist_ok=True)
-                record = json.dumps({**job.settings, **machine}, indent=1)
-                replace_text(job.folder / SETTINGS, record)
+                record = {**job.settings, **_machines(job.folder, machine)}
+                replace_text(job.folder / SETTINGS, json.dumps(record, indent=1))
                 process = _start(job)
                 running[process.pid] = job, process
             for pid, (job, process) in list(running.items()):
@@ -375,6 +384,16 @@ def run_jobs(jobs: Sequence[Job], parallel: int) -> List[str]:
             process.wait()
         progress.close()
     return failed
+
+
+def _machines(folder: Path, machine: Dict[str, Any]) -> Dict[str, Any]:
+    """What the record says of the machine; of a training that goes on, where it has been too."""
+    before = read_run(folder).settings if checkpoints(folder) else {}
+    found = dict(machine)
+    for key in ('commit', 'device', 'torch'):
+        parts = *before.get(key, '').split('; '), machine[key]
+        found[key] = '; '.join(dict.fromkeys(filter(None, parts)))
+    return found
 
 
 def threads_of_each(parallel: int) -> int:

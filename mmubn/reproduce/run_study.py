@@ -187,7 +187,8 @@ def _jobs(
         chosen=chosen,
     )
     if row is not None and row.pretrained:
-        init_cfg = dict(type='Pretrained', checkpoint=started[row.pretrained], prefix='backbone.')
+        checkpoint = repr(str(started[row.pretrained]))  # a comma would make a list of it
+        init_cfg = dict(type='Pretrained', checkpoint=checkpoint, prefix='backbone.')
         # Not among the settings of the record, where no path belongs.
         for job in jobs:
             job.arguments += [f'model.backbone.init_cfg.{k}={v}' for k, v in init_cfg.items()]

@@ -11,9 +11,10 @@ from tool import ROOT, read_csv, run_tool
 
 import mmubn
 from mmubn.benchmark import measure, norm
-from mmubn.benchmark.plot import draw_ratios, plot
+from mmubn.benchmark.plot import MARKERS, draw_ratios, plot
 from mmubn.benchmark.report import RESNET50_LAYERS, goals, resnet50_totals, table
 from mmubn.benchmark.rows import COLUMNS, append_csv, make_rows, read_last_run
+from mmubn.benchmark.subjects import NORMS
 
 TINY = ('--device', 'cpu', '--shapes', '4,3,8,8', '--repeats', '3')
 
@@ -250,6 +251,10 @@ def test_plot_holds_the_ratios(tmp_path):
     axes = draw_ratios(read_last_run(path)).axes[0]
     points = {c.get_label(): c.get_offsets().tolist() for c in axes.collections}
     assert points == {'ubn': [[1.5, 0], [1.75, 1]], 'rbn': [[1.25, 0]]}
+
+
+def test_plot_has_every_norm():
+    assert len(set(MARKERS)) >= len(NORMS)
 
 
 def test_without_matplotlib(monkeypatch):

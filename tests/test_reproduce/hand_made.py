@@ -5,6 +5,12 @@ from pathlib import Path
 
 from mmubn.reproduce.logs import SETTINGS
 
+# A config, as far as the jobs ask for it.
+NET = """train_cfg = dict(max_epochs=3)
+model = dict(backbone=dict())
+val_evaluator = dict(type='Accuracy')
+"""
+
 
 def write_run(folder: Path, epochs: int, parts, seed=0):
     """``parts``: for each start of the training a list of (epoch, iteration time, top1)."""
@@ -32,7 +38,7 @@ def small(norm: str, seed: int) -> Path:
 
 def write_logs():
     """BN and UBN, three seeds each; the values are all there is to the report."""
-    Path('net.py').write_text('train_cfg = dict(max_epochs=3)\nmodel = dict(backbone=dict())\n')
+    Path('net.py').write_text(NET)
     bn = [(30.0, 41.0, 40.0), (30.0, 41.0, 42.0), (30.0, 43.0, 44.0)]
     ubn = [(40.0, 39.0, 41.0), (20.0, 42.0, 45.0), (43.0, 44.0, 48.0)]
     for seed in range(3):

@@ -2,14 +2,17 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 from hand_made import small, write_logs, write_run
 from tool import read_csv, run_tool, saved_figures
 
-from mmubn.reproduce.logs import SETTINGS
-from mmubn.reproduce.report import mean_sd, paired
+from mmubn.reproduce.experiments import EXPERIMENTS
+from mmubn.reproduce.logs import SETTINGS, read_run
+from mmubn.reproduce.report import Line, condensation, mean_sd, paired
+from mmubn.reproduce.run import make_setting
 from mmubn.runs import COLUMNS
 
 REPORT = ('report', 'table3', 'table8', '--config', 'net.py', '--work-dir', 'runs', '--out', 'out')
@@ -80,19 +83,86 @@ def test_table_8_says_who_never_got_there(logs):
 def test_the_report_has_the_layers_of_the_last_epoch(logs):
     rows = ['2,30,a,UBN,train/input,0.1,0.2,1', '3,45,a,UBN,train/input,0.3,0.4,0']
     rows += ['3,45,a,UBN,fixed/input,0.5,0.4,']
-    (small('UBN', 1) / 'condensation.csv').write_text('\r\n'.join([','.join(COLUMNS), *rows, '']))
+    write_table(small('UBN', 1), *rows)
     run_tool('reproduce', *REPORT)
     _, *rows = Path('out/layers.csv').read_text().splitlines()
     assert rows == [
-        'net-UBN,1,3,a,UBN,train/input,0.3,0.4,0',
-        'net-UBN,1,3,a,UBN,fixed/input,0.5,0.4,',
+        'table3,net-UBN,1,3,a,UBN,train/input,0.3,0.4,0',
+        'table3,net-UBN,1,3,a,UBN,fixed/input,0.5,0.4,',
     ]
 
 
+def write_table(run: Path, *rows: str):
+    (run / 'condensation.csv').write_text('\r\n'.join([','.join(COLUMNS), *rows, '']))
+
+
+def test_condensation_is_that_after_the_last_epoch(logs):
+    write_table(small('BN', 0), '2,30,a,BN,fixed/input,0.1,,')
+    write_table(small('BN', 1), '3,45,a,BN,fixed/input,0.2,,')
+    run_tool('reproduce', 'report', 'figure7-10', *REPORT[3:])
+    # The first run did not record its end; the second is drawn in its place.
+    assert '| BN | 20.00 | 1 |  |' in Path('out/report.md').read_text()
+    assert Path('out/figure7-10_layers.png').is_file()
+
+
+def test_condensation_names_the_network(logs):
+    for norm in ('BN', 'UBN'):
+        write_table(small(norm, 0), '3,45,a,BN,fixed/input,0.2,,')
+    lines = [
+        Line(row, make_setting(row, Path('net.py')), {0: read_run(small(row.norm, 0))})
+        for row in EXPERIMENTS['figure7-10'].rows
+    ]
+    text = '\n'.join(condensation(lines))
+    for name in ('ResNet-50', 'Res2Net-50'):
+        assert f'| ImageNet, {name}, UBN | 20.00 | 1 | +0.00 |' in text
+
+
+def test_a_table_that_is_none_is_one_line(logs, capsys):
+    (small('BN', 0) / 'condensation.csv').write_bytes(b'\0' * 10 + b'\r\n0,0\r\n')
+    with pytest.raises(SystemExit):
+        run_tool('reproduce', *REPORT)
+    path = small('BN', 0) / 'condensation.csv'
+    assert capsys.readouterr().err.startswith(f'error: {path} is no condensation table')
+
+
+def test_studies_with_settings_of_the_same_names(logs):
+    for study, top1 in (('strong-recipe', 40.0), ('strong-recipe-tuned', 41.0)):
+        name = 'resnet18_strong_cifar100-BN'
+        write_run(Path('work_dirs/reproduce', study, name, 'seed0'), 1, [[(1, 0.1, top1)]])
+    run_tool('reproduce', 'report', '--out', 'out')
+    rows = [row for row in read_csv(Path('out/curves.csv')) if row['metric'] == 'top1']
+    assert [(row['experiment'], row['value']) for row in rows] == [
+        ('strong-recipe', '40'),
+        ('strong-recipe-tuned', '41'),
+    ]
+
+
+def test_a_run_without_a_last_value_is_told(logs):
+    (log,) = small('UBN', 1).glob('*/vis_data/scalars.json')
+    log.write_text(log.read_text().replace('"accuracy/top1": 45.0, ', ''))  # of the last epoch
+    run_tool('reproduce', *REPORT)
+    text = Path('out/report.md').read_text()
+    assert '44.50 ± 4.95 | 3 done, 1 without a value | +2.50 [' in text
+
+
+def test_pictures_of_an_earlier_report_go(logs):
+    run_tool('reproduce', *REPORT)
+    assert Path('out/table3_differences.png').is_file()
+    shutil.rmtree('runs/net-UBN')
+    run_tool('reproduce', *REPORT)
+    assert not Path('out/table3_differences.png').exists()
+
+
+def test_the_default_folder_is_checked(logs, capsys):
+    Path('runs/report').touch()
+    with pytest.raises(SystemExit):
+        run_tool('reproduce', *REPORT[:-2])
+    assert capsys.readouterr().err.startswith('error: --out: cannot write to ')
+
+
 def test_runs_without_a_fixed_batch_have_a_report(logs):
-    rows = ','.join(COLUMNS), '3,45,a,UBN,train/input,0.3,0.4,0', ''  # of fixed_samples=0
     for norm in 'BN', 'UBN':
-        (small(norm, 0) / 'condensation.csv').write_text('\r\n'.join(rows))
+        write_table(small(norm, 0), '3,45,a,UBN,train/input,0.3,0.4,0')  # of fixed_samples=0
     run_tool('reproduce', 'report', 'figure2', *REPORT[3:])
     assert 'Condensation' not in Path('out/report.md').read_text()
     assert not list(Path('out').glob('*.png'))
@@ -273,4 +343,5 @@ def test_curves_are_of_the_runs_that_have_the_metric(logs, seeds):
     assert set(lines) == ({'BN', 'UBN'} if len(seeds) == 1 else {'BN'})
     if len(seeds) == 1:
         assert list(lines['UBN'].get_ydata()) == [41.5, 41.5, 44.5]  # seeds 0 and 2
-        assert '44.50 ± 4.95 | 3 done | +2.50 [' in Path('out/report.md').read_text()
+        shown = '44.50 ± 4.95 | 3 done, 1 without a value | +2.50 ['
+        assert shown in Path('out/report.md').read_text()

@@ -1,10 +1,11 @@
 """The jobs of an experiment: their schedule, arguments and records."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
-from hand_made import write_run
+from hand_made import NET, write_run
 from mmengine.config import Config
 
 from mmubn.cli.cfg_options import parse_value
@@ -62,7 +63,7 @@ def jobs(**changes):
 def test_a_run_of_another_kind_is_refused(tmp_path, monkeypatch, changes, key):
     monkeypatch.chdir(tmp_path)
     config = Path('net.py')
-    config.write_text('train_cfg = dict(max_epochs=3)\nmodel = dict(backbone=dict())\n')
+    config.write_text(NET)
     (job,) = jobs()
     write_run(job.folder, 3, [[(1, 0.1, 10.0)]])
     (job.folder / SETTINGS).write_text(json.dumps(job.settings))
@@ -75,6 +76,34 @@ def test_a_run_of_another_kind_is_refused(tmp_path, monkeypatch, changes, key):
         CommandError, match=f'holds a run with {changed} .*, not .*{key.split()[-1]}'
     ):
         jobs(**changes)
+
+
+@pytest.mark.parametrize(
+    ('evaluator', 'message'),
+    [('None', 'net.py: has no val_evaluator'), ("dict(type='VOCMetric')", 'the report reads top1')],
+)
+def test_a_config_without_a_value_for_the_report(tmp_path, monkeypatch, capsys, evaluator, message):
+    monkeypatch.chdir(tmp_path)
+    Path('net.py').write_text(f'{NET}val_evaluator = {evaluator}\n')
+    if evaluator == 'None':
+        with pytest.raises(CommandError, match=message):
+            jobs()
+    else:
+        jobs()
+        assert message in capsys.readouterr().err
+
+
+def test_the_record_has_every_machine_that_a_training_was_on(logs, monkeypatch):
+    (job,) = jobs(work_dir='others')
+    monkeypatch.setattr(run, 'describe_run', lambda _: dict(commit='b', device='c', torch='2'))
+    monkeypatch.setattr(run, '_start', lambda job: subprocess.Popen(['true']))
+    job.folder.mkdir(parents=True)
+    for commits in ('b', 'a; b'):  # begun anew, resumed
+        (job.folder / SETTINGS).write_text(json.dumps({**job.settings, 'commit': 'a'}))
+        (job.folder / 'output.log').touch()
+        run.run_jobs([job], 1)
+        assert read_run(job.folder).settings['commit'] == commits
+        (job.folder / 'epoch_1.pth').touch()
 
 
 def test_a_run_killed_before_its_last_validation_goes_back_one_checkpoint(logs):

@@ -11,6 +11,7 @@ import pytest
 from mmpretrain.datasets.categories import CIFAR10_CATEGORIES
 from tool import read_csv, run_tool
 
+from mmubn.cli.cfg_options import parse_value
 from mmubn.datasets import pasted_scenes
 from mmubn.reproduce import run_study
 from mmubn.reproduce.cifar_scenes import make_cifar_scenes
@@ -135,7 +136,7 @@ def test_each_row_is_tuned_then_trained_with_what_won(tuned):
 def test_the_checkpoint_is_an_argument_and_in_no_record(tuned):
     _, tuning, training, _ = tuned
     for job in [*tuning, *training]:
-        path = Path(options(job)['model.backbone.init_cfg.checkpoint'])
+        path = Path(parse_value(options(job)['model.backbone.init_cfg.checkpoint']))
         assert path.is_absolute()
         assert path.parts[-2:] == ('seed0', 'epoch_16.pth')
         assert not any('init_cfg' in option for option in job.settings['options'])
@@ -158,6 +159,16 @@ def test_without_a_single_result_it_stops(stages, capsys):
         run_two()
     assert 'BN: no run of its grid ended; see runs/tuning' in capsys.readouterr().err
     assert len(stages.calls) == 2
+
+
+def test_failures_are_told_where_nothing_was_trained(stages, capsys):
+    stages.value_of = lambda job: None if job.folder.parent.parent.name == 'runs' else 50.0
+    with pytest.raises(SystemExit):
+        run_two()
+    error = capsys.readouterr().err
+    assert 'runs failed:\n  ' in error
+    assert '-BN/seed0: diverged\n' in error
+    assert 'no finished run' not in error
 
 
 def test_the_strong_recipe_is_tuned_for_bn(stages):

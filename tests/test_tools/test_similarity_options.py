@@ -3,10 +3,19 @@
 import pytest
 import torch
 from tool import ROOT, read_csv, run_tool
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mmubn.layers import UBN
 from mmubn.ops import mean_cosine_similarity
-from mmubn.similarity_options import follow
+from mmubn.similarity_options import compare, follow, record
+
+
+class Frozen(UBN):
+    """Stays in evaluation, as under norm_eval."""
+
+    def train(self, mode=True):
+        return super().train(False)
 
 
 @pytest.mark.parametrize('interval', [1, 3])
@@ -36,6 +45,33 @@ def test_table_of_a_training(tmp_path, capsys):
     for setting in (('1', '4'), ('4', '1')):
         assert 0 < float(found[setting]['mean_difference']) < 0.5
     assert ' UBN layers, 6 steps of ' in capsys.readouterr().out
+
+
+def test_only_layers_that_measure_are_followed():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.frozen, self.trained, self.no_gate = Frozen(4), UBN(4), UBN(4, fct=None)
+
+        def forward(self, x):
+            return self.no_gate(checkpoint(self.trained, self.frozen(x), use_reentrant=False))
+
+    net = Net()
+    layers, seen = record(net, [1])
+    assert list(layers) == ['trained']
+    for _ in range(3):
+        net(torch.randn(4, 4, 6, 6)).sum().backward()  # runs the layer again
+    assert len(seen['trained'][1]) == 3
+    assert compare(layers, seen, [1], [1]) == [(1, 1, 0, 0, 0)]
+
+
+@pytest.mark.parametrize(
+    ('layer', 'message'),
+    [(UBN(4, fct=None), 'no UBN layer has a gate'), (Frozen(4), 'all UBN layers have frozen')],
+)
+def test_nothing_to_follow_is_told_before_the_training(layer, message):
+    with pytest.raises(ValueError, match=message):
+        record(nn.Sequential(layer), [1])
 
 
 @pytest.mark.parametrize('option', ['--iterations', '--intervals', '--strides'])
