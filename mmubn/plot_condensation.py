@@ -56,10 +56,15 @@ class Run:
         if not self.rows:
             raise SystemExit(f'{path}: holds no record yet')
         self.folder = folder
-        self.name = literal(folder.resolve().name)
+        self.name = folder.resolve().name
         # An iteration-based loop counts no epochs.
         self.axis = 'epoch' if self.rows[-1]['epoch'] else 'iter'
         self.metrics = read_scalars(folder).metrics
+
+    @property
+    def label(self) -> str:
+        """Its name, as the pictures take it."""
+        return literal(self.name)
 
     def table(self, where: str, column: str = 'similarity') -> Table:
         """A column of the rows of one place."""
@@ -109,10 +114,10 @@ def draw_curves(runs: List[Run], where: str, threshold: float, metric: Optional[
     for number, run in enumerate(runs):
         style = _style(number)
         table = run.table(where)
-        below.plot(table.times, _mean(table.values), label=run.name, **style)
+        below.plot(table.times, _mean(table.values), label=run.label, **style)
         for panel in above:
             curve = run.metrics.get(metric, {})
-            panel.plot(list(curve), list(curve.values()), label=run.name, **style)
+            panel.plot(list(curve), list(curve.values()), label=run.label, **style)
     below.axhline(threshold, color='0.6', linewidth=0.8)
     below.annotate(
         f'condensed\nabove {threshold:g}',
@@ -149,7 +154,7 @@ def draw_gates(runs: List[Run]) -> Figure:
     figure, _ = _heat_maps(runs, tables, label, above='open')
     top = figure.axes[0]
     for number, (run, table) in enumerate(zip(runs, tables)):
-        top.plot(table.times, _mean(table.values), label=run.name, **_style(number))
+        top.plot(table.times, _mean(table.values), label=run.label, **_style(number))
     top.set_ylabel('open gates')
     top.set_ylim(-0.05, 1.05)
     top.yaxis.set_major_formatter(PercentFormatter(1))
@@ -223,7 +228,7 @@ def _heat_maps(
     for panel, run, table in zip(panels, runs, tables):
         image = panel.imshow(table.values, cmap='gray_r', vmin=0, vmax=1, aspect='auto')
         panel.set_facecolor('lightsteelblue')  # where there is no value
-        panel.set_title(run.name, fontsize=9)
+        panel.set_title(run.label, fontsize=9)
         panel.set_xlabel(AXES[run.axis])
         every = math.ceil(len(table.times) / 8)
         panel.set_xticks(range(0, len(table.times), every), table.times[::every], fontsize=8)

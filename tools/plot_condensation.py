@@ -23,14 +23,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from mmubn.cli.errors import command
-from mmubn.plot_condensation import (
-    Run,
-    choose_metric,
-    draw_curves,
-    draw_gates,
-    draw_layers,
-    literal,
-)
+from mmubn.plot_condensation import Run, choose_metric, draw_curves, draw_gates, draw_layers
 from mmubn.runs import PLACES
 from mmubn.writing import check_folder
 
@@ -60,7 +53,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
     runs = [Run(folder) for folder in args.work_dirs]
     if len({run.name for run in runs}) < len(runs):
         for run in runs:
-            run.name = literal(str(run.folder))
+            run.name = str(run.folder)
     for run in runs:
         if not run.table(args.where).layers:
             raise SystemExit(f'{run.folder}/condensation.csv: no rows of --where {args.where}')

@@ -417,18 +417,15 @@ def write_tables(by_experiment: Dict[str, List[Line]], out: Path, one_network: b
         for lines in by_experiment.values():
             writer.writerows(cells(lines))
     # Studies have settings of the same names in other folders.
-    owners: Dict[Path, Tuple[Line, int]] = {}
+    named: Dict[Path, Tuple[Tuple[str, str, int], Run]] = {}
     for line in (line for lines in by_experiment.values() for line in lines):
         for seed, run in line.runs.items():
-            owners.setdefault(run.folder, (line, seed))
-    named = [
-        ((line.row.experiment, line.setting.name, seed), line.runs[seed])
-        for line, seed in owners.values()
-    ]
+            names = line.row.experiment, line.setting.name, seed
+            named.setdefault(run.folder, (names, run))
     with (out / 'curves.csv').open('w', newline='') as file:
         writer = csv.writer(file, lineterminator='\n')
         writer.writerow((*LAYER_COLUMNS[:4], 'train_seconds', 'metric', 'value'))
-        for names, run in named:
+        for names, run in named.values():
             for metric, curve in run.curves.items():
                 for epoch, value in curve.items():
                     seconds = f'{run.seconds.get(epoch, math.nan):.2f}'
@@ -436,7 +433,7 @@ def write_tables(by_experiment: Dict[str, List[Line]], out: Path, one_network: b
     with (out / 'layers.csv').open('w', newline='') as file:
         writer = csv.DictWriter(file, LAYER_COLUMNS, lineterminator='\n', extrasaction='ignore')
         writer.writeheader()
-        for names, run in named:
+        for names, run in named.values():
             for layer in last_epoch(run) if run.state == 'done' else ():
                 writer.writerow({**dict(zip(LAYER_COLUMNS, names)), **as_written(layer)})
     return [out / name for name in ('report.md', 'report.csv', 'curves.csv', 'layers.csv')]
