@@ -4,6 +4,7 @@ import csv
 import math
 import statistics
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
@@ -261,11 +262,11 @@ def _epochs_and_seconds(found: Sequence[Tuple[int, float]], n: int) -> str:
 def markdown(by_experiment: Dict[str, List[Line]], one_network: bool) -> str:
     """The whole report."""
     text = [
-        '# The paper and ours',
+        '# Report',
         '',
         'Ours: mean ± standard deviation over the seeds of the value after the last epoch. '
-        'Minus BN: mean of the differences of the same seeds, in brackets its 95 % interval of '
-        'confidence by Student’s t.',
+        'Ours minus BN: mean of the differences of the same seeds, in brackets its 95 % interval '
+        'of confidence by Student’s t.',
     ]
     before: List[str] = []
     for name, lines in by_experiment.items():
@@ -289,7 +290,7 @@ def markdown(by_experiment: Dict[str, List[Line]], one_network: bool) -> str:
 
 
 def _values(lines: Sequence[Line], one_network: bool) -> List[str]:
-    """A row for each line and metric, as Markdown."""
+    """A row for each line and metric, as Markdown; of others only columns with values."""
     rows = []
     for line, cell in _with_lines(lines):
         row = line.row
@@ -302,8 +303,11 @@ def _values(lines: Sequence[Line], one_network: bool) -> List[str]:
         values += ours, cell['state']
         values += (_difference(cell['minus_bn'], cell['ci95_low'], cell['ci95_high']),)
         rows.append(values)
-    header = 'row', 'metric', 'paper', 'minus BN', "host's own BN", 'ours', 'runs', 'minus BN'
-    return [*table(header, rows), *not_compared(with_baselines(lines))]
+    of_others = 'paper', 'paper minus BN', "host's own BN"
+    header = 'row', 'metric', *of_others, 'ours', 'runs', 'ours minus BN'
+    shown = [name not in of_others or any(column) for name, column in zip(header, zip(*rows))]
+    chosen = (list(compress(cells, shown)) for cells in (header, *rows))
+    return [*table(next(chosen), chosen), *not_compared(with_baselines(lines))]
 
 
 def condensation(lines: Sequence[Line]) -> List[str]:

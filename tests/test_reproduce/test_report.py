@@ -301,7 +301,7 @@ def test_options_of_the_row_itself_may_differ(logs):
         (folder / SETTINGS).write_text(json.dumps(record))
     run_tool('reproduce', *REPORT[:1], 'small-batches', *REPORT[3:])
     text = Path('out/report.md').read_text()
-    assert '| UBN, batch 4 | top1 |  |  |  | 51.00 ± 1.00 | 3 done | +0.00 [+0.00, +0.00] |' in text
+    assert '| UBN, batch 4 | top1 | 51.00 ± 1.00 | 3 done | +0.00 [+0.00, +0.00] |' in text
     assert 'Not compared' not in text
 
 
