@@ -3,6 +3,7 @@
 import fnmatch
 import inspect
 import logging
+import weakref
 from collections import Counter
 from typing import Any, Dict, List, Sequence, Tuple, Union
 
@@ -131,7 +132,11 @@ def _match(norms: Dict[str, nn.Module], patterns: Patterns) -> set:
 
 def _is_fused(module: nn.Module) -> bool:
     """Whether it is one of timm's layers of norm, drop and activation, or was one before."""
-    return hasattr(module, 'act') and hasattr(module, 'drop')
+    if _drop_and_activate in module._forward_hooks.values():
+        return True
+    owner = next(kind for kind in type(module).__mro__ if 'forward' in vars(kind))
+    is_timms = owner.__module__.split('.')[0] == 'timm'
+    return is_timms and hasattr(module, 'act') and hasattr(module, 'drop')
 
 
 def _why_not(module: _BatchNorm, target: type) -> str:
@@ -335,8 +340,11 @@ def _take_hooks(module: nn.Module, new: nn.Module) -> None:
     for key, hooks in vars(module).items():
         if 'hook' in key and isinstance(hooks, dict) and hooks:
             setattr(new, key, hooks)
+            for hook in hooks.values():  # torch's wrapper hands on the layer that it was put on
+                if isinstance(getattr(hook, 'module', None), weakref.ref):
+                    hook.module = weakref.ref(new)
     new._is_full_backward_hook = module._is_full_backward_hook  # of the kind of backward hooks
-    if _is_fused(new) and _drop_and_activate not in new._forward_hooks.values():
+    if _is_fused(module) and _drop_and_activate not in new._forward_hooks.values():
         handle = new.register_forward_hook(_drop_and_activate)
         new._forward_hooks.move_to_end(handle.id, last=False)
 

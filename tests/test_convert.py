@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from own_forward import ActivatedUBN, with_forward
+from own_forward import ActivatedBatchNorm, ActivatedUBN, with_forward
 from torch import nn
 from weights import assert_same_state, difference, trained
 
@@ -234,6 +234,7 @@ OURS = f'{", ".join(FIRST)} and {LAST}'
         (with_buffer(nn.BatchNorm2d(3)), dict(type='UBN'), 'buffers mask beside those of BatchN'),
         (with_buffer(RBN(3)), dict(type='BN'), 'buffers mask beside those of RBN, which would be'),
         (with_layer(nn.BatchNorm2d(3)), dict(type='UBN'), 'layers extra beside those of BatchN'),
+        (ActivatedBatchNorm(3), dict(type='UBN'), 'ActivatedBatchNorm; BatchNorm2d, SyncBatchNorm'),
         (
             with_forward(nn.BatchNorm2d(3)),
             dict(type='UBN'),
@@ -353,6 +354,18 @@ def test_backward_hooks_move_with_their_handles(register):
     handle.remove()
     model(torch.randn(2, 3, 4, 4)).sum().backward()
     assert len(calls) == 1
+
+
+def test_a_hook_of_loading_is_given_the_new_layer():
+    model, seen = nn.Sequential(nn.BatchNorm2d(3)), []
+
+    def hook(layer, *arguments):
+        seen.append(layer)
+
+    model[0]._register_load_state_dict_pre_hook(hook, with_module=True)
+    mmubn.convert_norm(model, dict(type='UBN'))
+    model.load_state_dict(model.state_dict())
+    assert seen == [model[0]]
 
 
 def test_what_was_changed_on_the_built_layer_is_kept():

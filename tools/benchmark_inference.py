@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import List, Optional, Sequence
 
 import torch
+import torchvision
 
 from mmubn.benchmark.inference import (
     COLUMNS,
@@ -63,6 +64,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.repeats < 1 or min(args.batches) < 1 or args.size < 32:
         parser.error('--repeats and --batches begin at 1, --size at 32')
+    if args.threads is not None and args.threads < 1:
+        parser.error('--threads begins at 1')
+    if args.model not in torchvision.models.list_models(torchvision.models):
+        parser.error(f'--model: torchvision has no classifier {args.model}')
     for runtime in args.runtimes:
         if missing(runtime):
             parser.error(f'{runtime} needs {", ".join(missing(runtime))}: pip install them')
@@ -78,7 +83,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if args.docs is not None:
         check_docs(args.docs)
     warnings.filterwarnings('ignore')  # of exporters and compilers
-    if args.threads:
+    if args.threads is not None:
         torch.set_num_threads(args.threads)
     rows: List[Row] = []
     for new in Bench(args).rows():

@@ -70,6 +70,11 @@ def _owners(model: nn.Module) -> Dict[int, List[nn.Module]]:
     return owners
 
 
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy with the same parameters: what a call leaves in buffers and attributes stays there."""
+    return copy.deepcopy(model, {id(value): value for value in model.parameters()})
+
+
 class _Tracer(torch.fx.Tracer):
     """Does not look into modules that have neither a convolution nor a norm inside."""
 
@@ -103,14 +108,15 @@ def read_forward(model: nn.Module, norms: Sequence[nn.Module]) -> Calls:
         norms (Sequence[nn.Module]): The layers to find convolutions for.
 
     Raises:
-        Exception: Of any kind, where torch.fx cannot read it.
+        Exception: Of any kind, where torch.fx cannot read it, or would give its proxies to hooks.
     """
+    for name, module in model.named_modules():
+        if (module._forward_hooks or module._forward_pre_hooks) and any(module.children()):
+            raise ValueError(f'{name or "the model"} has hooks')
     parameters = inspect.signature(model.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    # On a twin of the same numbers: what forward keeps of a trace could not be saved.
     names = {id(module): name for name, module in model.named_modules()}
-    shared = {id(value): value for value in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, shared)
+    twin = _twin(model)
     tracer = _Tracer([twin.get_submodule(names[id(norm)]) for norm in norms])
     graph = tracer.trace(twin, defaults)
     kept = tracer.kept()
@@ -145,20 +151,18 @@ class _Watcher(TorchDispatchMode):
         # By the id of a tensor. Ids are given again, so a reference tells whether it is that one.
         self._made: Dict[int, Tuple[weakref.ref, nn.Module, List[Optional[nn.Module]]]] = {}
         self._owners = _owners(model)
-        self._handles = []
-        for module in model.modules():
+        self.twin = _twin(model)  # which runs, and ends with its hooks
+        self._original = dict(zip(self.twin.modules(), model.modules()))
+        watched = {id(norm) for norm in norms}
+        for module, original in self._original.items():
             if isinstance(module, CONVOLUTIONS):
                 self._watch(module, self._enter, self._convolved)
-        for norm in norms:
-            self._watch(norm, self._normalizes, self._leave)
+            elif id(original) in watched:
+                self._watch(module, self._normalizes, self._leave)
 
     def _watch(self, module: nn.Module, before: Any, after: Any) -> None:
-        self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        self._handles.append(module.register_forward_hook(after))
-
-    def remove_hooks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        module.register_forward_hook(after)
 
     def _enter(self, module: nn.Module, args: Tuple, kwargs: Dict[str, Any]) -> None:
         self._read((args, kwargs))
@@ -170,11 +174,13 @@ class _Watcher(TorchDispatchMode):
     def _convolved(self, module: nn.Module, args: Tuple, output: Tensor) -> None:
         self._inside -= 1
         readers: List[Optional[nn.Module]] = []
+        module = self._original[module]
         self.calls.outputs[id(module)].append(readers)
         self._made[id(output)] = weakref.ref(output), module, readers
 
     def _normalizes(self, module: nn.Module, args: Tuple, kwargs: Dict[str, Any]) -> None:
         (x,) = (*args, *kwargs.values())
+        module = self._original[module]
         source, readers = self._maker(x)
         self.calls.inputs[id(module)].append(source)
         readers.append(module)
@@ -207,29 +213,40 @@ class _Watcher(TorchDispatchMode):
 def watch_run(
     model: nn.Module, norms: Sequence[nn.Module], example_inputs: Optional[Tuple] = None
 ) -> Calls:
-    """The calls of one run.
+    """The calls of one run of a copy.
 
     Args:
         model (nn.Module): In evaluation mode.
         norms (Sequence[nn.Module]): The layers to find convolutions for.
         example_inputs (tuple, optional): Positional arguments of the model. Without them it
-            runs on an image of noise, 1×C×224×224, with C that of its first convolution; of
-            a model with ``extract_feat``, as OpenMMLab's have it, that alone runs.
+            runs on an image of noise, 1×C×224×224, with C that of its first convolution.
+            Where it cannot, and has ``extract_feat`` as OpenMMLab's models do, that runs.
 
     Returns:
         Calls: Of layers that the run did not come to there are none.
+
+    Raises:
+        Exception: Of any kind, where the model cannot run on them.
     """
-    function = model
-    if example_inputs is None:
-        function = getattr(model, 'extract_feat', model)
-        example_inputs = (_noise(model),)
-    watcher = _Watcher(model, norms)
+    if example_inputs is not None:
+        return _watch_call(model, norms, 'forward', example_inputs)
+    noise = _noise(model)
     try:
-        with torch.no_grad(), watcher:
-            result = function(*example_inputs)
-        return watcher.finish(result)
-    finally:
-        watcher.remove_hooks()
+        return _watch_call(model, norms, 'forward', (noise,))
+    except Exception:  # whatever a detector raises that wants more than an image
+        if not hasattr(model, 'extract_feat'):
+            raise
+    return _watch_call(model, norms, 'extract_feat', (noise,))
+
+
+def _watch_call(
+    model: nn.Module, norms: Sequence[nn.Module], method: str, inputs: Sequence[Any]
+) -> Calls:
+    watcher = _Watcher(model, norms)
+    function = watcher.twin if method == 'forward' else getattr(watcher.twin, method)
+    with torch.no_grad(), watcher:
+        result = function(*inputs)
+    return watcher.finish(result)
 
 
 def _noise(model: nn.Module) -> Tensor:

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers.leaf import Leaf
 from ..ops import Buffers, Parameters, Settings
 from ..ops import backend as backends
 from ..ops.interface import Backend
@@ -151,7 +152,7 @@ def fold(norm: nn.Module) -> Tuple[Fold, Optional[Constants]]:
     return Fold(scale, offset), rest
 
 
-class InferenceNorm(nn.Module):
+class InferenceNorm(Leaf, nn.Module):
     r"""A norm layer prepared for inference.
 
     .. math::
@@ -167,6 +168,9 @@ class InferenceNorm(nn.Module):
 
     Shape:
         - Input: V, (N, C, H, W). Output: the same.
+
+    Raises:
+        ValueError: The input is not 4D or has another number of channels.
     """
 
     def __init__(self, constants: Constants, dtype: torch.dtype, owns_input: bool) -> None:
@@ -190,6 +194,7 @@ class InferenceNorm(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # BatchNorm's name, which some give
         v, affine = input, self.affine
+        _check_input(v, self._ones)
         in_place = self.owns_input and not v.requires_grad
         # Without a convolution, a large image is better changed in place, by torch.
         aside = affine is None and in_place and v.numel() >= _LARGE
@@ -232,12 +237,15 @@ class InferenceNorm(nn.Module):
         return ', '.join(filter(None, (offset, factor)))
 
 
-class DepthwiseConv2d(nn.Conv2d):
+class DepthwiseConv2d(Leaf, nn.Conv2d):
     """The depthwise convolution with T and beta, by a backend's own code where there is one.
 
     Args:
         constants (Constants): T and beta among them.
         dtype (torch.dtype): Of weight and bias.
+
+    Raises:
+        ValueError: The input is not 4D or has another number of channels.
     """
 
     def __init__(self, constants: Constants, dtype: torch.dtype) -> None:
@@ -261,6 +269,7 @@ class DepthwiseConv2d(nn.Conv2d):
         _add_neutral(self, constants.taps, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
+        _check_input(input, self._ones)
         backend = _backend(input, self)
         if backend is None:
             return super().forward(input)
@@ -273,6 +282,12 @@ def _add_neutral(module: nn.Module, taps: Tensor, dtype: torch.dtype) -> None:
     ones = taps.new_ones(len(taps), dtype=dtype)
     module.register_buffer('_ones', ones, persistent=False)
     module.register_buffer('_zeros', torch.zeros_like(ones), persistent=False)
+
+
+def _check_input(v: Tensor, ones: Tensor) -> None:
+    """Raises a ValueError on a wrong shape: the backends read what they are given."""
+    if v.dim() != 4 or v.shape[1] != len(ones):
+        raise ValueError(f'expected an input of shape (N, {len(ones)}, H, W), got {tuple(v.shape)}')
 
 
 def _backend(v: Tensor, affine: Optional[nn.Conv2d]) -> Optional[Backend]:

@@ -3,7 +3,8 @@
 import copy
 import logging
 from collections import Counter
-from typing import Any, Iterator, List, NamedTuple, Optional, Tuple
+from functools import partial
+from typing import Any, Dict, FrozenSet, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class PreparedLayer(NamedTuple):
 
 
 def prepare_for_inference(
-    model: nn.Module, example_inputs: Optional[Tuple[Any, ...]] = None
+    model: nn.Module, example_inputs: Union[Tuple[Any, ...], Tensor, None] = None
 ) -> nn.Module:
     r"""A copy of a model for inference alone, with the same outputs and cheap norm layers.
 
@@ -59,15 +60,17 @@ def prepare_for_inference(
 
     Args:
         model (nn.Module): In evaluation mode. It is left as it is.
-        example_inputs (tuple, optional): Positional arguments of one call of the model, which
-            is run and watched; for a detector, for example, ``(images, data_samples,
-            'predict')``. Needed if layers are reported as not called.
+        example_inputs (tuple | Tensor, optional): Positional arguments of one call of the
+            model, or its only one. The call is run and watched; for a detector, for example,
+            ``(images, data_samples, 'predict')``. Needed if layers are reported as not called.
 
     Returns:
         nn.Module: The copy, without gradients for its parameters. Its state dict differs from
-        the model's. So save the copy by ``torch.save``, or prepare the model again.
+        the model's, and it refuses the model's. So save the copy by ``torch.save``, or prepare
+        the model again.
 
     Raises:
+        TypeError: ``example_inputs`` is neither a tuple nor a tensor.
         ValueError: The model is in training mode, compiled, wrapped for several processes,
             prepared already, on several devices, or has no such layer; the example inputs
             are on another device.
@@ -76,6 +79,8 @@ def prepare_for_inference(
         >>> prepared = mmubn.prepare_for_inference(model.eval())
         >>> print(*prepared.inference_report, sep='\n')
     """
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
     _check(model, example_inputs)
     prepared = copy.deepcopy(model).requires_grad_(False)
     norms = dict(_norms(prepared))
@@ -96,8 +101,25 @@ def prepare_for_inference(
             if id(child) in by_module:
                 setattr(parent, name, by_module[id(child)])
     prepared.inference_report = report
+    gone = model.state_dict().keys() - prepared.state_dict().keys()
+    prepared._register_load_state_dict_pre_hook(partial(_refuse_unprepared, frozenset(gone)))
     _log(report)
     return prepared
+
+
+def _refuse_unprepared(
+    gone: FrozenSet[str], state_dict: Dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Raises a ValueError where a prepared model is given what the model before it held.
+
+    Loaded as far as names agree, it would leave convolutions without the norm that they took in.
+    """
+    for name in sorted(gone):
+        if prefix + name in state_dict:
+            raise ValueError(
+                f'{prefix}{name} belongs to the model before prepare_for_inference: load the '
+                'checkpoint into that model, and prepare it then'
+            )
 
 
 def _norms(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
@@ -109,6 +131,11 @@ def _norms(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
 
 def _check(model: nn.Module, example_inputs: Optional[Tuple[Any, ...]]) -> None:
     """Refuses what cannot be prepared, in one line."""
+    if not isinstance(example_inputs, (tuple, list, type(None))):
+        raise TypeError(
+            'example_inputs must be a tuple of positional arguments, or a tensor, got '
+            f'{type(example_inputs).__name__}'
+        )
     modules = dict(model.named_modules())
     if hasattr(model, 'inference_report') or any(
         isinstance(module, InferenceNorm) for module in modules.values()

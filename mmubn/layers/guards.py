@@ -9,20 +9,21 @@ module takes. And a fuser reads the running variance and adds ``eps`` to it.
 
 import sys
 import weakref
-from functools import partial
 from typing import Dict, Optional
 
-import torch.fx
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_parameter_registration_hook,
 )
 
+from .leaf import Leaf
+
 _layers: 'weakref.WeakSet[BatchNormGuard]' = weakref.WeakSet()
 
 
-class BatchNormGuard:
+class BatchNormGuard(Leaf):
     """Mixin before ``_BatchNorm``: such a pass cannot use the tensors and ``eps`` of the layer."""
 
     def __new__(cls, *args, **kwargs):
@@ -40,33 +41,13 @@ class BatchNormGuard:
     def eps(self, value: float) -> None:
         self._eps = float(value)
 
-    def __prepare_scriptable__(self):
-        """What ``torch.jit.script`` asks every module for."""
-        raise RuntimeError(
-            f'torch.jit.script cannot compile {type(self).__name__}: use torch.jit.trace or '
-            'torch.export.export on the model in evaluation (model.eval())'
-        )
-
-    def __call__(self, *args, **kwargs):
-        """Calls the layer; in a symbolic trace it is a leaf, as BatchNorm is.
-
-        Here, because hooks and what a subclass adds to forward belong into the leaf: after a
-        trace through them they would run twice.
-        """
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.fx.Proxy):
-                leaf = partial(self._leaf, value.tracer)
-                return value.tracer.call_module(self, leaf, args, kwargs)
-        return super().__call__(*args, **kwargs)
-
-    def _leaf(self, tracer: torch.fx.Tracer, *args, **kwargs) -> torch.fx.Proxy:
-        """Its call, where the tracer would look inside."""
+    def _leaf(self, *args, **kwargs):
         if _called_by('turn_on_efficient_conv_bn_eval'):
             raise TypeError(
                 f'{type(self).__name__} cannot be traced symbolically, as efficient_conv_bn_eval '
                 'does to fuse it into a convolution: turn that off'
             )
-        return tracer.create_proxy('call_module', tracer.path_of_module(self), args, kwargs)
+        return super()._leaf(*args, **kwargs)
 
 
 class _Eps(float):

@@ -392,3 +392,48 @@ def test_extract_feat_stands_for_a_detector():
     report = prepare_for_inference(trained(Detector())).inference_report
     assert [layer.convolution for layer in report] == ['backbone.conv', '']
     assert report[1].reason == 'it is not called'
+
+
+class OwnExtractFeat(Branching):
+    """A method of the name alone, which reads less than forward does."""
+
+    def extract_feat(self, x):
+        return self.norm(self.conv(x))
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.norm(y) + y.abs() if x.sum() > 0 else y
+
+
+def test_forward_itself_runs_where_it_can():
+    model = trained(OwnExtractFeat())
+    prepared = prepare_for_inference(model)
+    assert prepared.inference_report[0].reason == 'its input is read elsewhere too'
+    x = torch.rand(1, 3, 6, 6)
+    assert difference(prepared(x), model(x)) < 2e-6
+
+
+class Counting(Block):
+    def build(self):
+        self.register_buffer('calls', torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize('inputs', [None, torch.rand(1, 3, 6, 6)], ids=['read', 'watched'])
+def test_finding_leaves_the_buffers(inputs):
+    model = trained(Counting())
+    prepared = prepare_for_inference(model, inputs)
+    assert model.calls == prepared.calls == 0
+    assert prepared.inference_report[0].convolution == 'conv'
+
+
+def test_hooks_of_a_user_get_tensors():
+    seen = []
+    model = trained(nn.Sequential(Block(), nn.ReLU()))
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    prepared = prepare_for_inference(model)
+    assert prepared.inference_report[0].convolution == '0.conv'
+    assert {type(value) for value in seen} <= {torch.Tensor}

@@ -270,3 +270,43 @@ def test_refuses_in_one_line(make, message):
 def test_refuses_examples_on_another_device():
     with pytest.raises(ValueError, match=r'^example_inputs are on meta, the model is on cpu$'):
         prepare_for_inference(network(), (torch.randn(1, 3, 32, 32, device='meta'),))
+
+
+def test_one_tensor_is_one_argument():
+    model = network()
+    prepared = prepare_for_inference(model, torch.rand(2, 3, 64, 64))
+    assert all(layer.convolution for layer in prepared.inference_report)
+    with pytest.raises(TypeError, match='a tuple of positional arguments, or a tensor, got dict'):
+        prepare_for_inference(model, dict(x=torch.rand(2, 3, 64, 64)))
+
+
+@pytest.mark.parametrize('strict', [True, False])
+def test_refuses_the_state_of_the_model_before(strict, tmp_path):
+    """Loaded as far as names agree, it would give another network."""
+    model = network()
+    prepared = prepare_for_inference(model)
+    own = copy.deepcopy(prepared.state_dict())
+    torch.save(prepared, tmp_path / 'prepared.pt')  # with what refuses
+    prepared = torch.load(tmp_path / 'prepared.pt', weights_only=False)
+    with pytest.raises(ValueError, match=r'^bn1.bias belongs to the model before'):
+        prepared.load_state_dict(model.state_dict(), strict=strict)
+    prepared.load_state_dict(own)
+    assert_same_state(prepared, own)
+
+
+@pytest.mark.parametrize('kind', ['UBN', 'RBN', 'BNET'])
+@pytest.mark.parametrize('shape', [(1, 9, 6, 6), (1, 1, 6, 6), (8, 6, 6), (1, 8, 6, 6, 6)])
+def test_another_shape_is_refused(kind, shape):
+    """The C++ would read beyond it."""
+    prepared = prepare_for_inference(trained(getattr(layers, kind)(8)))
+    with pytest.raises(ValueError, match=r'expected an input of shape \(N, 8, H, W\), got'):
+        prepared(torch.ones(shape))
+
+
+def test_a_symbolic_trace_takes_its_layers_as_one():
+    prepared = prepare_for_inference(network())
+    traced = torch.fx.symbolic_trace(prepared)
+    x = torch.rand(2, 3, 64, 64)
+    assert torch.equal(traced(x), prepared(x))
+    with pytest.raises(RuntimeError, match='cannot compile InferenceNorm: use '):
+        torch.jit.script(prepared)
