@@ -12,6 +12,21 @@ from .layers.base import recomputing
 from .ops import mean_cosine_similarity
 from .ops.utils import compiling
 
+# Whether what runs is no step of the training, so no recorder is to see it.
+_paused = False
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """In which no recorder sees anything."""
+    global _paused
+    before, _paused = _paused, True
+    try:
+        yield
+    finally:
+        _paused = before
+
+
 QUANTITIES = ('input', 'output', 'batch_statistics_used', 'running_similarity')
 
 
@@ -106,7 +121,7 @@ class CondensationRecorder:
     def _hook(self, name: str):
         @torch.no_grad()
         def observe(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-            if compiling() or recomputing():
+            if _paused or compiling() or recomputing():
                 return
             # By place or by name, which is not the same in all norms.
             x = [*args, *kwargs.values()][0]
@@ -136,8 +151,9 @@ class CondensationRecorder:
         for row, (name, module) in zip(state, self.layers.items()):
             if name in self._totals:
                 row[:3] = self._totals[name].cpu()
-            if getattr(module, 'fct', None) is not None:
-                row[3] = torch.tensor([float(module.running_similarity), 1.0])
+            tau = getattr(module, 'running_similarity', None)
+            if tau is not None and module.fct is not None:
+                row[3] = torch.tensor([float(tau), 1.0])
         return state
 
     def to_dict(self, state: Optional[Tensor] = None) -> Dict[str, Dict[str, Any]]:

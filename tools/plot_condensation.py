@@ -56,7 +56,10 @@ def main(arguments: Optional[List[str]] = None) -> None:
             run.name = str(run.folder)
     for run in runs:
         if not run.table(args.where).layers:
-            raise SystemExit(f'{run.folder}/condensation.csv: no rows of --where {args.where}')
+            places = ', '.join(sorted({row['where'] for row in run.rows})) or 'none'
+            raise SystemExit(
+                f'{run.folder}/condensation.csv: no rows of --where {args.where}; it has {places}'
+            )
     out.mkdir(parents=True, exist_ok=True)
     metric = choose_metric(runs, args.metric)
     curves = draw_curves(runs, args.where, args.threshold, metric)

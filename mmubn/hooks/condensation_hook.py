@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..condensation import QUANTITIES, CondensationRecorder, record_condensation
 from .condensation_table import CondensationTable
+from .random_state import isolated_random
 
 _SHOWN_NAMES = 8
 
@@ -141,15 +142,7 @@ class CondensationHook(Hook):
                 runner.logger.warning(note)
             kept = self._table.rows
             self._gates = _gates(kept)
-        try:
-            fixed = self._measure_batch(runner)
-        except Exception as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise RuntimeError(
-                'CondensationHook: its fixed batch does not go through the model at once; set '
-                'fixed_samples to fewer images where memory is short, or to 0 to train without '
-                f'such a batch: {reason}'
-            ) from error
+        fixed = self._measure_batch(runner)
         if fixed is not None and not kept:
             self._record(runner, runner.epoch, runner.iter, {'fixed': fixed})
         self._last_iter = runner.iter
@@ -202,7 +195,7 @@ class CondensationHook(Hook):
             dataset = copy.deepcopy(dataset)
         generator = torch.Generator().manual_seed(self.seed)
         indices = torch.randperm(len(dataset), generator=generator)[: self.fixed_samples]
-        with _isolated_random(self.seed):
+        with _seeded(self.seed):
             samples = [dataset[i] for i in indices.tolist()]
         try:
             return loader.collate_fn(samples)
@@ -216,13 +209,21 @@ class CondensationHook(Hook):
         if self._batch is None:
             return None
         model = unwrapped(runner.model)
-        with (
-            record_condensation(model, self.layers) as recorder,
-            _isolated_random(self.seed),
-            _evaluation(model),
-            torch.no_grad(),
-        ):
-            _run(model, self._batch, recorder)
+        try:
+            with (
+                record_condensation(model, self.layers) as recorder,
+                _seeded(self.seed),
+                _evaluation(model),
+                torch.no_grad(),
+            ):
+                _run(model, self._batch, recorder)
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise RuntimeError(
+                'CondensationHook: its fixed batch does not go through the model at once; set '
+                'fixed_samples to fewer images where memory is short, or to 0 to train without '
+                f'such a batch: {reason}'
+            ) from error
         return _summed(recorder)
 
     def _record(self, runner, epoch: int, done: int, states: Dict[str, Tensor]) -> None:
@@ -271,19 +272,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _isolated_random(seed: int):
+def _seeded(seed: int):
     """Seeds the global random generators and puts them back as they were."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
+    with isolated_random():
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002
         torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
+        yield
 
 
 @contextmanager

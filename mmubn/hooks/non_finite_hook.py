@@ -12,7 +12,9 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from ..condensation import unrecorded
 from .condensation_hook import unwrapped
+from .random_state import RandomState, isolated_random, random_state, set_random_state
 
 _SHOWN_IMAGES = 4
 
@@ -21,10 +23,10 @@ class NonFiniteHook(Hook):
     """Keeps NaN and infinity out of the weights, and names the layer that first saw them.
 
     The hook looks at the gradients between the backward pass and the optimizer's step. If
-    one is not finite, the batch goes through the model once more. The log then names the
-    losses that are not finite, the first layer with such output, whether its input, its
-    weights or the layer itself is at fault, and the files of the images. Then the training
-    stops before the step, or skips it.
+    one is not finite, the batch goes through the model once more, with the same random
+    numbers. The log then names the losses that are not finite, the first layer with such
+    output, whether its input, its weights or the layer itself is at fault, and the files of
+    the images. Then the training stops before the step, or skips it.
 
     All processes have the same gradients, so all decide the same, without a collective.
     Mixed precision skips steps itself, when it tries a loss scale. Such a step counts only
@@ -60,13 +62,19 @@ class NonFiniteHook(Hook):
         self.action = action
         self.max_skips = max_skips
         self._skips = 0
+        self._skipped = False  # in this iteration
         self._stepped = 0  # optimizers in this iteration
-        self._batches: List[Any] = []
+        # Since the last step, each with the random state before it.
+        self._batches: List[Tuple[Any, RandomState]] = []
+        self._bad: Optional[Tensor] = None  # whether one of them had a loss that is not finite
         # Our steps, with their optimizers and the steps that these had.
         self._watching: Dict[Callable, Tuple[Any, Callable]] = {}
 
     def before_train(self, runner) -> None:
         """Starts to look at every step."""
+        self.after_train(runner)  # of a training that was broken off
+        self._skips = 0
+        self._forget()
         for wrapper in _wrappers(runner):
             self._watch_steps(runner, wrapper.optimizer)
 
@@ -77,8 +85,7 @@ class NonFiniteHook(Hook):
 
         @functools.wraps(original)
         def step(optimizer, *args, **kwargs):
-            if step in self._watching:
-                self._check_gradients(runner, optimizer)
+            if step in self._watching and self._may_step(runner, optimizer):
                 self._stepped += 1
             return original(*args, **kwargs)
 
@@ -95,40 +102,52 @@ class NonFiniteHook(Hook):
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Keeps the batch, beside those that its gradients will be added to."""
-        self._batches.append(data_batch)
+        self._batches.append((data_batch, random_state()))
         self._stepped = 0
+        self._skipped = False
 
     def after_train_iter(
         self, runner, batch_idx: int, data_batch=None, outputs: Optional[Dict] = None
     ) -> None:
         """Looks at the losses of a step that the loss scaler skipped."""
+        if outputs and 'loss' in outputs:
+            bad = (~outputs['loss'].detach().isfinite()).float()
+            self._bad = bad if self._bad is None else torch.maximum(self._bad, bad)
         wrapper = runner.optim_wrapper
         if isinstance(wrapper, OptimWrapperDict) or wrapper.should_update():
-            if not self._stepped and outputs and 'loss' in outputs:
+            if not self._stepped and not self._skipped and self._bad is not None:
                 # All processes skipped it, but perhaps one of them alone has such a loss.
-                bad = (~outputs['loss'].detach().isfinite()).float()
-                all_reduce(bad, 'max')
-                if bad:
+                all_reduce(self._bad, 'max')
+                if self._bad:
                     self._act(runner)
-            self._batches.clear()
+            if self._stepped and not self._skipped:
+                self._skips = 0
+            self._forget()
 
-    def _check_gradients(self, runner, optimizer) -> None:
-        if getattr(optimizer, 'found_inf', None) is not None:
-            return  # a fused optimizer, to which the loss scaler leaves the skipping
+    def _forget(self) -> None:
+        self._batches.clear()
+        self._bad = None
+
+    def _may_step(self, runner, optimizer) -> bool:
+        """Whether the optimizer will change its weights; acts where a gradient is not finite."""
+        found_inf = getattr(optimizer, 'found_inf', None)
+        if found_inf is not None:  # a fused optimizer, to which the loss scaler leaves the skipping
+            return not found_inf
         gradients = [p.grad for group in optimizer.param_groups for p in group['params']]
         # mmengine waits for the losses in every iteration, this costs no wait beyond that.
         sums = [g.sum(dtype=torch.float64) for g in gradients if g is not None]
         if not sums or torch.stack(sums).isfinite().all():
-            self._skips = 0
-            return
+            return bool(sums)
         self._act(runner)
         optimizer.zero_grad(set_to_none=True)  # optimizers pass over such parameters
+        return False
 
     def _act(self, runner) -> None:
         report = f'iteration {runner.iter + 1}: ' + '; '.join(
-            _describe(runner, batch) for batch in self._batches
+            _describe(runner, batch, state) for batch, state in self._batches
         )
-        self._skips += 1
+        self._skips += not self._skipped  # of several optimizers, too, one a step
+        self._skipped = True
         if self.action == 'stop':
             changed = 'No weight was changed.'
             if self._stepped:
@@ -144,12 +163,13 @@ def _wrappers(runner) -> List[OptimWrapper]:
     return list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]
 
 
-def _describe(runner, batch: Any) -> str:
+def _describe(runner, batch: Any, state: RandomState) -> str:
     """Runs a batch through the model once more and tells where it ceases to be finite."""
     model = unwrapped(runner.model)
     found: List[str] = []
     mixed_precision = _wrappers(runner)[0].optim_context(model)
     with _as_before(model), _watch(model, found), torch.no_grad(), mixed_precision:
+        set_random_state(state)
         data = model.data_preprocessor(batch, True)
         losses = model._run_forward(data, mode='loss')
     where = found[0] if found else 'every layer gives finite output, so it began after them'
@@ -164,10 +184,9 @@ def _describe(runner, batch: Any) -> str:
 
 @contextmanager
 def _as_before(model: nn.Module) -> Iterator[None]:
-    """Puts the buffers and the random generators back."""
+    """Puts the buffers and the random generators back; recorders see nothing."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
+    with isolated_random(), unrecorded():
         try:
             yield
         finally:
@@ -217,7 +236,7 @@ def _tensors(value: Any) -> List[Tensor]:
 
 def _images(batch: Any) -> str:
     samples = batch.get('data_samples') if isinstance(batch, dict) else None
-    paths = [s.img_path for s in samples or () if 'img_path' in s]
+    paths = [path for s in samples or () if (path := getattr(s, 'img_path', None))]
     if not paths:
         return ''
     more = f' and {len(paths) - _SHOWN_IMAGES} more' if len(paths) > _SHOWN_IMAGES else ''

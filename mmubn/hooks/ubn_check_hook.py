@@ -55,19 +55,24 @@ class UBNCheckHook(Hook):
             return
         training = [layer for layer in built if _requires_grad(layer)]
         evaluating = sum(not layer.training for layer in training)
-        frozen = len(built) - len(training)
         trained = len(training)
+        held = [layer for layer in built if not _requires_grad(layer)]
+        moving = sum(layer.training for layer in held)
+        frozen = len(held) - moving
         line = f'{_kinds(built)}: {len(built)} layers built, {trained} train'
         if evaluating:
             line += f', {evaluating} of them with frozen statistics (norm_eval=True)'
         if frozen:
-            line += f', {frozen} frozen (frozen_stages)'
+            line += f', {frozen} frozen (frozen_stages or requires_grad=False)'
+        if moving:
+            line += f', {moving} without gradients whose statistics move (requires_grad=False)'
         others = _others(runner.model)
         if others:
             line += f'; {len(others)} other batch norms: {_kinds(others)}'
         if not trained:
             runner.logger.warning(
-                f'{line}. None of {_kinds(built)} can train: set frozen_stages=-1 in the backbone.'
+                f'{line}. None of {_kinds(built)} can train: set frozen_stages=-1 in the backbone '
+                'and requires_grad=True in norm_cfg.'
             )
         elif self.frozen_statistics and evaluating < trained:
             runner.logger.warning(

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import logging
+import math
 import numbers
 from collections.abc import Mapping
 from typing import Any, Dict, Iterable, List, Optional
@@ -255,7 +256,7 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
         weight = state_dict.get(prefix + 'weight')
         like = state_dict.get(prefix + 'running_mean', weight)
         if like is None:  # a BatchNorm without any tensor
-            like = torch.empty(()) if self.scale_bias is None else self.scale_bias
+            like = torch.empty((), device='cpu') if self.scale_bias is None else self.scale_bias
         own = {}
         if self.kernel is not None:
             own['kernel'] = _set_identity(like.new_empty(self.kernel.shape))
@@ -267,8 +268,8 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
             if weight is None:  # nothing can absorb sigmoid(w_b), so it becomes 1
                 own['scale_bias'].fill_(40.0)
             else:
-                factor = torch.sigmoid(torch.tensor(self._initial_scale_bias, dtype=torch.float64))
-                own['weight'] = weight / factor.item()
+                factor = 1 / (1 + math.exp(-self._initial_scale_bias))
+                own['weight'] = weight / factor
         if self.bias is not None and prefix + 'bias' not in state_dict:
             own['bias'] = like.new_zeros(self.num_features)  # BNET begins with another
         if getattr(self, 'running_similarity', None) is not None:

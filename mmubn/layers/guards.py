@@ -90,8 +90,12 @@ def _refuse_replacement(module: nn.Module, name: str, value: Optional[Tensor]) -
     if isinstance(module, BatchNormGuard) or not ('Norm' in kind or 'BN' in kind):
         return
     held = _tensors(module)
-    for layer in list(_layers):
-        own = _tensors(layer)
+    if not held:
+        return
+    # Of references, which is one operation: other threads may be building layers.
+    for reference in list(_layers.data):
+        layer = reference()
+        own = {} if layer is None else _tensors(layer)
         # One tensor that two layers share is no replacement yet.
         if own.get(name) is value is not None and any(held.get(n) is own[n] for n in own):
             raise RuntimeError(
@@ -106,7 +110,7 @@ def _refuse_replacement(module: nn.Module, name: str, value: Optional[Tensor]) -
 def _tensors(module: nn.Module) -> Dict[str, Tensor]:
     """Its parameters and buffers; none of a layer that is being built."""
     groups = (module.__dict__.get(group, {}) for group in ('_parameters', '_buffers'))
-    return {name: value for group in groups for name, value in group.items() if value is not None}
+    return {n: value for group in groups for n, value in list(group.items()) if value is not None}
 
 
 # torch calls them for each tensor that a module takes, in a constructor or by assignment.

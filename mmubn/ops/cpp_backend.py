@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .cpp_build import BuildError, library
 from .interface import Backend, Buffers, Parameters, Settings, Sums
 from .torch_backend import TorchBackend, similarity_of_pairs
-from .utils import KERNEL_SIZES, copy_back, no_kernel, statistics_dtype
+from .utils import KERNEL_SIZES, copy_back, no_kernel, refuse_foreign, statistics_dtype
 
 _DTYPES = {torch.float32: 'float', torch.float64: 'double', torch.bfloat16: 'bf16'}
 
@@ -192,7 +192,7 @@ class CppBackend(Backend):
             x[0].numel(),
             torch.get_num_threads(),
         )
-        return torch.tensor(total, dtype=weight.dtype)
+        return torch.tensor(total, dtype=weight.dtype, device=x.device)
 
 
 def _output(
@@ -304,15 +304,7 @@ def _state(buffers: Buffers, settings: Settings) -> bytes:
 
 
 def _pointer(value: Optional[Tensor]) -> int:
-    return 0 if value is None else value.data_ptr() or _refuse(value)
-
-
-def _refuse(value: Tensor) -> None:
-    """A tensor that keeps its numbers elsewhere; 0 would be read as none at all."""
-    raise RuntimeError(
-        f'got mixed torch.Tensor and {type(value).__name__}: the input is plain, '
-        'a parameter or buffer is not'
-    )
+    return 0 if value is None else value.data_ptr() or refuse_foreign(value)
 
 
 def _gradient(parameter: Optional[Tensor]) -> Optional[Tensor]:

@@ -17,6 +17,8 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import List
 
@@ -108,6 +110,7 @@ def _build(command: List[str], path: Path) -> None:
     except OSError as error:
         raise BuildError(f'{path.parent} cannot be written: {error}') from error
     os.close(handle)
+    _remove_abandoned(path.parent)
     try:
         result = _run([*command, str(_SOURCES / 'step.cpp'), '-o', name])
         if result.returncode:
@@ -122,6 +125,14 @@ def _build(command: List[str], path: Path) -> None:
         os.replace(name, path)  # whole, also where several processes build at once
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Takes away what processes left that were killed while they built."""
+    for file in folder.glob('building_*.so'):
+        with suppress(OSError):  # another process may take it away
+            if time.time() - file.stat().st_mtime > 2 * _SECONDS:
+                file.unlink()
 
 
 def _run(command: List[str]) -> subprocess.CompletedProcess:

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any, NamedTuple, Optional, Tuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .interface import Backend, Buffers, Parameters, Settings, Sums
 from .utils import (
@@ -29,6 +29,7 @@ from .utils import (
     in_one_piece,
     is_dense,
     no_kernel,
+    refuse_foreign,
     statistics_dtype,
 )
 
@@ -85,6 +86,8 @@ class TritonBackend(Backend):
             return 'triton is not installed'
         if kernel_size not in KERNEL_SIZES:
             return no_kernel(kernel_size)
+        if type(x) is not Tensor and type(x) is not nn.Parameter:
+            return f'the input is a {type(x).__name__}'
         if x.is_cuda:
             return _why_no_launch(x.device)
         if os.environ.get('TRITON_INTERPRET') != '1':
@@ -115,7 +118,7 @@ class TritonBackend(Backend):
     ) -> Tuple[Tensor, Optional[Tensor], Tensor]:
         """See :meth:`mmubn.ops.interface.Backend.normalize`."""
         _, channels, height, width = x.shape
-        parameters = in_one_piece(parameters)
+        parameters = _readable_all(parameters)
         with torch.cuda.device_of(x):
             if image_mean is None and settings.needs_image_mean(parameters):
                 moments = self._moments(x, 0)
@@ -415,7 +418,7 @@ class TritonBackend(Backend):
         channels = x.shape[1]
         statistics = x.new_empty(2 * channels + 1, dtype=statistics_dtype(x.dtype))
         momentum, fct = settings.momentum, settings.fct
-        moved = in_one_piece(buffers)
+        moved = _readable_all(buffers)
         self._kernels.decide[(1,)](
             rows,
             statistics,
@@ -527,6 +530,14 @@ def _like(parameter: Optional[Tensor]) -> Optional[Tensor]:
 def _channels_last(x: Tensor) -> bool:
     """Whether neighbours in memory are channels."""
     return x.stride(1) == 1 and x.shape[1] > 1
+
+
+def _readable_all(values: Any) -> Any:
+    """As :func:`.utils.in_one_piece`; refuses what a kernel would take for None."""
+    for value in values:
+        if value is not None and not value.data_ptr():
+            refuse_foreign(value)
+    return in_one_piece(values)
 
 
 def _readable(dy: Tensor, x: Tensor) -> Tensor:

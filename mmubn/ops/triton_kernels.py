@@ -17,6 +17,8 @@ the same launch writes.
 
 Symbols as in :mod:`mmubn.ops.interface`; p is k // 2. A pointer may be None where a switch is
 off. Numbers of Python that a kernel takes are annotated as float64, or float32 would round them.
+Counts of which no address is made are not specialized: Triton would compile a kernel anew where one
+is 1 or divisible by 16.
 """
 
 import triton
@@ -73,7 +75,7 @@ def _coefficients(
     return image_mean, shift, pooled, factor, rstd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['batch', 'together'])
 def moments(
     x_ptr,
     mean_ptr,
@@ -175,7 +177,7 @@ def _image_weights(
     return weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['batch', 'parts', 'height'])
 def squared_sums(
     x_ptr,
     norm_ptr,
@@ -263,7 +265,7 @@ def _store_similarity(
     tl.store(row_ptr + 2, tl.where(defined, similarity, 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['batch', 'splits', 'count', 'pairs', 'parts', 'partials'])
 def finish_row(
     mean_ptr,
     square_ptr,
@@ -575,7 +577,7 @@ def _add_row(sums, shifted, taps, K: tl.constexpr):
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['height', 'rows'])
 def write_output(
     x_ptr,
     y_ptr,
@@ -691,7 +693,7 @@ def _multiply_row(products, shifted, dy, K: tl.constexpr):
     return added
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['batch', 'share', 'height', 'rows'])
 def sum_pixels(
     x_ptr,
     dy_ptr,
@@ -833,7 +835,7 @@ def _store_affine_gradients(
         tl.store(d_weight_ptr + c, tl.sum(sums, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['batch', 'tiles', 'parts'])
 def reduce_sums(
     d_scale_part_ptr,
     d_shift_part_ptr,
@@ -955,7 +957,7 @@ def reduce_sums(
             tl.store(center_sums_ptr + 2 * channels + c, tl.sum(centred_by_mean, 0), mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['height', 'rows'])
 def write_input_gradient(
     x_ptr,
     dy_ptr,

@@ -112,6 +112,14 @@ def is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
 
 
+def refuse_foreign(value: Tensor) -> None:
+    """For a tensor that keeps its numbers elsewhere; its address 0 would be read as none at all."""
+    raise RuntimeError(
+        f'got mixed torch.Tensor and {type(value).__name__}: the input is plain, '
+        'a parameter or buffer is not'
+    )
+
+
 def in_one_piece(values: Any) -> Any:
     """A NamedTuple of tensors, with a copy in place of each that is not contiguous."""
     if all(value is None or value.is_contiguous() for value in values):

@@ -18,7 +18,7 @@ from processes import in_processes
 from torch import nn
 from toy_runner import HOOK, ToyImages, ToyNet, column, loader, log_of, make_runner, pairwise, table
 
-from mmubn.hooks import CondensationHook
+from mmubn.hooks import CondensationHook, condensation_hook
 from mmubn.hooks.condensation_table import CondensationTable
 from mmubn.runs import read_condensation
 
@@ -298,6 +298,20 @@ class Padding(BaseDataPreprocessor):
         inputs = data['inputs']
         inputs = stack_batch(inputs) if isinstance(inputs, list) else inputs
         return dict(inputs=inputs, labels=data['labels'])
+
+
+def test_memory_that_is_short_later_has_the_advice_too(tmp_path, monkeypatch):
+    run = condensation_hook._run
+
+    def short(*arguments):
+        if runner.iter:
+            raise MemoryError('tried to allocate')
+        run(*arguments)
+
+    monkeypatch.setattr(condensation_hook, '_run', short)
+    runner = make_runner(tmp_path, hooks=[HOOK], epochs=1)
+    with pytest.raises(RuntimeError, match=r'set fixed_samples to fewer images .*: tried to allo'):
+        runner.train()
 
 
 def test_images_of_several_sizes_are_padded_where_the_model_can(tmp_path):

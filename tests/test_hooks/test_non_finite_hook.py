@@ -1,8 +1,10 @@
 """Steps with NaN are stopped or skipped, and traced to the layer they come from."""
 
 import copy
+import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from mmengine.hooks import Hook
@@ -168,6 +170,47 @@ def test_steps_that_a_loss_scaler_skips_count_where_a_loss_is_bad(tmp_path):
         run(tmp_path / 'spoilt', ubn_net(), spoilt=[17], optim_wrapper=wrapper)
 
 
+class Scaler(OptimWrapper):
+    """Skips the steps whose gradient is not finite, as that of mixed precision does."""
+
+    def step(self, **kwargs):
+        gradients = [p.grad for g in self.optimizer.param_groups for p in g['params']]
+        if all(g.isfinite().all() for g in gradients if g is not None):
+            super().step(**kwargs)
+
+
+@pytest.mark.parametrize('image', [1, 9])
+def test_a_bad_loss_in_any_of_the_accumulated_batches_counts(image, tmp_path):
+    OPTIM_WRAPPERS.register_module(module=Scaler, force=True)
+    wrapper = dict(type='Scaler', optimizer=dict(type='SGD', lr=0.1), accumulative_counts=2)
+    with pytest.raises(FloatingPointError, match=r'iteration 2: .*the losses loss are not finite'):
+        run(tmp_path, ubn_net(), spoilt=[image], optim_wrapper=wrapper)
+
+
+class Fused(torch.optim.SGD):
+    """As one to which the loss scaler hands its finding."""
+
+    def step(self, closure=None):
+        found_inf, self.found_inf = self.found_inf, None
+        if not found_inf:
+            super().step(closure)
+
+
+class HandsOn(OptimWrapper):
+    def step(self, **kwargs):
+        gradients = [p.grad for g in self.optimizer.param_groups for p in g['params']]
+        sums = torch.stack([g.sum() for g in gradients if g is not None])
+        self.optimizer.found_inf = (~sums.isfinite().all()).float()
+        super().step(**kwargs)
+
+
+def test_a_fused_optimizer_that_skips_has_not_stepped(tmp_path):
+    model = ubn_net()
+    wrapper = HandsOn(Fused(model.parameters(), 0.1))
+    with pytest.raises(FloatingPointError, match='iteration 3: the losses loss are not finite'):
+        run(tmp_path, model, spoilt=[17], optim_wrapper=wrapper)
+
+
 class TwoOptimizers(ToyNet):
     """Trains its last layer with an optimizer of its own."""
 
@@ -198,6 +241,19 @@ class FirstSteps(TwoOptimizers):
         for wrapper in optim_wrapper.values():
             wrapper.step()
         return dict(loss=loss)
+
+
+def test_skips_of_one_optimizer_of_two_are_skips_in_a_row(tmp_path):
+    model = FirstSteps()
+    groups = dict(stem=model.stem.parameters(), fc=model.fc.parameters())
+    wrappers = {key: OptimWrapper(torch.optim.SGD(group, 0.1)) for key, group in groups.items()}
+    with pytest.raises(FloatingPointError, match=r'iteration 2: .* 2 such steps in a row'):
+        run(
+            tmp_path,
+            model,
+            hook=dict(SKIP, max_skips=2),
+            optim_wrapper=OptimWrapperDict(**wrappers),
+        )
 
 
 def test_says_that_another_optimizer_has_stepped(tmp_path):
@@ -268,6 +324,64 @@ def test_a_step_of_an_earlier_training_looks_no_more(tmp_path):
     runner.train_dataloader.dataset.images.fill_(float('nan'))
     with pytest.raises(FloatingPointError, match='in a row'):
         runner.train()
+
+
+def test_a_training_that_was_broken_off_is_watched_once(tmp_path):
+    class Interrupted(Hook):
+        def after_train_iter(self, runner, *args, **kwargs):
+            if runner.iter == 1 and not runner.train_dataloader.dataset.images.isnan().any():
+                raise KeyboardInterrupt
+
+    runner = make_runner(
+        tmp_path, ubn_net(), [dict(SKIP, max_skips=2), Interrupted()], val=False, epochs=1
+    )
+    with pytest.raises(KeyboardInterrupt):
+        runner.train()
+    runner.train_loop._epoch = runner.train_loop._iter = 0
+    runner.train_dataloader.dataset.images.fill_(float('nan'))
+    with pytest.raises(FloatingPointError, match='2 such steps in a row'):
+        runner.train()
+
+
+class Mixed(ToyNet):
+    """Its forward draws from all generators, and one draw gives NaN."""
+
+    def forward(self, inputs, labels, mode='tensor'):
+        drawn = [random.random(), np.random.rand(), float(torch.rand(()))]  # noqa: NPY002
+        self.draws.append(drawn)
+        if len({tuple(d) for d in self.draws}) == 2:
+            inputs = inputs * float('nan')
+        return super().forward(inputs, labels, mode)
+
+
+def test_looks_again_with_the_same_random_numbers(tmp_path):
+    model = Mixed()
+    model.draws = []
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    torch.manual_seed(0)
+    run(tmp_path, model, hook=SKIP)
+    once = model.draws[:2] + model.draws[3:]
+    assert model.draws[2] == model.draws[1]
+    assert len({tuple(d) for d in once}) == len(once) == 4
+    model.draws = []
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    expected = [(random.random(), np.random.rand()) for _ in once]  # noqa: NPY002
+    assert [tuple(d[:2]) for d in once] == expected
+
+
+def test_a_second_look_is_not_recorded(tmp_path):
+    model = ubn_net()
+    model.dropout = BrokenBackward()
+    runner = make_runner(
+        tmp_path, model, [SKIP, dict(type='CondensationHook', interval=1)], val=False, epochs=1
+    )
+    (hook,) = (hook for hook in runner.hooks if type(hook).__name__ == 'CondensationHook')
+    counts, end = [], hook._end_period
+    hook._end_period = lambda *args: (counts.append(hook._seen[:, 0, 1].tolist()), end(*args))
+    runner.train()
+    assert counts == [[4.0, 8.0]]  # the second layer is called twice
 
 
 @pytest.mark.parametrize(

@@ -60,13 +60,13 @@ def test_batch_norms_beside_ours_are_listed(tmp_path):
 
 
 def test_some_are_held(tmp_path):
-    model = Held(evaluate=['norm'], freeze=['more.0'])
+    model = Held(evaluate=['norm', 'more.0'], freeze=['more.0'])
     # Only what the model's own train() does holds them, not the mode it came in.
     model.requires_grad_(True).eval()
     assert checked(tmp_path, model) == (
         'INFO',
         'RBN, UBN: 3 layers built, 2 train, 1 of them with frozen statistics (norm_eval=True), '
-        '1 frozen (frozen_stages)'
+        '1 frozen (frozen_stages or requires_grad=False)'
         '; 1 other batch norms: BatchNorm2d',
     )
 
@@ -75,8 +75,17 @@ def test_none_can_train(tmp_path):
     held = ['norm', 'more.0', 'more.1']
     level, line = checked(tmp_path, Held(evaluate=held, freeze=held))
     assert level == 'WARNING'
-    assert line.startswith('RBN, UBN: 3 layers built, 0 train, 3 frozen (frozen_stages)')
-    assert line.endswith('None of RBN, UBN can train: set frozen_stages=-1 in the backbone.')
+    assert line.startswith('RBN, UBN: 3 layers built, 0 train, 3 frozen (frozen_stages or')
+    assert line.endswith(
+        'None of RBN, UBN can train: set frozen_stages=-1 in the backbone and requires_grad=True '
+        'in norm_cfg.'
+    )
+
+
+def test_without_gradients_the_statistics_move(tmp_path):
+    level, line = checked(tmp_path, Held(freeze=['norm', 'more.0', 'more.1']))
+    assert level == 'WARNING'
+    assert '0 train, 3 without gradients whose statistics move (requires_grad=False)' in line
 
 
 def test_all_with_frozen_statistics(tmp_path):

@@ -182,8 +182,9 @@ def test_a_file_without_metadata_is_batch_norms(make_layer):
 
 def test_batch_norm_on_meta_by_assignment(make_layer):
     bn = trained(nn.BatchNorm2d(4))
-    layer = make_layer(4, device='meta')
-    assert not any(layer.load_state_dict(bn.state_dict(), assign=True))
+    with torch.device('meta'):
+        layer = make_layer(4)
+        assert not any(layer.load_state_dict(bn.state_dict(), assign=True))
     x = torch.randn(3, 4, 5, 5)
     torch.testing.assert_close(layer.eval()(x), bn(x))
     for name, parameter in layer.named_parameters():

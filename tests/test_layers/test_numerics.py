@@ -89,6 +89,26 @@ def test_huge_activations(make_layer, backend):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
+def test_similarity_is_on_the_device_of_its_input():
+    x = torch.randn(4, 3, 2, 2)
+    with torch.device('meta'):
+        assert mean_cosine_similarity(x).device == x.device
+
+
+@pytest.mark.parametrize('backend', ['auto', 'torch'])
+def test_at_momentum_1_nothing_is_left_of_the_old_statistics(backend):
+    """PreciseBN reads the statistics of a batch so."""
+    layer = RBN(3, momentum=1.0, backend=backend)
+    bn = nn.BatchNorm2d(3, momentum=1.0)
+    x = 0.1 * torch.randn(4, 3, 5, 5)
+    for norm in (layer, bn):
+        norm.running_var.fill_(1e7)
+        norm.running_mean.fill_(1e7)
+        norm(x)
+    torch.testing.assert_close(layer.running_var, bn.running_var)
+    torch.testing.assert_close(layer.running_mean, bn.running_mean)
+
+
 def test_zero_vectors_have_no_similarity():
     x = torch.randn(6, 3, 4, 4, dtype=torch.double)
     x[[1, 4]] = 0

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -371,6 +372,19 @@ def test_compiler_that_fails(fresh, tmp_path):
     with pytest.raises(cpp_build.BuildError, match='false failed'):
         cpp_build.library('float', 3)
     assert not list((tmp_path / 'cache').iterdir())  # nothing half made
+
+
+def test_what_a_killed_build_left_goes(fresh, tmp_path):
+    folder = tmp_path / 'cache'
+    folder.mkdir(mode=0o700)
+    for name, age in (('building_old.so', 3600), ('building_new.so', 60), ('step_old.so', 3600)):
+        (folder / name).touch()
+        os.utime(folder / name, times=(time.time() - age,) * 2)
+    fresh.setenv('CXX', '/bin/false')
+    fresh.setenv('MMUBN_CACHE', str(folder))
+    with pytest.raises(cpp_build.BuildError, match='false failed'):
+        cpp_build.library('float', 3)
+    assert {path.name for path in folder.iterdir()} == {'building_new.so', 'step_old.so'}
 
 
 def test_compiler_with_arguments(fresh, tmp_path):

@@ -459,6 +459,22 @@ def test_at_most_five_launches_forward_and_four_backward(
         assert 1 <= len(backward) <= 4, backward
 
 
+@pytest.mark.usefixtures('one_process')
+def test_parameters_and_inputs_that_keep_their_numbers_elsewhere():
+    """A kernel would read address 0 as None."""
+    tensor = pytest.importorskip('torch.distributed.tensor')
+    mesh = tensor.init_device_mesh('cpu', (1,))
+
+    def there(value):
+        return tensor.distribute_tensor(value.detach(), mesh, [tensor.Replicate()])
+
+    layer, x = UBN(4, backend='triton'), torch.randn(2, 4, 5, 5)
+    assert TRITON.why_not(there(x), 3) == 'the input is a DTensor'
+    layer.center_weight = torch.nn.Parameter(there(layer.center_weight))
+    with pytest.raises(RuntimeError, match=r'mixed torch\.Tensor and DTensor'):
+        layer.eval()(x)
+
+
 def compile_all(*arguments):
     script = Path(__file__).with_name('compile_kernels.py')
     output = subprocess.run(

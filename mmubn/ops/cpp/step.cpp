@@ -426,6 +426,12 @@ void coefficients(const Layer& l, const A* mean, const A* mu, const A* rstd, int
   for (int64_t i = 0; i < count; i++) scale[i] *= r[i];
 }
 
+// As torch's: exact at both ends.
+A lerp(A start, A end, A weight) {
+  const A apart = end - start;
+  return weight < A(0.5) ? start + weight * apart : end - apart * (1 - weight);
+}
+
 // mu, 1 / sigma and the weight of a value in mu, from the rows of all processes; moves the state.
 void statistics(const Layer& l, const State& s, const A* rows, int64_t ranks, A* mu, A* rstd,
                 A* share) {
@@ -455,7 +461,7 @@ void statistics(const Layer& l, const State& s, const A* rows, int64_t ranks, A*
   if (s.gated && s.update) {
     const A newest = A(similarity / pairs);
     if (std::isfinite(newest))
-      *s.running_similarity += A(s.similarity_weight) * (newest - *s.running_similarity);
+      *s.running_similarity = lerp(*s.running_similarity, newest, A(s.similarity_weight));
     open = *s.running_similarity > A(s.fct) || *s.num_batches_tracked < s.warmup;
     *s.gate = open;
   } else if (s.gated) {
@@ -470,8 +476,8 @@ void statistics(const Layer& l, const State& s, const A* rows, int64_t ranks, A*
       ++*s.num_batches_tracked;
       const A m = A(s.cumulative ? 1.0 / *s.num_batches_tracked : s.momentum);
       for (int64_t c = 0; c < C; c++) {
-        s.running_mean[c] += m * (A(mean[c]) - s.running_mean[c]);
-        s.running_var[c] += m * (A(var[c] * unbias) - s.running_var[c]);
+        s.running_mean[c] = lerp(s.running_mean[c], A(mean[c]), m);
+        s.running_var[c] = lerp(s.running_var[c], A(var[c] * unbias), m);
       }
     }
   }
