@@ -75,7 +75,7 @@ def _coefficients(
     return image_mean, shift, pooled, factor, rstd
 
 
-@triton.jit(do_not_specialize=['batch', 'together'])
+@triton.jit(do_not_specialize=['batch'])
 def moments(
     x_ptr,
     mean_ptr,
@@ -177,7 +177,7 @@ def _image_weights(
     return weight
 
 
-@triton.jit(do_not_specialize=['batch', 'parts', 'height'])
+@triton.jit(do_not_specialize=['height'])
 def squared_sums(
     x_ptr,
     norm_ptr,
@@ -693,7 +693,7 @@ def _multiply_row(products, shifted, dy, K: tl.constexpr):
     return added
 
 
-@triton.jit(do_not_specialize=['batch', 'share', 'height', 'rows'])
+@triton.jit(do_not_specialize=['height', 'rows'])
 def sum_pixels(
     x_ptr,
     dy_ptr,

@@ -45,14 +45,15 @@ class Compiled:
         signature, constants, attributes = {}, {}, {}
         for index, (parameter, value) in enumerate(zip(self.kernel.params, arguments)):
             is_tensor = isinstance(value, torch.Tensor)
-            if parameter.is_constexpr or value is None or (not is_tensor and value == 1):
+            is_special = not is_tensor and not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (is_special and value == 1):
                 signature[parameter.name] = 'constexpr'
                 constants[(index,)] = value
             elif isinstance(value, float):
                 signature[parameter.name] = parameter.annotation_type or 'fp32'
             else:
                 signature[parameter.name] = '*' + TYPES[value.dtype] if is_tensor else 'i32'
-                if is_tensor or value % 16 == 0:
+                if is_tensor or (is_special and value % 16 == 0):
                     attributes[(index,)] = [['tt.divisibility', 16]]
         assert len(arguments) == len(self.kernel.params), self.kernel.__name__
         source = ASTSource(self.kernel, signature, constants, attributes)
