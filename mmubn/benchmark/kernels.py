@@ -31,6 +31,7 @@ OTHER_TILES = [
     Tiles(columns=64),
     *(Tiles(rows=rows) for rows in (4, 16)),
     *(Tiles(programs=programs) for programs in (512, 2048, 4096)),
+    *(Tiles(ahead=ahead) for ahead in (1, 2, 4)),
 ]
 OTHER_TILES.remove(Tiles())
 # The kernels in their order, with their reads and writes of tensors of X's size.

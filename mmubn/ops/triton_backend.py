@@ -56,6 +56,9 @@ class Tiles(NamedTuple):
     # At least, times k: the k - 1 that two tiles read must not weigh much.
     rows: int = 8
     programs: int = _ENOUGH_PROGRAMS
+    # Rows that memory is asked for before they are needed. They take registers and instructions,
+    # and pay where the rows come from DRAM and too few programs are there to wait for it.
+    ahead: int = 0
 
 
 class _Rest(NamedTuple):
@@ -146,6 +149,7 @@ class TritonBackend(Backend):
                 settings.scale_from_input,
                 *tiling.blocks,
                 parameters.kernel_size,
+                self.tiles.ahead,
                 num_warps=self.tiles.warps,
             )
         return y, image_mean, statistics
@@ -196,6 +200,7 @@ class TritonBackend(Backend):
                 settings.scale_from_input,
                 *tiling.blocks,
                 size,
+                self.tiles.ahead,
                 num_warps=self.tiles.warps,
             )
             weight, calibrated = parameters.weight, parameters.scale_weight is not None
@@ -283,6 +288,7 @@ class TritonBackend(Backend):
                 settings.scale_from_input,
                 *tiling.blocks,
                 parameters.kernel_size,
+                self.tiles.ahead,
                 num_warps=self.tiles.warps,
             )
         return dx, d_center_weight

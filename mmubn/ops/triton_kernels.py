@@ -541,6 +541,7 @@ def _load_taps(
 @triton.jit
 def _load_row(
     place,
+    center,
     inside,
     w,
     width,
@@ -552,18 +553,30 @@ def _load_row(
 ):
     """A row from -p to p columns aside, zero outside of the image; plus ``shift`` where SHIFTED.
 
-    ``inside`` masks channels, columns and the row.
+    ``inside`` masks channels, columns and the row; ``center`` is what was read ahead of it.
     """
     shifted = ()
     for j in tl.static_range(K):
         column = w[None, :] + (j - K // 2)
         mask = inside & (column >= 0) & (column < width)
-        # Added last: where the stride is 1, no instruction but a part of the load's address.
-        x = _load(place + (j - K // 2) * stride_w, mask, DTYPE)
+        x = center.to(DTYPE)
+        if j != K // 2:
+            # Added last: where the stride is 1, no instruction but a part of the load's address.
+            x = _load(place + (j - K // 2) * stride_w, mask, DTYPE)
         if SHIFTED:
             x = tl.where(mask, x + shift, 0.0)
         shifted = shifted + (x,)
     return shifted
+
+
+@triton.jit
+def _read_ahead(place, stride, columns, row, first, last, ROWS: tl.constexpr):
+    """``row`` and the next ones, as they are in memory, zero outside of [first, last)."""
+    rows = ()
+    for i in tl.static_range(ROWS):
+        mask = columns & (row + i >= first) & (row + i < last)
+        rows = rows + (tl.load(place + i * stride, mask=mask, other=0.0),)
+    return rows
 
 
 @triton.jit
@@ -605,6 +618,7 @@ def write_output(
     BLOCK_C: tl.constexpr,
     BLOCK_W: tl.constexpr,
     K: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """``Y = dwconv(a (X + h); K) + beta``."""
     DTYPE: tl.constexpr = statistics_ptr.dtype.element_ty
@@ -633,10 +647,15 @@ def write_output(
     out = _place(y_ptr, n, c, first - K // 2 * 2, w, y_stride_n, y_stride_c, y_stride_h, y_stride_w)
     sums = (bias,) * K
     last = tl.minimum(first + rows, height)
+    end = tl.minimum(last + K // 2, height)
+    ahead = _read_ahead(place, stride_h, columns, first - K // 2, 0, end, AHEAD)
     for step in range(last - first + 2 * (K // 2)):
         q = first - K // 2 + step
         inside = columns & (q >= 0) & (q < height)
-        shifted = _load_row(place, inside, w, width, stride_w, shift, True, DTYPE, K)
+        further = place + AHEAD * stride_h
+        ahead = ahead + _read_ahead(further, stride_h, columns, q + AHEAD, 0, end, 1)
+        center, ahead = ahead[0], ahead[1:]
+        shifted = _load_row(place, center, inside, w, width, stride_w, shift, True, DTYPE, K)
         sums = _add_row(sums, shifted, taps, K)
         h = q - K // 2
         y = sums[K - 1].to(y_ptr.dtype.element_ty)
@@ -726,6 +745,7 @@ def sum_pixels(
     BLOCK_C: tl.constexpr,
     BLOCK_W: tl.constexpr,
     K: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """A program's pixels of dY meet all of X within p of them, image after image of its share.
 
@@ -736,6 +756,7 @@ def sum_pixels(
     group, c, w, first = _program(channels, width, rows, BLOCK_C, BLOCK_W)
     tile = tl.program_id(1).to(tl.int64)
     last = tl.minimum(first + rows, height)
+    end = tl.minimum(last + K // 2, height)
     columns = (c[:, None] < channels) & (w[None, :] < width)
     zero = tl.zeros([BLOCK_C, BLOCK_W], DTYPE)
     taps = _load_taps(weight_ptr, kernel_ptr, 1.0, c, channels, DTYPE, K, REVERSE=False)
@@ -765,15 +786,25 @@ def sum_pixels(
         products = (zero,) * (K * K)
         d_x_r = zero
         dys = (zero,) * K  # rows h + p, ..., h - p of dY, zero outside of the tile
+        ahead = _read_ahead(place, stride_h, columns, first - K // 2, 0, end, AHEAD)
+        dy_ahead = _read_ahead(dy_place, dy_stride_h, columns, first, 0, last, AHEAD)
+        dy_place += AHEAD * dy_stride_h
         for step in range(last - first + 2 * (K // 2)):
             q = first + step
-            dy = _load(dy_place, columns & (q < last), DTYPE)
+            next_dy = _read_ahead(dy_place, dy_stride_h, columns, q + AHEAD, 0, last, 1)
+            dy_ahead = dy_ahead + next_dy
+            dy, dy_ahead = dy_ahead[0].to(DTYPE), dy_ahead[1:]
             d_bias += dy
             d_x_r = _add_input_gradient(d_x_r, tap_rows, dy, q, height, K)
             dys = (dy,) + dys[: K - 1]
             h = q - K // 2
             inside = columns & (h >= 0) & (h < height)
-            shifted = _load_row(place, inside, w, width, stride_w, shift[:, None], True, DTYPE, K)
+            further = place + AHEAD * stride_h
+            ahead = ahead + _read_ahead(further, stride_h, columns, h + AHEAD, 0, end, 1)
+            center, ahead = ahead[0], ahead[1:]
+            shifted = _load_row(
+                place, center, inside, w, width, stride_w, shift[:, None], True, DTYPE, K
+            )
             products = _multiply_rows(products, shifted, dys, h, height, K)
             place += stride_h
             dy_place += dy_stride_h
@@ -994,6 +1025,7 @@ def write_input_gradient(
     BLOCK_C: tl.constexpr,
     BLOCK_W: tl.constexpr,
     K: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     r"""``dX = a dX_r + 2 dsigma^2 (X - m) + level``, dX_r made anew from dY; and the gradient of
     the center weight.
@@ -1046,14 +1078,23 @@ def write_input_gradient(
     zero = tl.zeros([BLOCK_C, BLOCK_W], DTYPE)
     sums = (zero,) * K
     last = tl.minimum(first + rows, height)
+    end = tl.minimum(last + K // 2, height)
+    row = first - K // 2
+    dy_ahead = _read_ahead(dy_place, dy_stride_h, columns, row, 0, end, AHEAD)
+    ahead = _read_ahead(place, stride_h, columns, row - K // 2, first, last, AHEAD)
+    place += AHEAD * stride_h
     for step in range(last - first + 2 * (K // 2)):
         q = first - K // 2 + step
         inside = columns & (q >= 0) & (q < height)
-        shifted = _load_row(dy_place, inside, w, width, dy_stride_w, 0.0, False, DTYPE, K)
+        further = dy_place + AHEAD * dy_stride_h
+        dy_ahead = dy_ahead + _read_ahead(further, dy_stride_h, columns, q + AHEAD, 0, end, 1)
+        center, dy_ahead = dy_ahead[0], dy_ahead[1:]
+        shifted = _load_row(dy_place, center, inside, w, width, dy_stride_w, 0.0, False, DTYPE, K)
         sums = _add_row(sums, shifted, taps, K)
         h = q - K // 2
         mask = columns & (h >= first)
-        centred = _load(place, mask, DTYPE) - image_mean[:, None]
+        ahead = ahead + _read_ahead(place, stride_h, columns, h + AHEAD, first, last, 1)
+        centred, ahead = ahead[0].to(DTYPE) - image_mean[:, None], ahead[1:]
         through_var = tl.where(moving, (2 * d_var)[:, None] * centred, 0.0)
         dx = scale * sums[K - 1] + (through_var + level[:, None])
         tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=mask)

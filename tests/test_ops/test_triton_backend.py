@@ -36,8 +36,12 @@ def _poisoned_memory():
 
 @pytest.fixture(params=[1, 1024], ids='programs{}'.format)
 def _programs(request, monkeypatch):
-    """With 1 a program takes all images, channels and rows, with 1024 as few as it may."""
-    monkeypatch.setattr(TRITON, 'tiles', Tiles(programs=request.param))
+    """With 1 a program takes all images, channels and rows, with 1024 as few as it may.
+
+    And then it reads ahead, also beyond the few rows that it has.
+    """
+    tiles = Tiles(programs=request.param, ahead=0 if request.param == 1 else 2)
+    monkeypatch.setattr(TRITON, 'tiles', tiles)
     monkeypatch.setattr(triton_backend, '_ENOUGH_PROGRAMS', request.param)
     triton_backend._split_pixels.cache_clear()
     yield
