@@ -32,9 +32,8 @@ PACKAGES = {
     'mmpretrain': ['onedl-mmpretrain', 'mmpretrain'],
 }
 STAND_IN = 'mmcv-torchvision-ops'
-_PART = next(
-    p for p in (ROOT / '.mim/tools/mmcv_ops', ROOT.parent / 'tools/mmcv_ops') if p.exists()
-)
+_PARTS = (ROOT / '.mim/tools/mmcv_ops', ROOT.parent / 'tools/mmcv_ops')
+_PART = next((part for part in _PARTS if part.exists()), 'tools/mmcv_ops of the repository')
 TAKE_STAND_IN = f'`make env OPS=0`, or `pip install --no-deps {_PART}`'
 _SAME_LINE = (
     'install torch and torchvision of one release, from one index: `pip install --force-reinstall '

@@ -1,5 +1,6 @@
 """Goes through a config."""
 
+import inspect
 from typing import Any, Iterator, Tuple
 
 
@@ -25,3 +26,12 @@ def walk(node: Any, path: str) -> Iterator[Tuple[str, dict]]:
         return
     for key, value in children:
         yield from walk(value, f'{path}.{key}')
+
+
+def type_name(node: dict) -> str:
+    """What a dict of a config is to become: the name of its ``type``, without a scope.
+
+    A config of pure Python has the class itself there. Empty without a ``type``.
+    """
+    kind = node.get('type', '')
+    return kind.__name__ if inspect.isclass(kind) else str(kind).split('.')[-1]

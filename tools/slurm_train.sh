@@ -15,5 +15,5 @@ read -ra more <<<"${SRUN_ARGS:-}"
 export PYTHONPATH="$tools/..${PYTHONPATH:+:$PYTHONPATH}"
 exec srun --partition="$1" --job-name="$2" --gres="gpu:$per_node" --ntasks="$gpus" \
     --ntasks-per-node="$per_node" --cpus-per-task="${CPUS_PER_TASK:-5}" --kill-on-bad-exit=1 \
-    "${more[@]}" "${PYTHON:-python}" -u "$tools/train.py" "$3" --work-dir "$4" \
+    ${more[@]+"${more[@]}"} "${PYTHON:-python}" -u "$tools/train.py" "$3" --work-dir "$4" \
     --launcher slurm "${@:5}"

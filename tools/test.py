@@ -1,14 +1,16 @@
 """Tests a checkpoint of a model of mmdet or mmpretrain."""
 
 import argparse
+import inspect
 import os.path as osp
 from typing import Optional, Sequence
 
 import mmengine
 from mmengine.config import Config
-from mmengine.registry import METRICS
+from mmengine.registry import HOOKS, METRICS
 
 import mmubn  # noqa: F401  registers UBN for configs without custom_imports
+from mmubn.cli.config_check import find_class
 from mmubn.cli.errors import CommandError, command
 from mmubn.cli.options import build_runner, load_config, make_parser
 from mmubn.cli.preflight import preflight
@@ -55,10 +57,10 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
         raise CommandError('--show: the config has no default_hooks.visualization')
     # mmdet joins a relative folder to its run folder, once more at every batch.
     folder = osp.abspath(args.show_dir) if args.show_dir else None
-    if cfg.get('default_scope') == 'mmdet':
-        settings = dict(draw=True, test_out_dir=folder)
-    else:
+    if 'enable' in inspect.signature(find_class(hook, HOOKS)).parameters:  # mmpretrain's
         settings = dict(enable=True, interval=1, out_dir=folder)
+    else:
+        settings = dict(draw=True, test_out_dir=folder)
     hook.update(settings, show=args.show, wait_time=args.wait_time)
 
 
@@ -69,13 +71,15 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     cfg = load_config(args, 'test')
     merge_args(cfg, args)
     start_processes(cfg)
-    on_main_process(lambda: preflight(cfg, 'test'))
+    if not args.skip_checks:
+        on_main_process(lambda: preflight(cfg, 'test'))
     runner = build_runner(cfg)
     if args.out and args.out_item == 'pred':
-        mmdet = cfg.get('default_scope') == 'mmdet'  # its own compresses the masks
-        dump = 'mmdet.DumpDetResults' if mmdet else 'mmengine.DumpResults'
-        metric = METRICS.build(dict(type=dump, out_file_path=args.out))
-        runner.test_evaluator.metrics.append(metric)
+        metrics = runner.test_evaluator.metrics
+        scopes = [cfg.get('default_scope'), *(type(m).__module__.split('.')[0] for m in metrics)]
+        # mmdet's own compresses the masks.
+        dump = 'mmdet.DumpDetResults' if 'mmdet' in scopes else 'mmengine.DumpResults'
+        metrics.append(METRICS.build(dict(type=dump, out_file_path=args.out)))
     metrics = runner.test()
     if args.out and args.out_item == 'metrics':
         mmengine.dump(metrics, args.out)

@@ -59,7 +59,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if cfg.get('resume'):
         newest = args.resume == 'auto'
         cfg.merge_from_dict(on_main_process(lambda: resume_settings(cfg, newest)))
-    on_main_process(lambda: preflight(cfg, 'train'))
+    if not args.skip_checks:
+        on_main_process(lambda: preflight(cfg, 'train'))
     with ExitStack() as held:
         on_main_process(lambda: held.enter_context(locked(cfg.work_dir)))
         build_runner(cfg).train()

@@ -15,7 +15,7 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..walk import walk
+from ..walk import type_name, walk
 from .cfg_options import option
 from .class_check import dataset_classes
 from .config_check import find_class
@@ -43,7 +43,7 @@ def check_pretrained(cfg: Config, model: nn.Module) -> None:
         CommandError: They are unreachable, missing, broken, or of another depth or norm.
     """
     for path, node in walk(cfg.model, 'model'):
-        if node.get('type') not in ('Pretrained', 'PretrainedInit') or 'checkpoint' not in node:
+        if type_name(node) not in ('Pretrained', 'PretrainedInit') or 'checkpoint' not in node:
             continue
         remedy = (
             f'train without by --cfg-options {path}=None, '
@@ -188,6 +188,11 @@ def read_checkpoint(key: str, source: str, remedy: str = 'give the path of a .pt
     Raises:
         CommandError: It is unreachable, missing or broken.
     """
+    if os.path.isdir(source):
+        raise CommandError(
+            f'{key}: {source} is a folder; give the path of a .pth file in it, or, to go on with '
+            f'its last one, --work-dir {source} --resume'
+        )
     try:
         checkpoint = CheckpointLoader.load_checkpoint(source, map_location='cpu', logger='silent')
     except FileNotFoundError as error:
@@ -243,7 +248,7 @@ def build_model(cfg: Config) -> nn.Module:
     if cfg.get('data_preprocessor') is not None:  # as mmengine's Runner
         settings.setdefault('data_preprocessor', copy.deepcopy(cfg.data_preprocessor))
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):  # by default it wakes every GPU
             return MODELS.build(settings)
     except TypeError as error:
         empty = [path for path, node in walk(settings, 'model') if _lacks_norm(node)]

@@ -6,7 +6,7 @@ from mmengine.config import Config
 from mmengine.fileio import list_from_file
 from torch import nn
 
-from ..walk import walk
+from ..walk import type_name, walk
 from .data_check import Data, datasets, is_coco, is_custom
 from .errors import CommandError
 
@@ -37,22 +37,23 @@ def dataset_classes(cfg: Config, split: str) -> Iterator[Tuple[str, Sequence[str
     """Path and class names of each dataset of a split that knows them."""
     for data in datasets(cfg, split):
         if is_custom(data.kind) or is_coco(data.kind):
+            folders = None if data.is_remote or is_coco(data.kind) else data.folders
             names = data.dataset.metainfo.get('classes')
             if names is None:
-                names = data.folders.names if data.folders is not None else ()
+                names = folders.names if folders is not None else ()
             yield data.path, list(names)
 
 
 def _count(data: Data) -> Optional[Tuple[int, bool, str]]:
     """The number of classes, whether the heads must have just as many, and where it is from."""
-    if is_custom(data.kind):
+    if is_custom(data.kind) and not data.is_remote:
         dataset, folders = data.dataset, data.folders
         if not dataset.with_label:
             return None
         if folders is not None:
             return len(folders.names), True, f'class folders in {folders.root}'
         classes = dataset.metainfo.get('classes')
-        if classes is None and '://' not in dataset.ann_file:
+        if classes is None:
             number = max(data.labels.values()) + 1
             return number, False, f'labels in {dataset.ann_file}'
     else:
@@ -98,7 +99,8 @@ def head_classes(cfg: Config, model: nn.Module) -> Iterator[Tuple[str, int]]:
             continue
         yield _key(cfg, parts), value
     prepare = getattr(model, 'data_preprocessor', None)  # mmpretrain's makes labels into vectors
-    if getattr(prepare, 'batch_augments', None) or getattr(prepare, 'to_onehot', False):
+    makes_vectors = getattr(prepare, 'batch_augments', None) or getattr(prepare, 'to_onehot', False)
+    if makes_vectors and hasattr(prepare, 'num_classes'):  # mmdet's augments know no classes
         place = 'data_preprocessor' if cfg.get('data_preprocessor') else 'model.data_preprocessor'
         yield f'{place}.num_classes', prepare.num_classes
 
@@ -124,7 +126,7 @@ def _check_evaluator(cfg: Config, split: str, number: int, source: str) -> None:
     key = f'{split}_evaluator'
     for path, node in walk(cfg.get(key), key):
         topk = node.get('topk')
-        if topk is not None and node.get('type') in ('Accuracy', 'mmpretrain.Accuracy'):
+        if topk is not None and type_name(node) == 'Accuracy':
             numbers = topk if isinstance(topk, (list, tuple)) else (topk,)
             if not numbers or not all(isinstance(number, int) for number in numbers):
                 raise CommandError(f'{path}.topk: must be whole numbers, as 1,5, got {topk!r}')

@@ -339,6 +339,9 @@ def _read_images(dataset: Any, coco: CocoFile, used: Collection) -> List[dict]:
     if isinstance(indices, int):
         return images[:indices] if indices >= 0 else images[indices:]
     if indices is not None:
+        beyond = [index for index in indices if not -len(images) <= index < len(images)]
+        if beyond:
+            coco.fail(f'has {len(images)} images that are read, and indices names {beyond[0]}')
         return [images[index] for index in indices]
     return images
 
@@ -346,11 +349,8 @@ def _read_images(dataset: Any, coco: CocoFile, used: Collection) -> List[dict]:
 def missing_files(prefix: str, names: Iterable[str]) -> List[str]:
     """Those of ``names`` that are no files in ``prefix``.
 
-    Each folder is listed once. Remote folders are taken to be complete. A link that leads to
-    no file is none.
+    Each folder is listed once. A link that leads to no file is none.
     """
-    if '://' in prefix:
-        return []
     there: Dict[str, Dict[str, bool]] = {}
     missing, links = [], 0
     for name in names:

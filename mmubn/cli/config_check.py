@@ -37,7 +37,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.utils.data import DataLoader
 
 from .. import registration
-from .errors import CommandError
+from .errors import CommandError, warn
 
 # What else the tools and mmengine read from the top of a config.
 _OTHER_KEYS = (
@@ -72,6 +72,7 @@ class Part(NamedTuple):
         default: What is built without a ``type``; None where it must be there.
         required: Keys that the builder reads itself.
         given: Arguments that the builder adds, and keys that it reads if they are there.
+        strict: Whether a key that it does not know is an error, and not just without effect.
     """
 
     path: str
@@ -80,6 +81,7 @@ class Part(NamedTuple):
     default: Optional[Callable] = None
     required: Tuple[str, ...] = ()
     given: Tuple[str, ...] = ()
+    strict: bool = True
 
 
 def check_config(cfg: Config, work: Optional[str] = None) -> None:
@@ -185,7 +187,7 @@ def _parts(cfg: Config, splits: Collection[str]) -> Iterator[Part]:
     plain = dict(randomness=Runner.set_randomness, env_cfg=_env_cfg, auto_scale_lr=_auto_scale_lr)
     for key, takes in plain.items():
         if cfg.get(key) is not None:
-            yield Part(key, cfg[key], None, takes, given=('self',))
+            yield Part(key, cfg[key], None, takes, given=('self',), strict=key == 'randomness')
 
 
 def hook_nodes(cfg: Config) -> Iterator[Tuple[str, Any]]:
@@ -265,7 +267,7 @@ def _wrapper_parts(wrapper: dict) -> Iterator[Part]:
     path = 'optim_wrapper.paramwise_cfg'
     own = wrapper.get('constructor', _CONSTRUCTOR) != _CONSTRUCTOR  # it may read other keys
     if wrapper.get('paramwise_cfg') is not None and not own:
-        yield Part(path, wrapper.paramwise_cfg, None, _paramwise_cfg)
+        yield Part(path, wrapper.paramwise_cfg, None, _paramwise_cfg, strict=False)
     path, clip = 'optim_wrapper.clip_grad', wrapper.get('clip_grad')
     if clip is not None:
         _check_kind(path, clip, [dict])
@@ -319,9 +321,13 @@ def _check_part(part: Part) -> None:
     own = {*part.required, *part.given, 'type', '_scope_'}
     unknown = [key for key in part.node if key not in own and not arguments.take(key)]
     name = getattr(build, '__name__', str(build)) if part.registry else part.path
-    if unknown:
-        hint = did_you_mean(unknown[0], arguments.names - {'self'})
-        raise CommandError(f"{part.path}: {name} takes no '{unknown[0]}'{hint}")
+    for key in unknown:
+        hint = did_you_mean(key, arguments.names - {'self'})
+        told = f"{part.path}: {name} takes no '{key}'{hint}"
+        # What it does with a key of another name cannot be seen.
+        if hint or (part.strict and not arguments.hands_on):
+            raise CommandError(told)
+        warn(f'{told}, as far as can be seen')
     missing = [key for key in arguments.required if key not in part.node and key not in own]
     if missing:
         raise CommandError(f'{part.path}: {missing[0]} is left out; {name} needs it')
@@ -366,12 +372,14 @@ class Arguments:
         names (set[str]): All that are known by name.
         required (list[str]): Those without a default value.
         is_open (bool): It takes others too, and what it does with them cannot be seen.
+        hands_on (bool): It takes others too; a base class that does not is among its bases.
     """
 
     def __init__(self, build: Callable) -> None:
         self.names: Set[str] = set()
         self.required: List[str] = []
         self.is_open = True
+        self.hands_on = False
         for function in _constructors(build):
             try:
                 parameters = inspect.signature(function).parameters.values()
@@ -386,6 +394,7 @@ class Arguments:
             if not any(p.kind == p.VAR_KEYWORD for p in parameters):
                 self.is_open = False
                 break
+            self.hands_on = True
 
     def take(self, name: str) -> bool:
         """Whether an argument of this name can be given."""

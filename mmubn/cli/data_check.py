@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS
 from mmengine.utils import is_seq_of
 
-from ..walk import walk
+from ..walk import type_name, walk
 from .coco_check import CocoFile, check_coco, check_evaluated
 from .config_check import did_you_mean, find_class
 from .errors import CommandError, warn
@@ -29,6 +29,7 @@ from .folder_check import (
 _REMEDY = '--data-root DIR points every dataset and evaluator at another folder'
 _EVALUATION_REMEDY = f'{_REMEDY}, --eval-on-train evaluates on the training images'
 _PLACES = ('data_root', 'ann_file', 'data_prefix')
+_HOSTS = ('mmengine.', 'mmdet.', 'mmpretrain.')
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Data:
     path: str
     node: dict
     kind: type
+
+    @property
+    def is_remote(self) -> bool:
+        """See :func:`is_remote`; also where its pipeline reads the images from elsewhere."""
+        return any(is_remote(node) for _, node in walk(self.node, self.path))
 
     @cached_property
     def dataset(self) -> Any:
@@ -95,12 +101,14 @@ def check_data(cfg: Config, splits: Sequence[str]) -> Dict[str, List[Data]]:
         remedy = _REMEDY if split == 'train' else _EVALUATION_REMEDY
         found[split] = list(datasets(cfg, split))
         for data in found[split]:
+            if data.is_remote:
+                continue
             if 'download' not in inspect.signature(data.kind).parameters:
                 _check_dataset(data.path, data.node, remedy)
             elif hasattr(data.kind, 'base_folder') and not data.node.get('download', True):
                 _check_cifar(data.path, data.node, data.kind)
         for path, node in _evaluators(cfg, split):
-            if node.get('ann_file'):
+            if isinstance(node.get('ann_file'), str) and node['ann_file'] and not is_remote(node):
                 _check_file(f'{path}.ann_file', node['ann_file'], remedy)
     for split in splits:
         _check_coco_files(cfg, split, found[split])
@@ -124,6 +132,19 @@ def _evaluators(cfg: Config, split: str) -> Iterator:
     return walk(cfg.get(key), key)
 
 
+def is_remote(node: dict) -> bool:
+    """Whether a dict of a config names something outside of this machine's folders.
+
+    mmengine reads it by another backend than that of local files, which only it can ask.
+    """
+    if (node.get('backend_args') or {}).get('backend', 'local') != 'local':
+        return True
+    prefix = node.get('data_prefix') or {}
+    places = [node.get('data_root'), node.get('ann_file')]
+    places += prefix.values() if isinstance(prefix, dict) else [prefix]
+    return any(isinstance(place, str) and '://' in place for place in places)
+
+
 def is_coco(kind: type) -> bool:
     """Whether mmdet reads it as it reads COCO."""
     return _loads_as(kind, 'CocoDataset')
@@ -136,10 +157,13 @@ def is_custom(kind: type) -> bool:
 
 
 def _loads_as(kind: type, name: str) -> bool:
-    for base in kind.__mro__:
-        if 'load_data_list' in vars(base):
-            return base.__name__ == name and base.__module__.startswith(('mmdet.', 'mmpretrain.'))
-    return False
+    """Whether it is of that kind, and nobody but the hosts has changed how it reads."""
+    owners = {
+        method: next((base for base in kind.__mro__ if method in vars(base)), object)
+        for method in ('load_data_list', 'parse_data_info', 'filter_data', '__init__')
+    }
+    hosts = all(owner.__module__.startswith(_HOSTS) for owner in owners.values())
+    return hosts and owners['load_data_list'].__name__ == name
 
 
 def _check_metainfo(path: str, node: dict, kind: type) -> None:
@@ -169,7 +193,7 @@ def _check_metainfo(path: str, node: dict, kind: type) -> None:
             )
         if not is_seq_of(classes, str) or not classes or len(set(classes)) < len(classes):
             raise CommandError(
-                f'{key}: must be the names of the classes, each once, got {tuple(classes)!r}'
+                f'{key}: must be the names of the classes, each once, got {classes!r}'
             )
 
 
@@ -177,19 +201,19 @@ def _check_coco_files(cfg: Config, split: str, found: Sequence[Data]) -> None:
     metrics = [
         (path, node)
         for path, node in _evaluators(cfg, split)
-        if str(node.get('type')).endswith('CocoMetric')
+        if type_name(node).endswith('CocoMetric')
     ]
     labelled = not any(node.get('format_only') for _, node in metrics)
     read: List[CocoFile] = []
     for data in found:
-        if not is_coco(data.kind) or '://' in (data.node.get('data_root') or ''):
+        if not is_coco(data.kind) or data.is_remote:
             continue
         dataset = data.dataset
         if not dataset.ann_file:
             raise CommandError(f'{data.path}: ann_file is left out; {data.kind.__name__} needs it')
         read.append(check_coco(data.path, data.node, dataset, labelled))
     for path, node in metrics:
-        if len(read) == 1 and node.get('ann_file') and '://' not in node['ann_file']:
+        if len(read) == 1 and node.get('ann_file') and not is_remote(node):
             truth = check_evaluated(
                 f'{path}.ann_file', node['ann_file'], read[0], dataset.metainfo['classes']
             )
@@ -213,12 +237,12 @@ def _check_folders(cfg: Config, found: Dict[str, List[Data]]) -> None:
     numbered: List[Numbered] = []
     for split in dict.fromkeys(('train', *found)):
         for data in found[split] if split in found else datasets(cfg, split):
-            if not is_custom(data.kind):
+            if not is_custom(data.kind) or data.is_remote:
                 continue
             dataset = data.dataset
             if split not in found and not osp.isdir(dataset.img_prefix):
                 continue  # a test does not need the training images
-            if dataset.with_label and dataset.ann_file and '://' not in dataset.ann_file:
+            if dataset.with_label and dataset.ann_file:
                 if split in found:
                     labels = labels_of_folders(data.labels)
                     numbered.append(Numbered(data.path, dataset.ann_file, labels))
@@ -250,22 +274,23 @@ def _check_dataset(path: str, dataset: dict, remedy: str) -> None:
     root = dataset.get('data_root') or ''
     if root:
         _check_folder(f'{path}.data_root', root, remedy)
-    if dataset.get('ann_file'):
-        _check_file(f'{path}.ann_file', osp.join(root, dataset['ann_file']), remedy)
+    file = dataset.get('ann_file')
+    if file and isinstance(file, str):  # else a dataset of somebody's own takes several
+        _check_file(f'{path}.ann_file', osp.join(root, file), remedy)
     prefix = dataset.get('data_prefix') or {}
     if isinstance(prefix, str):
         prefix = {'': prefix}
     for name, folder in prefix.items():
-        if folder:
+        if folder and isinstance(folder, str):
             key = f'{path}.data_prefix.{name}'.rstrip('.')
             _check_folder(key, osp.join(root, folder), remedy)
 
 
 def _check_folder(key: str, folder: str, remedy: str) -> None:
-    if '://' not in folder and not osp.isdir(folder):
+    if not osp.isdir(folder):
         raise CommandError(f'{key}: no folder {folder}; {remedy}')
 
 
 def _check_file(key: str, file: str, remedy: str) -> None:
-    if '://' not in file and not osp.isfile(file):
+    if not osp.isfile(file):
         raise CommandError(f'{key}: no file {file}; {remedy}')

@@ -6,7 +6,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from ..walk import walk
+from ..walk import type_name, walk
 from .errors import CommandError, warn
 
 _DATA_KEYS = ('_dataloader', '_evaluator')
@@ -50,7 +50,7 @@ def set_data_root(cfg: Config, folder: str) -> None:
     for key in keys:  # new values, since test_dataloader may be the same object as val_dataloader
         cfg[key] = _moved(cfg[key], roots[0], folder)
         for _, node in walk(cfg[key], key):
-            if node.get('type') in ('CIFAR10', 'CIFAR100'):
+            if type_name(node) in ('CIFAR10', 'CIFAR100'):
                 _read_class_folders(node)
 
 

@@ -44,7 +44,7 @@ def read_folders(path: str, node: dict, dataset: Any) -> Optional[Folders]:
             not fit the folders.
     """
     root = dataset.img_prefix
-    if not dataset.with_label or dataset.ann_file or '://' in root:
+    if not dataset.with_label or dataset.ann_file:
         return None
     if not osp.isdir(root):
         raise CommandError(f'{path}: no folder {root}; it must hold a folder for each class')

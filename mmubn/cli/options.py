@@ -31,6 +31,7 @@ def make_parser(description: str, starts_runner: bool = True) -> argparse.Argume
         _add_runner_options(parser)
     else:
         parser.set_defaults(work_dir=None, eval_on_train=False, launcher='none', local_rank=0)
+        parser.set_defaults(skip_checks=False)
     parser.add_argument(
         '--data-root',
         metavar='DIR',
@@ -62,6 +63,11 @@ def _add_runner_options(parser: argparse.ArgumentParser) -> None:
         choices=['none', 'pytorch', 'slurm', 'mpi'],
         default='none',
         help='what started the processes (default: none)',
+    )
+    parser.add_argument(
+        '--skip-checks',
+        action='store_true',
+        help='start at once, without looking for mistakes in config, data and checkpoints',
     )
     # Some launchers pass it in place of the environment variable.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
@@ -96,11 +102,12 @@ def load_config(args: argparse.Namespace, work: Optional[str] = None) -> Config:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = read_config(args.config)
     cfg.launcher = args.launcher
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    _set_scope(cfg)
     if args.cfg_options is not None:
         merge_options(cfg, args.cfg_options)
-        init_default_scope(cfg.get('default_scope') or 'mmengine')
-    check_config(cfg, work)
+        _set_scope(cfg)
+    if not args.skip_checks:
+        check_config(cfg, work)
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
@@ -112,6 +119,12 @@ def load_config(args: argparse.Namespace, work: Optional[str] = None) -> Config:
     if cfg.get('default_scope') == 'mmpretrain':
         _complete_dataloaders(cfg)
     return cfg
+
+
+def _set_scope(cfg: Config) -> None:
+    scope = cfg.get('default_scope', 'mmengine')
+    if scope is not None:  # which pure Python configs of mmdet have: they name classes
+        init_default_scope(scope)
 
 
 def read_config(file: Union[str, Path]) -> Config:

@@ -8,6 +8,7 @@ from torch import nn
 from .checkpoint_check import build_model, check_pretrained, check_start, check_weights
 from .class_check import check_classes
 from .data_check import check_data
+from .errors import CommandError, warn
 from .hook_check import check_hooks
 from .metric_check import check_metrics
 from .norm_check import check_norms
@@ -44,6 +45,8 @@ CHECKS: Dict[str, Sequence[Check]] = dict(
 def preflight(cfg: Config, work: str) -> None:
     """Checks the norm layers, the data, the hooks, the checkpoints and the folders.
 
+    A check that fails itself is told and left out: what it could not judge may be right.
+
     Args:
         cfg (Config): The resolved config; its default scope must be in force.
         work (str): 'train' or 'test'.
@@ -54,4 +57,13 @@ def preflight(cfg: Config, work: str) -> None:
     check_norms(cfg)
     model = build_model(cfg)
     for check in CHECKS[work]:
-        check(cfg, model)
+        try:
+            check(cfg, model)
+        except CommandError:
+            raise
+        except Exception as error:
+            reason = ' '.join(str(error).split())
+            warn(
+                f'the check {check.__name__.lstrip("_")} cannot judge this config, and is left out '
+                f'({type(error).__name__}: {reason})'
+            )

@@ -27,7 +27,10 @@ def check_values(cfg: Config, model: nn.Module) -> None:
     lengths = cfg.get('train_cfg') or {}
     for key in ('max_epochs', 'max_iters', 'val_interval'):
         if lengths.get(key) is not None:
-            _check_count(f'train_cfg.{key}', lengths[key], least=1)
+            value = lengths[key]
+            if isinstance(value, float) and value.is_integer():  # as in 90e3, which the loops take
+                value = int(value)
+            _check_count(f'train_cfg.{key}', value, least=1)
     level = cfg.get('log_level', 'INFO')
     if isinstance(level, str) and not isinstance(logging.getLevelName(level), int):
         raise CommandError(

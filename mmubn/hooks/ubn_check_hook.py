@@ -1,6 +1,5 @@
 """Checks before training that the UBN layers a config asks for exist and train."""
 
-import inspect
 from typing import Any, Iterator, List, Tuple
 
 from mmengine.hooks import Hook
@@ -8,7 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import layers
-from ..walk import walk
+from ..walk import type_name, walk
 
 
 class UBNCheckHook(Hook):
@@ -139,7 +138,6 @@ def _raise_if_asked_for(runner) -> None:
 def _requested(config: Any, key: str) -> Iterator[Tuple[str, str]]:
     """Where under ``config`` a type of ours is named, and which."""
     for path, node in walk(config, key):
-        kind = node.get('type')
-        name = kind.__name__ if inspect.isclass(kind) else str(kind).split('.')[-1]
+        name = type_name(node)
         if name in layers.__all__:
             yield path, name

@@ -21,6 +21,7 @@ from mmubn.cli.checkpoint_check import (
     check_pretrained,
     check_start,
     check_weights,
+    read_checkpoint,
 )
 from mmubn.cli.errors import CommandError
 
@@ -137,6 +138,12 @@ def test_start_from_a_bare_backbone(init_cfg, tmp_path):
     check(check_pretrained, cfg)
     assert cfg.load_from is None
     assert cfg.model.backbone.init_cfg == dict(type='Pretrained', checkpoint='my weights/x.pth')
+
+
+def test_a_folder_is_no_checkpoint(tmp_path):
+    told_line = told(read_checkpoint, '--resume', str(tmp_path))
+    assert told_line.startswith(f'--resume: {tmp_path} is a folder; give the path of a .pth file')
+    assert told_line.endswith(f'--work-dir {tmp_path} --resume')
 
 
 def test_weights_under_another_name():

@@ -13,8 +13,11 @@ from told import told
 
 pytest.importorskip('mmdet')
 
+from mmdet.datasets import CocoDataset
+
 from mmubn.cli.class_check import check_classes
 from mmubn.cli.data_check import check_data
+from mmubn.cli.errors import CommandError
 
 SCOPE = 'mmdet'
 NAMES = ('thing', 'other')
@@ -467,6 +470,76 @@ def test_num_classes_of_the_heads(cfg, base, right, wrong):
             f'{wrong[0]}={number}, and there are 2 classes of train_dataloader.dataset '
             f'(CocoDataset); give --cfg-options {wrong[0]}=2'
         )
+
+
+def test_augments_of_batches_have_no_class(cfg):
+    """As YOLOX and Mask2Former have them; mmpretrain's, which mix labels, count the classes."""
+    key = 'model.bbox_head.num_classes'
+    cfg.model, built = model('yolox/yolox_s_8xb8-300e_coco.py', **{key: 2})
+    assert built.data_preprocessor.batch_augments
+    check_classes(cfg, built, check_data(cfg, SPLITS))
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(backend_args=dict(backend='petrel', path_mapping={'./': 's3://bucket/'})),
+        dict(data_root='s3://bucket/'),
+        dict(data_root='', ann_file='s3://bucket/train.json'),
+        dict(data_prefix=dict(img='s3://bucket/train/')),
+        dict(pipeline=[dict(type='LoadImageFromFile', backend_args=dict(backend='petrel'))]),
+    ],
+)
+def test_other_backends_are_left_to_mmdet(cfg, change):
+    missing = dict(data_root='none', ann_file='none.json', data_prefix=dict(img='none/'))
+    for split in SPLITS:
+        cfg[f'{split}_dataloader'].dataset.update({**missing, **change})
+    cfg.val_evaluator = dict(type='CocoMetric', ann_file='s3://bucket/val.json')
+    cfg.model, built = model('retinanet/retinanet_r50_fpn_1x_coco.py')
+    with pytest.raises(CommandError, match=r'num_classes=80, and there are 2 classes of'):
+        check_classes(cfg, built, check_data(cfg, SPLITS))
+
+
+class Demanding(CocoDataset):
+    def __init__(self, ann_file, **settings):
+        super().__init__(ann_file=ann_file, data_prefix=dict(img=''), pipeline=[], **settings)
+        self.names = self.cat_ids
+
+
+class Renaming(CocoDataset):
+    def parse_data_info(self, raw_data_info):
+        raise NotImplementedError
+
+
+class Filtering(CocoDataset):
+    def filter_data(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize('kind', [Demanding, Renaming, Filtering])
+def test_a_class_that_reads_in_a_way_of_its_own_is_left_to_it(cfg, kind):
+    write('train', dict(images=[], annotations=[], categories=[]))
+    assert 'has no image' in failure(cfg) or 'categories' in failure(cfg)
+    for split in SPLITS:
+        cfg[f'{split}_dataloader'].dataset.type = kind
+    cfg.val_evaluator = []
+    check_data(cfg, SPLITS)
+
+
+def test_several_files_of_a_dataset_of_somebodys_own(cfg):
+    dataset = cfg.train_dataloader.dataset
+    dataset.update(type=Demanding, ann_file=['a.json', 'b.json'], data_prefix=dict(img=['a', 'b']))
+    check_data(cfg, ('train',))
+
+
+def test_classes_that_are_a_number(cfg):
+    cfg.train_dataloader.dataset.metainfo.classes = 80
+    assert 'must be the names of the classes, each once, got 80' in failure(cfg)
+
+
+def test_indices_beyond_the_images(cfg):
+    cfg.train_dataloader.dataset.indices = [0, 100]
+    assert failure(cfg).endswith('has 4 images that are read, and indices names 100')
 
 
 def test_proposals_have_no_class(cfg):

@@ -1,6 +1,7 @@
 """A config's own mistakes: what is left out, of another kind, or known to nobody."""
 
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from told import told
@@ -136,6 +137,31 @@ def test_mistakes(key, value, reason):
     else:
         node[int(last) if last.isdigit() else last] = value
     assert reason in told(check_config, cfg, 'train')
+
+
+class HandsOn(torch.optim.SGD):
+    """Takes what it hands on, or not: nobody can see it from outside."""
+
+    def __init__(self, params, **defaults):
+        super().__init__(params, **{'lr': 0.1, **{k: v for k, v in defaults.items() if k == 'lr'}})
+
+
+@pytest.mark.parametrize(
+    ('key', 'value'),
+    [
+        ('optim_wrapper.optimizer', dict(type=HandsOn, lr=0.1, own=3)),
+        ('optim_wrapper.paramwise_cfg', dict(_delete_=True, norm_decay_mult=0)),
+        ('env_cfg', dict(own=3)),
+    ],
+)
+def test_a_key_that_may_be_read_is_told(key, value, capsys):
+    cfg = config()
+    cfg.merge_from_dict({key: value})
+    if key.endswith('optimizer'):
+        cfg.optim_wrapper.optimizer = value
+    check_config(cfg, 'train')
+    name = next(name for name in value if name not in ('type', 'lr', 'norm_decay_mult'))
+    assert f"takes no '{name}', as far as can be seen" in capsys.readouterr().err
 
 
 def test_mistakes_inside_of_the_model():

@@ -29,6 +29,8 @@ def test_sound_values():
     check()
     check(log_level=10, load_from=None)
     check(log_level='DEBUG', load_from='a.pth')
+    for key in ('max_epochs', 'max_iters', 'val_interval'):  # the loops take 90e3
+        check(**{f'train_cfg.{key}': 90e3})
 
 
 @pytest.mark.parametrize(
