@@ -20,7 +20,8 @@ from types import ModuleType
 from typing import Any, NamedTuple, Optional, Tuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .interface import Backend, Buffers, Parameters, Settings, Sums
 from .utils import (
@@ -89,7 +90,7 @@ class TritonBackend(Backend):
             return 'triton is not installed'
         if kernel_size not in KERNEL_SIZES:
             return no_kernel(kernel_size)
-        if type(x) is not Tensor and type(x) is not nn.Parameter:
+        if is_traceable_wrapper_subclass(x):  # a DTensor, which keeps its numbers elsewhere
             return f'the input is a {type(x).__name__}'
         if x.is_cuda:
             return _why_no_launch(x.device)

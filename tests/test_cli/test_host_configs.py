@@ -28,7 +28,7 @@ FAULTS = re.compile(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.newer_torch('the upstream packages there have other faults')
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('package', ['mmdet', 'mmpretrain'])
 def test_what_the_hosts_ship_is_accepted(package):

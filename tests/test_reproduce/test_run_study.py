@@ -201,7 +201,7 @@ def test_report_and_table_of_the_tuning(tuned):
     chosen = {(row['row'], row['setting']) for row in rows if row['chosen'] == 'True'}
     assert ('UBN, batch 8', 'lr 0.01') in chosen
     assert 'options `' not in text  # the chosen rates are no condition of all
-    assert '| UBN, batch 8 | bbox_AP |  |  |  | 60.00 ± 0.00 | 2 done | +0.00 [' in text
+    assert '| UBN, batch 8 | bbox_AP | 60.00 ± 0.00 | 2 done | +0.00 [' in text
 
 
 def test_a_part_of_the_rows_finds_the_same_contrasts(stages):

@@ -89,4 +89,4 @@ def test_a_failing_run_is_told_and_the_others_go_on(project, monkeypatch, capfd)
     line = 'tiny-UBN-fct=0.2/seed0: ValueError: no training at 0.2'
     assert capfd.readouterr().err.endswith(f'1 of 2 runs failed:\n  {line}\n')
     text = (project / 'runs' / 'report' / 'report.md').read_text()
-    assert '| UBN, FCT 0.2 | top1 |  |  | 95.58 |  | 1 part |  |' in text
+    assert '| UBN, FCT 0.2 | top1 | 95.58 |  | 1 part |  |' in text
