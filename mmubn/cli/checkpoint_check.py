@@ -189,10 +189,9 @@ def read_checkpoint(key: str, source: str, remedy: str = 'give the path of a .pt
         CommandError: It is unreachable, missing or broken.
     """
     if os.path.isdir(source):
-        raise CommandError(
-            f'{key}: {source} is a folder; give the path of a .pth file in it, or, to go on with '
-            f'its last one, --work-dir {source} --resume'
-        )
+        if key == '--resume':
+            remedy = f'to go on with its last checkpoint give --work-dir {source} --resume'
+        raise CommandError(f'{key}: {source} is a folder; {remedy}')
     try:
         checkpoint = CheckpointLoader.load_checkpoint(source, map_location='cpu', logger='silent')
     except FileNotFoundError as error:

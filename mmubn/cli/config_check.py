@@ -59,6 +59,7 @@ _NEEDED = dict(
     val=('val_dataloader', 'val_cfg', 'val_evaluator'),
     test=('test_dataloader', 'test_cfg', 'test_evaluator'),
 )
+_HOSTS = ('torch.', 'mmengine.', 'mmcv.', 'mmdet.', 'mmpretrain.')
 _MODEL_PARTS = ('_cfg', 'backbone', 'neck', 'head', 'data_preprocessor')
 
 
@@ -372,7 +373,7 @@ class Arguments:
         names (set[str]): All that are known by name.
         required (list[str]): Those without a default value.
         is_open (bool): It takes others too, and what it does with them cannot be seen.
-        hands_on (bool): It takes others too; a base class that does not is among its bases.
+        hands_on (bool): A class of somebody's own takes others too; a base of it does not.
     """
 
     def __init__(self, build: Callable) -> None:
@@ -394,7 +395,7 @@ class Arguments:
             if not any(p.kind == p.VAR_KEYWORD for p in parameters):
                 self.is_open = False
                 break
-            self.hands_on = True
+            self.hands_on |= not (function.__module__ or '').startswith(_HOSTS)
 
     def take(self, name: str) -> bool:
         """Whether an argument of this name can be given."""

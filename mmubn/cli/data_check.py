@@ -213,7 +213,7 @@ def _check_coco_files(cfg: Config, split: str, found: Sequence[Data]) -> None:
             raise CommandError(f'{data.path}: ann_file is left out; {data.kind.__name__} needs it')
         read.append(check_coco(data.path, data.node, dataset, labelled))
     for path, node in metrics:
-        if len(read) == 1 and node.get('ann_file') and not is_remote(node):
+        if len(found) == len(read) == 1 and node.get('ann_file') and not is_remote(node):
             truth = check_evaluated(
                 f'{path}.ann_file', node['ann_file'], read[0], dataset.metainfo['classes']
             )

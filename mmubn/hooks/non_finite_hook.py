@@ -111,7 +111,7 @@ class NonFiniteHook(Hook):
     ) -> None:
         """Looks at the losses of a step that the loss scaler skipped."""
         if outputs and 'loss' in outputs:
-            bad = (~outputs['loss'].detach().isfinite()).float()
+            bad = (~torch.as_tensor(outputs['loss']).detach().isfinite()).float()
             self._bad = bad if self._bad is None else torch.maximum(self._bad, bad)
         wrapper = runner.optim_wrapper
         if isinstance(wrapper, OptimWrapperDict) or wrapper.should_update():

@@ -110,8 +110,10 @@ def read_forward(model: nn.Module, norms: Sequence[nn.Module]) -> Calls:
     Raises:
         Exception: Of any kind, where torch.fx cannot read it, or would give its proxies to hooks.
     """
+    wanted = {id(norm) for norm in norms}  # leaves, whose hooks the tracer does not run
     for name, module in model.named_modules():
-        if (module._forward_hooks or module._forward_pre_hooks) and any(module.children()):
+        has_hooks = module._forward_hooks or module._forward_pre_hooks
+        if has_hooks and any(module.children()) and id(module) not in wanted:
             raise ValueError(f'{name or "the model"} has hooks')
     parameters = inspect.signature(model.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
@@ -125,7 +127,6 @@ def read_forward(model: nn.Module, norms: Sequence[nn.Module]) -> Calls:
     def module_of(node: torch.fx.Node) -> Optional[nn.Module]:
         return model.get_submodule(node.target) if node.op == 'call_module' else None
 
-    wanted = {id(norm) for norm in norms}
     owners = _owners(model)
     for node in graph.nodes:
         module = module_of(node)

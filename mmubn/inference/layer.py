@@ -286,6 +286,8 @@ def _add_neutral(module: nn.Module, taps: Tensor, dtype: torch.dtype) -> None:
 
 def _check_input(v: Tensor, ones: Tensor) -> None:
     """Raises a ValueError on a wrong shape: the backends read what they are given."""
+    if torch.jit.is_tracing():  # which would warn of each look at a shape
+        return
     if v.dim() != 4 or v.shape[1] != len(ones):
         raise ValueError(f'expected an input of shape (N, {len(ones)}, H, W), got {tuple(v.shape)}')
 

@@ -93,6 +93,8 @@ def prepare_for_inference(
             conv, reason = calls.convolution_before(norm) if calls else (None, unread)
         new, left = _replacement(norm, conv)
         by_module[id(norm)] = new
+        gone = frozenset(norm.state_dict().keys() - new.state_dict().keys())
+        new._register_load_state_dict_pre_hook(partial(_refuse_unprepared, gone))
         conv_name = '' if conv is None else names[id(conv)]
         report.append(PreparedLayer(name, type(norm).__name__, conv_name, left, reason))
     prepared = by_module.get(id(prepared), prepared)  # a model that is a layer itself
@@ -101,8 +103,6 @@ def prepare_for_inference(
             if id(child) in by_module:
                 setattr(parent, name, by_module[id(child)])
     prepared.inference_report = report
-    gone = model.state_dict().keys() - prepared.state_dict().keys()
-    prepared._register_load_state_dict_pre_hook(partial(_refuse_unprepared, frozenset(gone)))
     _log(report)
     return prepared
 
@@ -110,15 +110,16 @@ def prepare_for_inference(
 def _refuse_unprepared(
     gone: FrozenSet[str], state_dict: Dict[str, Any], prefix: str, *_: Any
 ) -> None:
-    """Raises a ValueError where a prepared model is given what the model before it held.
+    """Raises a ValueError where what took a layer's place is given what the layer held.
 
-    Loaded as far as names agree, it would leave convolutions without the norm that they took in.
+    Loaded as far as names agree, it would leave the convolution without the norm that it took in.
     """
     for name in sorted(gone):
         if prefix + name in state_dict:
             raise ValueError(
-                f'{prefix}{name} belongs to the model before prepare_for_inference: load the '
-                'checkpoint into that model, and prepare it then'
+                f'{prefix}{name} has no place in this prepared model: load the checkpoint into the '
+                'model before prepare_for_inference, and prepare it then. A prepared model is kept '
+                'by torch.save(prepared, file)'
             )
 
 

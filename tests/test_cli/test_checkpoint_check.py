@@ -141,9 +141,13 @@ def test_start_from_a_bare_backbone(init_cfg, tmp_path):
 
 
 def test_a_folder_is_no_checkpoint(tmp_path):
-    told_line = told(read_checkpoint, '--resume', str(tmp_path))
-    assert told_line.startswith(f'--resume: {tmp_path} is a folder; give the path of a .pth file')
-    assert told_line.endswith(f'--work-dir {tmp_path} --resume')
+    assert told(read_checkpoint, '--resume', str(tmp_path)) == (
+        f'--resume: {tmp_path} is a folder; to go on with its last checkpoint give '
+        f'--work-dir {tmp_path} --resume'
+    )
+    assert told(read_checkpoint, 'load_from', str(tmp_path)) == (
+        f'load_from: {tmp_path} is a folder; give the path of a .pth file'
+    )
 
 
 def test_weights_under_another_name():

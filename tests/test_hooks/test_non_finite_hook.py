@@ -329,18 +329,32 @@ def test_a_step_of_an_earlier_training_looks_no_more(tmp_path):
 def test_a_training_that_was_broken_off_is_watched_once(tmp_path):
     class Interrupted(Hook):
         def after_train_iter(self, runner, *args, **kwargs):
-            if runner.iter == 1 and not runner.train_dataloader.dataset.images.isnan().any():
+            if runner.iter == 1 and not runner.train_dataloader.dataset.images.isnan().all():
                 raise KeyboardInterrupt
 
-    runner = make_runner(
-        tmp_path, ubn_net(), [dict(SKIP, max_skips=2), Interrupted()], val=False, epochs=1
-    )
+    model = ubn_net()
+    hooks = [dict(SKIP, max_skips=2), Interrupted()]
+    data = loader(SpoiltImages([9]))  # skips the second step, in which it is broken off
+    runner = make_runner(tmp_path, model, hooks, val=False, epochs=1, train_dataloader=data)
     with pytest.raises(KeyboardInterrupt):
         runner.train()
     runner.train_loop._epoch = runner.train_loop._iter = 0
     runner.train_dataloader.dataset.images.fill_(float('nan'))
-    with pytest.raises(FloatingPointError, match='2 such steps in a row'):
+    with pytest.raises(FloatingPointError, match=r'iteration 2: .* 2 such steps in a row'):
         runner.train()
+    (hook,) = (hook for hook in runner.hooks if isinstance(hook, NonFiniteHook))
+    assert len(hook._watching) == 1
+
+
+class PlainLoss(ToyNet):
+    """Its train_step gives numbers, as LoggerHook takes them too."""
+
+    def train_step(self, data, optim_wrapper):
+        return {name: float(loss) for name, loss in super().train_step(data, optim_wrapper).items()}
+
+
+def test_a_loss_may_be_a_number(tmp_path):
+    assert run(tmp_path, PlainLoss()).iter == 4
 
 
 class Mixed(ToyNet):

@@ -3,6 +3,7 @@
 import types
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -428,6 +429,17 @@ def test_finding_leaves_the_buffers(inputs):
     prepared = prepare_for_inference(model, inputs)
     assert model.calls == prepared.calls == 0
     assert prepared.inference_report[0].convolution == 'conv'
+
+
+def test_activations_that_timm_fuses_are_no_hooks_of_a_user():
+    """Its size lets no image of noise through."""
+    norm = timm.layers.BatchNormAct2d(8)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.Flatten(), nn.Linear(8 * 4 * 4, 2))
+    model = trained(mmubn.convert_norm(model, dict(type='UBN')))
+    prepared = prepare_for_inference(model)
+    assert prepared.inference_report[0].convolution == '0'
+    x = torch.rand(2, 3, 6, 6)
+    assert difference(prepared(x), model(x)) < 2e-6
 
 
 def test_hooks_of_a_user_get_tensors():

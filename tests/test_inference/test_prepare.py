@@ -288,8 +288,11 @@ def test_refuses_the_state_of_the_model_before(strict, tmp_path):
     own = copy.deepcopy(prepared.state_dict())
     torch.save(prepared, tmp_path / 'prepared.pt')  # with what refuses
     prepared = torch.load(tmp_path / 'prepared.pt', weights_only=False)
-    with pytest.raises(ValueError, match=r'^bn1.bias belongs to the model before'):
+    with pytest.raises(ValueError, match=r'^bn1.bias has no place in this prepared model'):
         prepared.load_state_dict(model.state_dict(), strict=strict)
+    part = {k[7:]: v for k, v in model.state_dict().items() if k.startswith('layer1.')}
+    with pytest.raises(ValueError, match=r'^0\.bn1\.bias has no place'):
+        prepared.layer1.load_state_dict(part, strict=strict)
     prepared.load_state_dict(own)
     assert_same_state(prepared, own)
 
