@@ -106,7 +106,7 @@ def load_config(args: argparse.Namespace, work: Optional[str] = None) -> Config:
     if args.cfg_options is not None:
         merge_options(cfg, args.cfg_options)
         _set_scope(cfg)
-    if not args.skip_checks:
+    if not getattr(args, 'skip_checks', False):  # scripts of users make their own Namespace
         check_config(cfg, work)
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
