@@ -246,6 +246,12 @@ def _row(header: List[str], line: str) -> Optional[Dict[str, Any]]:
 # --- Checkpoints.
 
 
+def noted_checkpoint(work_dir: PathLike) -> str:
+    """What ``last_checkpoint`` names, as mmengine wrote it; empty where there is none."""
+    note = Path(work_dir) / 'last_checkpoint'
+    return note.read_text(errors='replace').replace('\0', '').strip() if note.is_file() else ''
+
+
 def last_checkpoint(work_dir: PathLike) -> Optional[Path]:
     """The file that ``last_checkpoint`` names; None where it is missing or cut short.
 
@@ -257,10 +263,7 @@ def last_checkpoint(work_dir: PathLike) -> Optional[Path]:
     Args:
         work_dir (str or Path): The work directory.
     """
-    note = Path(work_dir) / 'last_checkpoint'
-    if not note.is_file():
-        return None
-    text = note.read_text(errors='replace').replace('\0', '').strip()
+    text = noted_checkpoint(work_dir)
     name = re.split(r'[\\/]', text)[-1]
     beside, named = Path(work_dir) / name, Path(text)
     if not name or not (name.endswith('.pth') or beside.is_file() or named.is_file()):

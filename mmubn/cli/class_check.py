@@ -37,10 +37,9 @@ def dataset_classes(cfg: Config, split: str) -> Iterator[Tuple[str, Sequence[str
     """Path and class names of each dataset of a split that knows them."""
     for data in datasets(cfg, split):
         if is_custom(data.kind) or is_coco(data.kind):
-            folders = None if data.is_remote or is_coco(data.kind) else data.folders
             names = data.dataset.metainfo.get('classes')
             if names is None:
-                names = folders.names if folders is not None else ()
+                names = data.folders.names if data.folders is not None else ()
             yield data.path, list(names)
 
 

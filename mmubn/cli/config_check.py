@@ -59,7 +59,8 @@ _NEEDED = dict(
     val=('val_dataloader', 'val_cfg', 'val_evaluator'),
     test=('test_dataloader', 'test_cfg', 'test_evaluator'),
 )
-_HOSTS = ('torch.', 'mmengine.', 'mmcv.', 'mmdet.', 'mmpretrain.')
+# Where classes come from whose arguments and methods are what they seem.
+HOSTS = ('torch.', 'mmengine.', 'mmcv.', 'mmdet.', 'mmpretrain.')
 _MODEL_PARTS = ('_cfg', 'backbone', 'neck', 'head', 'data_preprocessor')
 
 
@@ -395,7 +396,7 @@ class Arguments:
             if not any(p.kind == p.VAR_KEYWORD for p in parameters):
                 self.is_open = False
                 break
-            self.hands_on |= not (function.__module__ or '').startswith(_HOSTS)
+            self.hands_on |= not (function.__module__ or '').startswith(HOSTS)
 
     def take(self, name: str) -> bool:
         """Whether an argument of this name can be given."""

@@ -12,7 +12,7 @@ from mmengine.utils import is_seq_of
 
 from ..walk import type_name, walk
 from .coco_check import CocoFile, check_coco, check_evaluated
-from .config_check import did_you_mean, find_class
+from .config_check import HOSTS, did_you_mean, find_class
 from .errors import CommandError, warn
 from .folder_check import (
     Folders,
@@ -29,7 +29,6 @@ from .folder_check import (
 _REMEDY = '--data-root DIR points every dataset and evaluator at another folder'
 _EVALUATION_REMEDY = f'{_REMEDY}, --eval-on-train evaluates on the training images'
 _PLACES = ('data_root', 'ann_file', 'data_prefix')
-_HOSTS = ('mmengine.', 'mmdet.', 'mmpretrain.')
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Data:
     node: dict
     kind: type
 
-    @property
+    @cached_property
     def is_remote(self) -> bool:
         """See :func:`is_remote`; also where its pipeline reads the images from elsewhere."""
         return any(is_remote(node) for _, node in walk(self.node, self.path))
@@ -70,8 +69,8 @@ class Data:
 
     @cached_property
     def folders(self) -> Optional[Folders]:
-        """See :func:`~mmubn.cli.folder_check.read_folders`."""
-        return read_folders(self.path, self.node, self.dataset)
+        """See :func:`~mmubn.cli.folder_check.read_folders`; None where they are remote."""
+        return None if self.is_remote else read_folders(self.path, self.node, self.dataset)
 
     @cached_property
     def labels(self) -> Dict[str, int]:
@@ -162,7 +161,7 @@ def _loads_as(kind: type, name: str) -> bool:
         method: next((base for base in kind.__mro__ if method in vars(base)), object)
         for method in ('load_data_list', 'parse_data_info', 'filter_data', '__init__')
     }
-    hosts = all(owner.__module__.startswith(_HOSTS) for owner in owners.values())
+    hosts = all(owner.__module__.startswith(HOSTS) for owner in owners.values())
     return hosts and owners['load_data_list'].__name__ == name
 
 

@@ -31,7 +31,6 @@ def make_parser(description: str, starts_runner: bool = True) -> argparse.Argume
         _add_runner_options(parser)
     else:
         parser.set_defaults(work_dir=None, eval_on_train=False, launcher='none', local_rank=0)
-        parser.set_defaults(skip_checks=False)
     parser.add_argument(
         '--data-root',
         metavar='DIR',

@@ -5,7 +5,7 @@ from typing import Any, Dict, List
 
 from mmengine.config import Config
 
-from ..runs import checkpoints, last_checkpoint
+from ..runs import checkpoints, last_checkpoint, noted_checkpoint
 from .checkpoint_check import read_checkpoint
 from .errors import CommandError, warn
 
@@ -43,8 +43,7 @@ def resume_settings(cfg: Config, newest: bool = False) -> Dict[str, Any]:
 
 def _newest_whole(work_dir: str) -> tuple:
     """Path and content, or twice None."""
-    note = Path(work_dir) / 'last_checkpoint'
-    named = note.read_text(errors='replace').strip() if note.is_file() else ''
+    named = noted_checkpoint(work_dir)
     if '://' in named:  # CheckpointHook(out_dir='s3://...')
         return named, read_checkpoint('--resume', named)
     last = last_checkpoint(work_dir)
@@ -60,6 +59,7 @@ def _newest_whole(work_dir: str) -> tuple:
         for line in broken:
             warn(f'{line}: resuming from {path}')
         return str(path), checkpoint
+    note = Path(work_dir) / 'last_checkpoint'
     if note.exists():
         reason = broken[0] if broken else f'--resume: {note} names no checkpoint'
         raise CommandError(f'{reason}; no checkpoint in {work_dir} is whole: start anew')

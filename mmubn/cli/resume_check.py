@@ -11,6 +11,7 @@ from mmengine.dist import get_world_size
 from mmengine.optim import build_optim_wrapper
 from torch import nn
 
+from ..walk import type_name
 from .cfg_options import option
 from .errors import CommandError, warn
 
@@ -71,8 +72,7 @@ def _optimizer_differences(
 ) -> List[str]:
     saved = checkpoint['optimizer']['param_groups']
     key = 'optim_wrapper.optimizer'
-    kind = cfg.optim_wrapper.optimizer.type
-    kind = kind.split('.')[-1] if isinstance(kind, str) else kind.__name__  # without its scope
+    kind = type_name(cfg.optim_wrapper.optimizer)
     groups = _groups(cfg, model)
     of_saved, of_config = (_settings(found[0]) for found in (saved, groups))
     before = _saved_type(checkpoint)

@@ -9,6 +9,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from torch import nn
 
+from ..walk import type_name
 from .errors import CommandError
 
 
@@ -56,9 +57,7 @@ def check_training(cfg: Config, model: nn.Module) -> None:
         value = (wrapper.get('optimizer') or {}).get(key)
         if value is not None:
             _check_number(f'optim_wrapper.optimizer.{key}', value)
-    kind = wrapper.get('type') or ''
-    name = kind if isinstance(kind, str) else kind.__name__
-    if name.endswith('AmpOptimWrapper') and get_device() == 'cpu':
+    if type_name(wrapper).endswith('AmpOptimWrapper') and get_device() == 'cpu':
         raise CommandError(
             'optim_wrapper.type=AmpOptimWrapper needs a GPU; on a CPU, train without --amp, with '
             '--cfg-options optim_wrapper.type=OptimWrapper'

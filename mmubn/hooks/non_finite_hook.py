@@ -66,7 +66,7 @@ class NonFiniteHook(Hook):
         self._stepped = 0  # optimizers in this iteration
         # Since the last step, each with the random state before it.
         self._batches: List[Tuple[Any, RandomState]] = []
-        self._bad: Optional[Tensor] = None  # whether one of them had a loss that is not finite
+        self._losses: List[Tensor] = []  # of these batches
         # Our steps, with their optimizers and the steps that these had.
         self._watching: Dict[Callable, Tuple[Any, Callable]] = {}
 
@@ -111,14 +111,14 @@ class NonFiniteHook(Hook):
     ) -> None:
         """Looks at the losses of a step that the loss scaler skipped."""
         if outputs and 'loss' in outputs:
-            bad = (~torch.as_tensor(outputs['loss']).detach().isfinite()).float()
-            self._bad = bad if self._bad is None else torch.maximum(self._bad, bad)
+            self._losses.append(torch.as_tensor(outputs['loss']).detach())
         wrapper = runner.optim_wrapper
         if isinstance(wrapper, OptimWrapperDict) or wrapper.should_update():
-            if not self._stepped and not self._skipped and self._bad is not None:
+            if not self._stepped and not self._skipped and self._losses:
                 # All processes skipped it, but perhaps one of them alone has such a loss.
-                all_reduce(self._bad, 'max')
-                if self._bad:
+                bad = (~torch.stack(self._losses).isfinite()).any().float()
+                all_reduce(bad, 'max')
+                if bad:
                     self._act(runner)
             if self._stepped and not self._skipped:
                 self._skips = 0
@@ -126,7 +126,7 @@ class NonFiniteHook(Hook):
 
     def _forget(self) -> None:
         self._batches.clear()
-        self._bad = None
+        self._losses.clear()
 
     def _may_step(self, runner, optimizer) -> bool:
         """Whether the optimizer will change its weights; acts where a gradient is not finite."""

@@ -230,10 +230,10 @@ def watch_run(
         Exception: Of any kind, where the model cannot run on them.
     """
     if example_inputs is not None:
-        return _watch_call(model, norms, 'forward', example_inputs)
+        return _watch_call(model, norms, '__call__', example_inputs)
     noise = _noise(model)
     try:
-        return _watch_call(model, norms, 'forward', (noise,))
+        return _watch_call(model, norms, '__call__', (noise,))
     except Exception:  # whatever a detector raises that wants more than an image
         if not hasattr(model, 'extract_feat'):
             raise
@@ -244,9 +244,8 @@ def _watch_call(
     model: nn.Module, norms: Sequence[nn.Module], method: str, inputs: Sequence[Any]
 ) -> Calls:
     watcher = _Watcher(model, norms)
-    function = watcher.twin if method == 'forward' else getattr(watcher.twin, method)
     with torch.no_grad(), watcher:
-        result = function(*inputs)
+        result = getattr(watcher.twin, method)(*inputs)
     return watcher.finish(result)
 
 
