@@ -190,6 +190,23 @@ def test_the_strong_recipe_is_tuned_for_bn(stages):
     assert {job.settings['epochs'] for job in training} == {24}
 
 
+def test_every_norm_of_the_strong_recipe_is_tuned_for_itself(stages):
+    best = {'BN': (0.4, 5e-4), 'UBN': (1.6, 1e-4)}  # UBN's point is in the wider grid alone
+
+    def value_of(job):
+        point = rate(job), float(options(job)[WEIGHT_DECAY])
+        return 60.0 if point == best[job.setting.norm] else 40.0
+
+    stages.value_of = value_of
+    argv = ['run', 'strong-recipe-tuned', '--rows', 'BN', '*, UBN', '--data-root', 'data']
+    run_tool('reproduce', *argv, '--work-dir', 'runs')
+    tuning, training = stages.calls
+    assert len(tuning) == 2 * 20
+    assert {
+        (job.setting.norm, rate(job), float(options(job)[WEIGHT_DECAY])) for job in training
+    } == {(norm, *point) for norm, point in best.items()}
+
+
 def test_report_and_table_of_the_tuning(tuned):
     out = tuned[-1]
     text = (out / 'report.md').read_text()
