@@ -1,6 +1,6 @@
 # Faster R-CNN for the scenes of `tools/reproduce.py run batches-of-two`: CIFAR-10's objects pasted
 # on CIFAR-100's pictures, 96x96. A quarter of ResNet-18's channels, narrow heads, and what mmdet
-# does on COCO: 2 images a step, the stem and first stage frozen, SGD.
+# does on COCO: 2 images per step, the stem and first stage frozen, SGD.
 _base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '../_base_/hooks.py']
 custom_imports = dict(imports=['mmubn', 'mmpretrain.models'], allow_failed_imports=False)
 

@@ -312,7 +312,7 @@ _EXPERIMENTS = (
     ),
     Experiment(
         'batches-of-two',
-        'Not in the paper: fine-tuning a detector with two images a step',
+        'Not in the paper: fine-tuning a detector with two images per step',
         _batches_of_two(),
         ('loss', 'differences'),
         contrasts=(
