@@ -46,6 +46,9 @@ REMEDIES = (
     (r'[Nn]um[Pp]y', "`pip install 'numpy<2'`, or a newer release of the package that fails"),
     (r'torchvision::|undefined symbol', _SAME_LINE),
     (r'MMCV==\S+ is used', 'install the mmcv that the message asks for'),
+    (r"No module named 'cv2", '`pip install opencv-python-headless`'),
+    (r"No module named 'yaml", '`pip install PyYAML`'),
+    (r"No module named 'PIL", '`pip install Pillow`'),
     (r"No module named '(\w+)", r'`pip install \1`'),
 )
 
@@ -140,24 +143,26 @@ def operators() -> Iterator[Line]:
     if spec is None:
         yield Line(name, 'none: detectors cannot be imported', TAKE_STAND_IN)
         return
+    stands_in = spec.origin.endswith('.py')
+    of_torchvision = f'torchvision stands in ({STAND_IN} {_version(STAND_IN)})'
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         try:
             module = importlib.import_module('mmcv._ext')
         except Exception as error:  # compiled for another torch: whatever the loader raises
+            reason = ' '.join(str(error).split())
+            if stands_in:
+                yield Line(name, f'{of_torchvision}, cannot be loaded: {reason}', _remedy(reason))
+                return
             yield Line(
                 name,
-                f'compiled, cannot be loaded: {" ".join(str(error).split())}',
+                f'compiled, cannot be loaded: {reason}',
                 f'compile them again, `make env OPS=1`, or take torchvision: {TAKE_STAND_IN}',
             )
             return
-    if spec.origin.endswith('.py'):
+    if stands_in:
         told = [str(w.message) for w in caught if 'stand in for' in str(w.message)]
-        yield Line(
-            name,
-            f'torchvision stands in ({STAND_IN} {_version(STAND_IN)})',
-            told[0] if told else '',
-        )
+        yield Line(name, of_torchvision, told[0] if told else '')
         return
     cuda = module.get_compiling_cuda_version()
     on_gpu = getattr(_load('torch')[0], 'cuda', None)
@@ -196,9 +201,10 @@ def devices() -> Iterator[Line]:
     else:
         triton, reason = _load('triton')  # its distributions have several names
         yield Line('triton', getattr(triton, '__version__', '') or f'cannot be imported: {reason}')
-    given = os.environ.get('CXX', '').strip() or 'c++'  # which may have arguments
-    compiler = shutil.which(given) or shutil.which(given.split()[0])
-    yield Line('C++ compiler', compiler or 'none: OPS=1 needs one, nothing else has to')
+    given = os.environ.get('CXX', '').strip()  # which may have arguments
+    names = (given, given.split()[0]) if given else ('c++', 'g++', 'clang++')
+    compiler = next(filter(None, map(shutil.which, names)), None)
+    yield Line('C++ compiler', compiler or 'none: the backend cpp and OPS=1 need one')
 
 
 def backends() -> Iterator[Line]:

@@ -55,6 +55,9 @@ def test_runs_where_nothing_is_installed():
         ('numpy.core.multiarray failed to import', 'numpy<2'),
         ('MMCV==2.2.0 is used but incompatible. Please install', 'install the mmcv that'),
         ("No module named 'terminaltables'", 'pip install terminaltables'),
+        ("No module named 'cv2'", 'pip install opencv-python-headless'),
+        ("No module named 'yaml'", 'pip install PyYAML'),
+        ("No module named 'PIL.Image'", 'pip install Pillow'),
         ('something else', 'pip install --force-reinstall'),
     ],
 )
@@ -130,6 +133,16 @@ def test_a_stand_in_that_does_not_know_this_mmcv(mmcv_ext):
     assert line.remedy == 'they stand in for those of mmcv 1'
 
 
+def test_a_stand_in_that_cannot_be_loaded(mmcv_ext):
+    def load():
+        raise ImportError("No module named 'torch'")
+
+    line = mmcv_ext('mmcv/_ext.py', load)
+    assert 'torchvision stands in' in line.value
+    assert "cannot be loaded: No module named 'torch'" in line.value
+    assert line.remedy == '`pip install torch`'
+
+
 @pytest.mark.parametrize(
     ('cuda', 'hip', 'build'),
     [('13.0', None, 'CUDA 13.0'), (None, '6.2', 'ROCm 6.2'), (None, None, 'CPU')],
@@ -143,6 +156,14 @@ def test_what_torch_is_built_for(cuda, hip, build, monkeypatch):
 def test_a_compiler_with_arguments(monkeypatch):
     monkeypatch.setenv('CXX', f'{sys.executable} g++')
     assert lines(doctor.devices)['C++ compiler'].value == sys.executable
+
+
+def test_the_compilers_that_the_backend_takes(monkeypatch):
+    monkeypatch.delenv('CXX', raising=False)
+    monkeypatch.setattr(doctor.shutil, 'which', {'clang++': '/bin/clang++'}.get)
+    assert lines(doctor.devices)['C++ compiler'].value == '/bin/clang++'
+    monkeypatch.setattr(doctor.shutil, 'which', {}.get)
+    assert lines(doctor.devices)['C++ compiler'].value.startswith('none: ')
 
 
 def answer_of_pip(monkeypatch, **answer):

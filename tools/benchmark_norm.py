@@ -79,6 +79,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         parser.error('--plot-only needs --plot FILE.png')
     if args.repeats < 1:
         parser.error('--repeats: at least 1 round')
+    if args.threads is not None and args.threads < 1:
+        parser.error('--threads begins at 1')
     if args.device.type == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda: torch sees no CUDA device')
     fill_in(args)
@@ -96,7 +98,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         return
     check_file('--csv', args.csv)
     check_csv(args.csv, COLUMNS)
-    if args.threads:
+    if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.device.type == 'cuda':
         torch.cuda.set_device(args.device.index or 0)

@@ -10,7 +10,7 @@ launch() {
         echo "error: GPUS must be a number from 1 on, got '$gpus'" >&2
         exit 2
     fi
-    tools=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+    tools=$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
     if [ "${NNODES:-1}" != 1 ] || [ -n "${PORT:-}" ]; then
         nodes=(--nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}"
             --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${PORT:-29500}")

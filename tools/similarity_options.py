@@ -3,7 +3,7 @@
 Trains a config as it is for some iterations and takes, at every UBN layer and in every
 step, the similarity of all positions and of every few rows and columns. From these it
 follows the running similarity that each setting would have had, beside that of measuring
-everything in every step.
+everything in every step. It keeps no checkpoint.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from typing import Optional, Sequence
 from mmubn.cli.errors import CommandError, command
 from mmubn.cli.options import build_runner, count, load_config, make_parser
 from mmubn.cli.preflight import preflight
+from mmubn.cli.work_dir_lock import locked
 from mmubn.similarity_options import COLUMNS, compare, record
 from mmubn.writing import check_file
 
@@ -36,20 +37,28 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     if args.csv:
         check_file('--csv', args.csv)
+    if args.launcher != 'none':
+        raise CommandError('--launcher: this tool measures in one process')
     cfg = load_config(args)
+    if args.work_dir is None:
+        cfg.work_dir = f'{Path(cfg.work_dir)}_similarity'  # not where the config trains
     cfg.train_cfg = dict(by_epoch=False, max_iters=args.iterations)
     cfg.log_processor = dict(by_epoch=False)
     cfg.param_scheduler = None
     for key in ('val_cfg', 'val_dataloader', 'val_evaluator'):
         cfg[key] = None
-    preflight(cfg, 'train')
+    # Checkpoints of these few steps are no training to resume.
+    cfg.default_hooks = {**cfg.get('default_hooks', {}), 'checkpoint': None}
+    if not args.skip_checks:
+        preflight(cfg, 'train')
     runner = build_runner(cfg)
     strides = sorted({1, *args.strides})
     try:
         layers, seen = record(runner.model, strides)
     except ValueError as error:
         raise CommandError(str(error)) from error
-    runner.train()
+    with locked(cfg.work_dir):
+        runner.train()
     rows = compare(layers, seen, args.intervals, args.strides)
     print(f'\n{len(layers)} UBN layers, {args.iterations} steps of {args.config}')
     print(f'{"interval":>8} {"stride":>6} {"mean |dtau|":>11} {"largest":>8} {"gate differs":>12}')

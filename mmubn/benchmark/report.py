@@ -115,13 +115,13 @@ def goals(rows: List[Row]) -> List[str]:
     if cpu:
         mean = math.exp(sum(cpu) / len(cpu))
         lines.append(_verdict(f'time of a layer, x literal, mean of {len(cpu)}', mean, 0.6))
-    similarity = [
-        float(row['median_ms'])
-        for row in rows
-        if row['what'] == 'similarity' and row['norm'] == 'ubn'
-    ]
+    similarity: Dict[Tuple[str, str], List[float]] = {}
+    for row in rows:
+        if row['what'] == 'similarity' and row['norm'] == 'ubn':
+            alike = similarity.setdefault((row['dtype'], row['layout']), [])
+            alike.append(float(row['median_ms']))
     if similarity:
-        spread = max(similarity) / min(similarity)
+        spread = max(max(times) / min(times) for times in similarity.values())
         lines.append(_verdict('time of the similarity, slowest N by fastest', spread, 2))
     return lines
 

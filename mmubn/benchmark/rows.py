@@ -58,9 +58,11 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        commit = git('rev-parse', '--short', 'HEAD')
+        top, commit = git('rev-parse', '--show-toplevel', '--short', 'HEAD').splitlines()
         changed = git('status', '--porcelain', '-uno', '--', '.', ':!tools/benchmarks')
     except (OSError, subprocess.CalledProcessError):
+        return 'unknown'
+    if Path(top).resolve() != ROOT:  # installed inside of another repository
         return 'unknown'
     return f'{commit}-dirty' if changed else commit
 

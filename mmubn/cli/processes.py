@@ -24,9 +24,12 @@ def start_processes(cfg: Config) -> None:
 
     Raises:
         CommandError: A launcher other than 'pytorch' without a GPU, 'pytorch' outside of
-            torchrun, or more processes than GPUs.
+            torchrun, none inside of it, or more processes than GPUs.
     """
     if cfg.launcher == 'none':
+        # Each process would train by itself, in the same folder.
+        if 'TORCHELASTIC_RUN_ID' in os.environ and int(os.environ['WORLD_SIZE']) > 1:
+            raise CommandError('--launcher: torchrun started several processes; add pytorch')
         return
     if cfg.launcher == 'pytorch' and 'RANK' not in os.environ:
         raise CommandError('--launcher pytorch: start by torchrun or tools/dist_train.sh')

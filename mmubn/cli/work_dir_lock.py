@@ -23,11 +23,15 @@ def locked(work_dir: Union[str, Path]) -> Iterator[None]:
         work_dir (str or Path): Where the training writes.
 
     Raises:
-        CommandError: The training of another process holds it.
+        CommandError: The training of another process holds it, or its lock cannot be written.
     """
     path = Path(work_dir) / LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open('a+') as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.open('a+')
+    except OSError as error:  # such as the lock of another user
+        raise CommandError(f'work_dir: cannot write to {path} ({error.strerror})') from error
+    with opened as file:
         if not claim(file):
             file.seek(0)
             raise CommandError(

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Iterable, List, Sequence, Tuple, Union
+from typing import Iterable, List, Optional, Sequence, Tuple, Union
 
 import cv2
 import numpy as np
@@ -30,8 +30,16 @@ def coverage(outlines: Sequence[np.ndarray], size: int, shift: float = 0.0) -> n
 
 def is_made(folder: Path, settings: dict) -> bool:
     """Whether the folder has scenes of these settings."""
-    marker = folder / SETTINGS_FILE
-    return marker.is_file() and json.loads(marker.read_text()) == settings
+    return read_settings(folder) == settings
+
+
+def read_settings(folder: Path) -> Optional[dict]:
+    """The settings of which a folder was made here; None of any other folder."""
+    try:
+        settings = json.loads((folder / SETTINGS_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    return settings if isinstance(settings, dict) else None
 
 
 def write_split(

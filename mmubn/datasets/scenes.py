@@ -19,7 +19,7 @@ import shapely
 from numpy.random import Generator
 from tqdm import tqdm
 
-from .drawing import SETTINGS_FILE, coverage, is_made, on_circle, write_split
+from .drawing import SETTINGS_FILE, coverage, is_made, on_circle, read_settings, write_split
 
 CLASSES = ('ellipse', 'rectangle', 'triangle')
 
@@ -74,11 +74,11 @@ def make_scenes(
     marker = out_dir / SETTINGS_FILE
     if is_made(out_dir, {**settings, 'finished': True}):
         return False
-    foreign = out_dir.exists() and not marker.is_file()
-    if foreign and (not out_dir.is_dir() or any(out_dir.iterdir())):
+    ours = (read_settings(out_dir) or {}).keys() == {*settings, 'finished'}
+    if not ours and out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise FileExistsError(
-            f"'{out_dir}' holds no {SETTINGS_FILE}, so it was not made here and is left alone: "
-            'move it away or name another folder'
+            f"'{out_dir}' holds no {SETTINGS_FILE} of such scenes, so it was not made here and is "
+            'left alone: move it away or name another folder'
         )
     out_dir.mkdir(parents=True, exist_ok=True)
     _write_json(marker, {**settings, 'finished': False})

@@ -5,7 +5,7 @@ in about ten seconds. It lies in ``$MMUBN_CACHE``, else in ``mmubn`` under ``$XD
 ``~/.cache``. Its name says the sources, the compiler, the flags and the processor's abilities,
 so that a changed one is built anew and machines that share a home folder do not meet
 instructions that they lack. A library is written whole or not at all, into a folder that no
-other user can write to.
+other user but root can write to.
 """
 
 import ctypes
@@ -45,7 +45,8 @@ def library(dtype: str, kernel_size: int) -> ctypes.CDLL:
     command = [*compiler, *_FLAGS, _NATIVE.get(platform.machine(), '-march=native')]
     command += [f'-DUBN_T={"ubn::bf16" if dtype == "bf16" else dtype}', f'-DUBN_K={kernel_size}']
     try:
-        contents = [path.read_bytes() for path in sorted(_SOURCES.iterdir())]
+        sources = [path for path in sorted(_SOURCES.iterdir()) if path.suffix in ('.cpp', '.h')]
+        contents = [path.read_bytes() for path in sources]
     except OSError as error:  # in a zip file, or left out by what packed an application
         raise BuildError(f'the C++ sources cannot be read: {error}') from error
     about = '\n'.join([*command, _version(compiler), _processor()]).encode()
@@ -57,7 +58,7 @@ def library(dtype: str, kernel_size: int) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(
-            f'{path} cannot be loaded ({error}); MMUBN_CACHE names another folder'
+            f'{path} cannot be loaded ({error}); delete it, or name another folder by MMUBN_CACHE'
         ) from error
 
 
@@ -87,7 +88,7 @@ def _processor() -> str:
 
 
 def _folder() -> Path:
-    """A folder that only this user can write to."""
+    """A folder that only this user, or root, can write to."""
     home = os.environ.get('MMUBN_CACHE')
     base = Path(home or os.environ.get('XDG_CACHE_HOME') or '~/.cache')
     folder = base if home else base / 'mmubn'
@@ -97,7 +98,8 @@ def _folder() -> Path:
         status = folder.stat()
     except (OSError, RuntimeError, KeyError) as error:  # the last two: a user without a home
         raise BuildError(f'{folder} cannot be made ({error}); MMUBN_CACHE names another') from error
-    if hasattr(os, 'getuid') and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+    # Root's may hold what was built for all users, as in a container's image.
+    if hasattr(os, 'getuid') and (status.st_uid not in (0, os.getuid()) or status.st_mode & 0o022):
         raise BuildError(
             f'{folder} belongs to or can be written by other users; MMUBN_CACHE names another'
         )

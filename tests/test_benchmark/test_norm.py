@@ -11,6 +11,7 @@ from tool import ROOT, read_csv, run_tool
 
 import mmubn
 from mmubn.benchmark import measure, norm
+from mmubn.benchmark import rows as benchmark_rows
 from mmubn.benchmark.plot import MARKERS, draw_ratios, plot
 from mmubn.benchmark.report import RESNET50_LAYERS, goals, resnet50_totals, table
 from mmubn.benchmark.rows import COLUMNS, append_csv, make_rows, read_last_run
@@ -234,6 +235,31 @@ def test_similarity(bench, monkeypatch, capsys):
     ]
     assert {row['what'] for row in rows} == {'similarity'}
     assert 'slowest N by fastest' in capsys.readouterr().out
+
+
+def test_the_similarity_is_compared_within_a_dtype():
+    rows = []
+    for dtype, times in (('float32', (10, 11)), ('bfloat16', (4, 6))):
+        for number, ms in enumerate(times):
+            row = dict.fromkeys(COLUMNS, '')
+            row.update(what='similarity', norm='ubn', dtype=dtype, shape=f'{number}', device='gpu')
+            rows.append({**row, 'median_ms': str(ms)})
+    assert goals(rows)[-1].startswith('reached   1.5000 <= 2 ')
+
+
+def test_the_commit_is_that_of_the_checkout(tmp_path, monkeypatch):
+    def git(*command):
+        author = ['-c', 'user.name=a', '-c', 'user.email=a@b']
+        subprocess.run(['git', *author, *command], cwd=tmp_path, check=True, capture_output=True)
+
+    git('init')
+    git('commit', '--allow-empty', '--message', 'of somebody else')
+    monkeypatch.setattr(benchmark_rows, 'ROOT', tmp_path)
+    assert len(benchmark_rows._commit()) >= 7
+    assert benchmark_rows._commit() != 'unknown'
+    (tmp_path / 'packages').mkdir()
+    monkeypatch.setattr(benchmark_rows, 'ROOT', tmp_path / 'packages')
+    assert benchmark_rows._commit() == 'unknown'
 
 
 def test_plot_holds_the_ratios(tmp_path):

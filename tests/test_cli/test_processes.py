@@ -8,6 +8,18 @@ from told import told
 from mmubn.cli import processes
 
 
+def test_torchrun_without_a_launcher(monkeypatch):
+    cfg = Config(dict(launcher='none'))
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    processes.start_processes(cfg)  # a variable that other programs set too
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'none')
+    assert told(processes.start_processes, cfg) == (
+        '--launcher: torchrun started several processes; add pytorch'
+    )
+    monkeypatch.setenv('WORLD_SIZE', '1')
+    processes.start_processes(cfg)
+
+
 @pytest.mark.parametrize(('count', 'starts'), [('4', True), ('8', False)])
 def test_more_processes_than_gpus(monkeypatch, count, starts):
     started = []

@@ -41,6 +41,12 @@ def test_the_next_training_may_enter(tmp_path):
     enter(tmp_path)
 
 
+def test_a_lock_that_cannot_be_written(tmp_path):
+    (tmp_path / '.lock').mkdir()  # root may write to the lock of another user
+    line = told(enter, tmp_path)
+    assert line == f'work_dir: cannot write to {tmp_path}/.lock (Is a directory)'
+
+
 def test_a_file_system_without_locks_is_not_guarded(tmp_path, monkeypatch):
     def lockf(*_):
         raise OSError(37, 'No locks available')

@@ -147,6 +147,16 @@ def test_foreign_folder_is_left_alone(tmp_path):
     assert contents(tmp_path) == {'train/mine.jpg': b'photo'}
 
 
+@pytest.mark.parametrize('settings', ['{"description": "mine"}', '[1]', 'no JSON'])
+def test_a_foreign_file_of_the_same_name(tmp_path, settings):
+    (tmp_path / 'train').mkdir()
+    (tmp_path / 'train' / 'mine.jpg').write_bytes(b'photo')
+    (tmp_path / 'scenes.json').write_text(settings)
+    with pytest.raises(FileExistsError, match='was not made here'):
+        make_scenes(tmp_path, num_train=1, num_val=1)
+    assert set(contents(tmp_path)) == {'train/mine.jpg', 'scenes.json'}
+
+
 def test_file_in_the_way(tmp_path):
     (tmp_path / 'scenes').write_text('a file')
     with pytest.raises(FileExistsError, match='scenes'):

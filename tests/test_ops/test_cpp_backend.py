@@ -426,6 +426,36 @@ def test_folder_that_others_can_write_to(fresh, tmp_path):
         cpp_build.library('float', 3)
 
 
+def test_folder_of_root_serves_all_users(fresh, tmp_path):
+    """As in the image of a container that runs under another number."""
+    library = []
+    fresh.setenv('MMUBN_CACHE', str(tmp_path / 'cache'))
+    fresh.setattr(cpp_build, '_build', lambda command, path: library.append(path))
+    fresh.setattr(cpp_build.ctypes, 'CDLL', str)
+    owner = (tmp_path.stat()).st_uid
+    for user, owned_by, served in ((owner, owner, True), (4321, 0, True), (4321, 1234, False)):
+        cpp_build.library.cache_clear()
+        fresh.setattr(cpp_build.os, 'getuid', lambda user=user: user)
+        status = os.stat_result((0o40755, 0, 0, 0, owned_by, 0, 0, 0, 0, 0))
+        fresh.setattr(cpp_build.Path, 'stat', lambda self, status=status, **_: status)
+        fresh.setattr(cpp_build.Path, 'exists', lambda self: True)
+        if served:
+            cpp_build.library('float', 3)
+            continue
+        with pytest.raises(cpp_build.BuildError, match='belongs to'):
+            cpp_build.library('float', 3)
+
+
+def test_what_an_editor_leaves_beside_the_sources(fresh, tmp_path):
+    shutil.copytree(cpp_build._SOURCES, tmp_path / 'cpp')
+    (tmp_path / 'cpp' / '.ipynb_checkpoints').mkdir()
+    fresh.setattr(cpp_build, '_SOURCES', tmp_path / 'cpp')
+    fresh.setattr(cpp_build, '_build', lambda command, path: path.touch())
+    fresh.setattr(cpp_build.ctypes, 'CDLL', Path)
+    fresh.setenv('MMUBN_CACHE', str(tmp_path / 'cache'))
+    assert cpp_build.library('float', 3).exists()
+
+
 @pytest.mark.skipif(os.name != 'posix' or os.getuid() == 0, reason='root can write anywhere')
 def test_folder_that_cannot_be_written(fresh, tmp_path):
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)

@@ -13,7 +13,7 @@ SCRIPTS = ('dist_launch.sh', 'dist_test.sh', 'dist_train.sh')
 
 def launched(folder: Path, script: str, *argv: str, **variables: str) -> list:
     tools = folder / 'the tools'
-    tools.mkdir()
+    tools.mkdir(exist_ok=True)
     for name in SCRIPTS:
         shutil.copy(ROOT / 'tools' / name, tools)
     python = folder / 'a python'
@@ -21,8 +21,8 @@ def launched(folder: Path, script: str, *argv: str, **variables: str) -> list:
     python.chmod(0o755)
     env = {k: v for k, v in os.environ.items() if k not in ('NNODES', 'PORT', 'PYTHONPATH')}
     env.update(PYTHON=str(python), **variables)
-    command = [str(tools / script), *argv]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    command = [f'{tools.name}/{script}', *argv]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=True, cwd=folder)
     path, *arguments = done.stdout.splitlines()
     assert path == f'{tools}/..'
     return arguments
@@ -35,6 +35,11 @@ def test_train_with_spaces_in_paths(tmp_path):
         *(f'{tmp_path}/the tools/train.py', 'my config.py', '--launcher', 'pytorch'),
         *('--work-dir', 'my run', '--cfg-options', 'a=1'),
     ]
+
+
+def test_a_shell_that_looks_for_folders_elsewhere(tmp_path):
+    plain = launched(tmp_path, 'dist_train.sh', 'config.py', '2')
+    assert launched(tmp_path, 'dist_train.sh', 'config.py', '2', CDPATH='.') == plain
 
 
 def test_test_on_two_machines(tmp_path):

@@ -47,6 +47,39 @@ def test_table_of_a_training(tmp_path, capsys):
     assert ' UBN layers, 6 steps of ' in capsys.readouterr().out
 
 
+SMALL = [
+    '--cfg-options',
+    *('train_dataloader.batch_size=8', 'train_dataloader.dataset.count=48'),
+    'train_dataloader.num_workers=0',
+]
+
+
+def test_a_training_of_the_config_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = ROOT / 'configs' / 'demo' / 'resnet18_ubn_shapes.py'
+    trained = tmp_path / 'work_dirs' / 'resnet18_ubn_shapes'
+    trained.mkdir(parents=True)
+    (trained / 'last_checkpoint').write_text('epoch_2.pth')
+    run_tool('similarity_options', config, '--iterations', '2', *SMALL)
+    assert [path.name for path in trained.iterdir()] == ['last_checkpoint']
+    run_tool('similarity_options', config, '--iterations', '2', '--work-dir', trained, *SMALL)
+    assert (trained / 'last_checkpoint').read_text() == 'epoch_2.pth'
+    assert not list(trained.rglob('*.pth'))
+
+
+def test_checks_and_processes_as_the_command_line_says(tmp_path, capsys):
+    config = ROOT / 'configs' / 'demo' / 'resnet18_ubn_shapes.py'
+    argv = ['similarity_options', config, '--iterations', '1', '--work-dir', tmp_path, *SMALL]
+    with pytest.raises(SystemExit):
+        run_tool(*argv, 'optim_wrapper.optimizer.lr=-1')
+    assert 'error: optim_wrapper.optimizer' in capsys.readouterr().err
+    with pytest.raises(ValueError, match='Invalid learning rate'):
+        run_tool(*argv, 'optim_wrapper.optimizer.lr=-1', '--skip-checks')
+    with pytest.raises(SystemExit):
+        run_tool(*argv, '--launcher', 'pytorch')
+    assert 'error: --launcher: this tool measures in one process' in capsys.readouterr().err
+
+
 def test_only_layers_that_measure_are_followed():
     class Net(nn.Module):
         def __init__(self):
