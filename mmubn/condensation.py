@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .layers.base import recomputing
 from .ops import mean_cosine_similarity
-from .ops.utils import compiling
+from .ops.utils import compiling, unseen
 
 # Whether what runs is no step of the training, so no recorder is to see it.
 _paused = False
@@ -125,18 +125,9 @@ class CondensationRecorder:
                 return
             # By place or by name, which is not the same in all norms.
             x = [*args, *kwargs.values()][0]
-            nan = torch.full((), float('nan'), device=x.device)
-            used = getattr(module, 'batch_statistics_used', None) if module.training else None
-            values = torch.stack(
-                [
-                    mean_cosine_similarity(x).float(),
-                    mean_cosine_similarity(output).float(),
-                    nan if used is None else used.float(),
-                ]
-            )
-            defined = values.isfinite()
-            seen = torch.stack([torch.where(defined, values, 0.0), defined.float()], dim=1)
-            self._totals[name] = self._totals[name] + seen if name in self._totals else seen
+            with unseen():
+                seen = _seen(module, x, output)
+                self._totals[name] = self._totals[name] + seen if name in self._totals else seen
 
         return observe
 
@@ -195,3 +186,18 @@ class CondensationRecorder:
             for layer, values in self.to_dict(state).items()
             for where in ('input', 'output')
         ]
+
+
+def _seen(module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+    """(3, 2): the first three of :data:`QUANTITIES`, each with whether it is defined."""
+    nan = torch.full((), float('nan'), device=x.device)
+    used = getattr(module, 'batch_statistics_used', None) if module.training else None
+    values = torch.stack(
+        [
+            mean_cosine_similarity(x).float(),
+            mean_cosine_similarity(output).float(),
+            nan if used is None else used.float(),
+        ]
+    )
+    defined = values.isfinite()
+    return torch.stack([torch.where(defined, values, 0.0), defined.float()], dim=1)

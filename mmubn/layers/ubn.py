@@ -201,10 +201,11 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
     def _state(self) -> ops.Buffers:
         running_mean, running_var, count, *_ = super()._state()
         tau, gate = self.running_similarity, None
-        if self.training:  # which alone reads it; one made in inference mode could not train
+        if self.training:  # which alone reads it
             if tau is not None and self._gate.device != tau.device:
                 # Tensors were put in place of the buffers, as load_state_dict(assign=True) does.
-                self._gate = torch.ones((), dtype=torch.bool, device=tau.device)
+                with torch.inference_mode(False):  # else it could not train later
+                    self._gate = torch.ones((), dtype=torch.bool, device=tau.device)
             gate = self._gate
         # No step to count, and for torch.compile to carry along, where each one measures.
         steps = self._steps if self.fct_interval > 1 else None
@@ -222,7 +223,7 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
             # all batches, so no gate may leave one out.
             warmup = _FOREVER
         elif warmup is None:
-            warmup = math.ceil(10 / self.momentum) if self.momentum else 10
+            warmup = math.ceil(min(10 / self.momentum, _FOREVER)) if self.momentum else 10
         again = recomputing() and self._decided['once']
         self._decided['once'] = True
         return super()._settings(

@@ -11,7 +11,7 @@ from .cpp_backend import CppBackend
 from .interface import Backend
 from .torch_backend import TorchBackend
 from .triton_backend import TritonBackend
-from .utils import tracing
+from .utils import tracing, watching
 
 logger = logging.getLogger('mmubn')
 
@@ -52,7 +52,7 @@ def choose(name: str, x: Tensor, kernel_size: int = 3) -> Backend:
     backend = _BY_DEVICE.get(x.device.type, TORCH) if name == 'auto' else _NAMED[name]
     if backend is TORCH or not x.numel() or tracing():
         return TORCH
-    if name == 'auto' and _watched():
+    if name == 'auto' and watching():
         return TORCH
     reason = backend.why_not(x, kernel_size)
     if not reason:
@@ -74,10 +74,6 @@ def describe() -> List[Tuple[str, bool, str]]:
         kind = 'CPU' if device == 'cpu' else torch.cuda.get_device_name()
         rows.append((backend.name, not reason, reason or f"'auto' takes it on the {kind}"))
     return rows
-
-
-# Depth of the stack of torch's dispatch modes.
-_watched = getattr(torch._C, '_len_torch_dispatch_stack', lambda: 0)
 
 
 @functools.cache

@@ -9,7 +9,15 @@ from . import backend as backends
 from . import compiled
 from .interface import Buffers, Parameters, Settings
 from .step import Step, an_image, keeps, step_backward, step_forward
-from .utils import compiling, differentiable, is_batched, is_vmapped, tracing
+from .utils import (
+    checkpointed_selectively,
+    compiling,
+    differentiable,
+    is_batched,
+    is_vmapped,
+    tracing,
+    unseen,
+)
 
 
 class _Gradients(NamedTuple):
@@ -72,6 +80,9 @@ def ubn(
             return _not_compiled(x, parameters, buffers, settings, group, backend)
         if compiled.serves(settings):
             return compiled.step(x, parameters, buffers, settings, backend)
+    if not tracing() and checkpointed_selectively():
+        with unseen():  # a step that is run again measures and moves nothing
+            return ubn(x, parameters, buffers, settings, group, backend)
     x = x.resolve_neg()  # a lazy minus sign, which kernels would not see
     chosen = backends.choose(backend, x if x.numel() else an_image(x), parameters.kernel_size)
     step = Step(chosen, buffers, settings, group)

@@ -6,6 +6,10 @@ from typing import Any, Callable, ContextManager, Iterable, List, Optional
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 
 # What one step of a loop over the batch may hold on the CPU: about the second
 # level cache, beyond which a fresh temporary costs more than its arithmetic.
@@ -39,6 +43,25 @@ def _transforming() -> bool:
     """Whether a transform of torch.func, vmap or forward mode is active."""
     inside = torch._C._functorch.peek_interpreter_stack() is not None
     return inside or forward_ad._current_level >= 0
+
+
+# Depth of the stack of torch's dispatch modes, which watch every operation.
+watching = torch._C._len_torch_dispatch_stack
+
+
+def checkpointed_selectively() -> bool:
+    """Whether selective activation checkpointing is watching.
+
+    In the second run it finds outputs of the first by the order of the operations. What runs
+    other operations then has to stay :func:`unseen`.
+    """
+    modes = _get_current_dispatch_mode_stack() if watching() else ()
+    return any(type(mode).__module__ == 'torch.utils.checkpoint' for mode in modes)
+
+
+def unseen() -> ContextManager:
+    """Hides operations from selective activation checkpointing, and from other modes beside it."""
+    return _disable_current_modes() if checkpointed_selectively() else nullcontext()
 
 
 # Whether a tensor is many in one, as is_grads_batched=True makes without a transform. torch 2.1

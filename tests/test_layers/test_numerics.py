@@ -1,6 +1,8 @@
 """Half precision, extreme scales, and inputs that must not poison a layer."""
 
 import copy
+import functools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from against_reference import LAYERS, Reference, assert_equals_reference, random
 from torch import nn
 from weights import assert_same_state
 
+from mmubn.condensation import record_condensation
 from mmubn.layers import RBN, UBN
 from mmubn.ops import mean_cosine_similarity, reference
 
@@ -198,6 +201,56 @@ def test_activation_checkpointing(name, checkpoint):
     assert_same_state(wrapped, plain)
     for parameter, other in zip(plain.parameters(), wrapped.parameters()):
         torch.testing.assert_close(other.grad, parameter.grad)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.utils.checkpoint, 'create_selective_checkpoint_contexts'),
+    reason='selective checkpointing came with torch 2.4',
+)
+@pytest.mark.parametrize('backend', ['auto', 'torch'])
+@pytest.mark.parametrize('operation', ['sum.default', 'where.self', 'div.Tensor', 'mul.Tensor'])
+@pytest.mark.parametrize('watched', [False, True], ids=['', 'condensation recorded'])
+def test_selective_activation_checkpointing(backend, operation, watched):
+    """It finds the outputs it kept by their order, and the second run measures nothing."""
+    packet, overload = operation.split('.')
+    kept = [getattr(getattr(torch.ops.aten, packet), overload)]
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), UBN(4, backend=backend), nn.Sigmoid())
+    selective = copy.deepcopy(plain)
+    x = torch.randn(4, 3, 8, 8, requires_grad=True)
+    again = x.detach().clone().requires_grad_()
+    contexts = functools.partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, kept)
+    with record_condensation(selective) if watched else nullcontext():
+        # The product after the layer is kept too.
+        y = torch.utils.checkpoint.checkpoint(
+            lambda x: selective(x) * x.sum(), again, use_reentrant=False, context_fn=contexts
+        )
+        upstream = torch.randn_like(y)
+        y.backward(upstream)
+    (plain(x) * x.sum()).backward(upstream)
+    torch.testing.assert_close(again.grad, x.grad)
+    assert_same_state(selective, plain)
+    for parameter, other in zip(plain.parameters(), selective.parameters()):
+        torch.testing.assert_close(other.grad, parameter.grad)
+
+
+def test_a_gate_made_in_inference_mode_can_train():
+    """As of a trial run of the shapes."""
+    with torch.device('meta'):
+        layer = UBN(4, backend='torch')
+    layer.load_state_dict(UBN(4).state_dict(), assign=True)
+    with torch.inference_mode():
+        layer(torch.randn(2, 4, 3, 3))
+    x = torch.randn(2, 4, 3, 3, requires_grad=True)
+    layer(x).sum().backward()
+    assert layer.batch_statistics_used
+
+
+@pytest.mark.parametrize('momentum', [0, 1e-320])
+def test_a_momentum_that_moves_nothing(momentum):
+    layer = UBN(4, momentum=momentum)
+    layer(torch.randn(2, 4, 3, 3))
+    assert torch.equal(layer.running_mean, torch.zeros(4))
+    assert layer.batch_statistics_used
 
 
 def test_shared_layer_and_double_forward(make_layer):
