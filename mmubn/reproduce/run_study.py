@@ -263,6 +263,8 @@ def write_tuning(study: Study, rows: Sequence[Row], root: Path, out: Path) -> Li
             edge = ' (at the edge of the grid)' if chosen and study.at_edge(chosen) else ''
             won = f'{_point(chosen)}{edge}' if chosen else 'not run'
             shown_rows.append((row.name, won, '; '.join(cells)))
+    if not tuned:  # the report is of other rows
+        return text
     header = 'row', 'chosen', f'{study.metric} at each point of the grid'
     return [*text, '', '## Tuning, on the validation split', '', *table(header, shown_rows)]
 
