@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import layers
-from .layers.base import RectifiedBatchNorm
+from .layers import SYNCHRONISED
+from .layers.base import TRACKED, RectifiedBatchNorm
 
 logger = logging.getLogger('mmubn')
 
@@ -132,11 +133,15 @@ def _match(norms: Dict[str, nn.Module], patterns: Patterns) -> set:
 
 def _is_fused(module: nn.Module) -> bool:
     """Whether it is one of timm's layers of norm, drop and activation, or was one before."""
-    if _drop_and_activate in module._forward_hooks.values():
+    if drop_and_activate in module._forward_hooks.values():
         return True
     owner = next(kind for kind in type(module).__mro__ if 'forward' in vars(kind))
     is_timms = owner.__module__.split('.')[0] == 'timm'
     return is_timms and hasattr(module, 'act') and hasattr(module, 'drop')
+
+
+# Pairs that can become each other.
+_TWINS = {*SYNCHRONISED.items(), *((twin, kind) for kind, twin in SYNCHRONISED.items())}
 
 
 def _why_not(module: _BatchNorm, target: type) -> str:
@@ -145,9 +150,10 @@ def _why_not(module: _BatchNorm, target: type) -> str:
     if type(module) is target:
         return f'already {kind}; set its attributes, such as eps or fct, to change it'
     if isinstance(module, RectifiedBatchNorm):
-        if target is nn.BatchNorm2d or {type(module), target} == {layers.UBN, layers.SyncUBN}:
+        if target is nn.BatchNorm2d or (type(module), target) in _TWINS:
             return _would_be_lost(module)
-        return f'{kind}, which can only become BN; UBN and SyncUBN can also become each other'
+        pairs = ', '.join(f'{a.__name__} and {b.__name__}' for a, b in SYNCHRONISED.items())
+        return f'{kind}, which can only become BN; {pairs} can also become each other'
     # mmengine's SyncBatchNorm is a subclass that checks its input's dimensions and no more.
     is_plain = type(module) is nn.BatchNorm2d or isinstance(module, nn.SyncBatchNorm)
     if target is nn.BatchNorm2d or not (is_plain or _is_fused(module)):
@@ -161,7 +167,7 @@ def _would_be_lost(module: _BatchNorm) -> str:
     """What somebody added to this layer, which no other would have."""
     known = {'drop', 'act'} if _is_fused(module) else set()
     added = dict(
-        buffers=set(module._buffers) - {*_TRACKED, 'running_similarity'},
+        buffers=set(module._buffers) - {*TRACKED, 'running_similarity'},
         layers=set(module._modules) - known,
     )
     named = [f'{what} {", ".join(sorted(names))}' for what, names in added.items() if names]
@@ -275,16 +281,16 @@ def _filled(
         track_running_stats=module.running_mean is not None,
         **_place(module),
     )
-    if target is layers.SyncUBN:
+    if target in SYNCHRONISED.values():
         kept['process_group'] = getattr(module, 'process_group', None)
     new = target(module.num_features, **{**kept, **settings})
     if isinstance(new, RectifiedBatchNorm):
         new.requires_grad_(module.weight is None or module.weight.requires_grad)
         changed = new._complete_batch_norm(state, '')
-    lost = [key for key in (*_AFFINE, *_TRACKED) if key in state and getattr(new, key) is None]
+    lost = [key for key in (*_AFFINE, *TRACKED) if key in state and getattr(new, key) is None]
     if lost:
         raise ValueError(f'with {settings} there would be no {" and ".join(lost)}')
-    for key in (*_AFFINE, *_TRACKED):
+    for key in (*_AFFINE, *TRACKED):
         held = new._parameters if key in _AFFINE else new._buffers
         if key in state and key in changed:
             held[key] = weights.replace(state[key], changed.pop(key))
@@ -302,7 +308,6 @@ def _filled(
 
 
 _AFFINE = ('weight', 'bias')
-_TRACKED = ('running_mean', 'running_var', 'num_batches_tracked')
 
 
 def _is_shared(value: torch.Tensor) -> bool:
@@ -344,12 +349,13 @@ def _take_hooks(module: nn.Module, new: nn.Module) -> None:
                 if isinstance(getattr(hook, 'module', None), weakref.ref):
                     hook.module = weakref.ref(new)
     new._is_full_backward_hook = module._is_full_backward_hook  # of the kind of backward hooks
-    if _is_fused(module) and _drop_and_activate not in new._forward_hooks.values():
-        handle = new.register_forward_hook(_drop_and_activate)
+    if _is_fused(module) and drop_and_activate not in new._forward_hooks.values():
+        handle = new.register_forward_hook(drop_and_activate)
         new._forward_hooks.move_to_end(handle.id, last=False)
 
 
-def _drop_and_activate(module: nn.Module, args: Tuple, output: torch.Tensor) -> torch.Tensor:
+def drop_and_activate(module: nn.Module, args: Tuple, output: torch.Tensor) -> torch.Tensor:
+    """The hook of a layer that took the place of a fused one of timm."""
     return module.act(module.drop(output))
 
 

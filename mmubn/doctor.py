@@ -208,7 +208,7 @@ def devices() -> Iterator[Line]:
 
 
 def backends() -> Iterator[Line]:
-    """Which code makes UBN's passes here, and why."""
+    """Which backend makes UBN's steps here, and why."""
     torch, _ = _load('torch')
     if torch is None:
         return

@@ -43,16 +43,17 @@ def record(
 
     def hook_of(name: str):
         @torch.no_grad()
-        def hook(module: UBN, args: Tuple[Tensor, ...]) -> None:
+        def hook(module: UBN, args: Tuple[Tensor, ...], kwargs: Dict[str, Tensor]) -> None:
             if module.training and not recomputing():
+                (x,) = *args, *kwargs.values()  # by place or by name
                 for stride in strides:
-                    positions = args[0][:, :, ::stride, ::stride]
+                    positions = x[:, :, ::stride, ::stride]
                     seen[name][stride].append(mean_cosine_similarity(positions))
 
         return hook
 
     for name, module in layers.items():
-        module.register_forward_pre_hook(hook_of(name))
+        module.register_forward_pre_hook(hook_of(name), with_kwargs=True)
     return layers, seen
 
 

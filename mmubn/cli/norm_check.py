@@ -9,6 +9,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from .. import layers
+from ..layers import SYNCHRONISED
 from ..walk import walk
 from .errors import CommandError
 
@@ -62,12 +63,13 @@ def _hint(kind: str) -> str:
     asked = kind.upper()
     ours = [name for name in layers.__all__ if name.upper() in asked.replace('SYNC', '')]
     if ours and 'SYNC' in asked:
-        if 'UBN' not in ours:
+        twins = [twin.__name__ for kind, twin in SYNCHRONISED.items() if kind.__name__ in ours]
+        if not twins:
             return (
                 f'there is no synchronised {ours[0]}: '
                 f"type='{ours[0]}' has each process's own statistics"
             )
-        ours = ['SyncUBN']
+        ours = twins
     with MODELS.switch_scope_and_registry(None) as registry:
         known = ours or {*registry.module_dict, *MODELS.module_dict}
     nearest = difflib.get_close_matches(kind, known, n=1, cutoff=0 if ours else 0.6)

@@ -4,7 +4,7 @@ from mmengine.config import Config
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers import UBN, SyncUBN
+from ..layers import SYNCHRONISED
 from ..layers.base import RectifiedBatchNorm
 from .errors import CommandError
 from .norm_check import layer_class, norm_cfgs
@@ -33,10 +33,10 @@ def replace_sync_bn(cfg: Config) -> None:
     if kind not in _BATCH_NORMS:
         raise CommandError(f"sync_bn must be 'torch' or 'mmcv', got {kind!r}")
     for path, norm, layer in norms:
-        if layer is UBN:
-            norm['type'] = 'SyncUBN'
+        if layer in SYNCHRONISED:
+            norm['type'] = SYNCHRONISED[layer].__name__
         elif issubclass(layer, RectifiedBatchNorm):
-            if layer is not SyncUBN:
+            if layer not in SYNCHRONISED.values():
                 raise CommandError(
                     f'{path}: there is no synchronised {layer.__name__}; remove sync_bn={kind!r}'
                 )

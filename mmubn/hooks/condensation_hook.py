@@ -74,6 +74,7 @@ class CondensationHook(Hook):
         seed (int): Seed for the choice of the fixed batch. Default: 0.
 
     Raises:
+        RuntimeError: In training; the fixed batch does not go through the model at once.
         ValueError: A setting out of range, or no layer to measure.
 
     Source: UBN (arXiv 2311.15993), Definition 1, section 3.2 and Appendix A.

@@ -40,8 +40,8 @@ class NonFiniteHook(Hook):
 
     Args:
         action (str): ``'stop'`` or ``'skip'``. Default: ``'stop'``.
-        max_skips (int): Number of steps skipped in a row after which the training stops
-            anyway: weights that give NaN for every batch do not recover. Default: 10.
+        max_skips (int): Number of such steps in a row at which the training stops anyway:
+            weights that give NaN for every batch do not recover. Default: 10.
 
     Raises:
         FloatingPointError: In training; the message has what is described above.

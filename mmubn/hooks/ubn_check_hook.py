@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import layers
+from ..layers.base import RectifiedBatchNorm
 from ..walk import type_name, walk
 
 
@@ -48,7 +49,7 @@ class UBNCheckHook(Hook):
         # The loop does the same before its first iteration; only then is it known
         # which layers norm_eval and frozen stages hold back.
         runner.model.train()
-        built = [m for m in runner.model.modules() if _is_ours(type(m))]
+        built = [m for m in runner.model.modules() if isinstance(m, RectifiedBatchNorm)]
         if not built:
             _raise_if_asked_for(runner)
             return
@@ -94,7 +95,7 @@ def without_effect(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         if getattr(module, 'norm_eval', False) is not True:
             continue
-        held = [m for m in module.modules() if _is_ours(type(m))]
+        held = [m for m in module.modules() if isinstance(m, RectifiedBatchNorm)]
         trained = [m for m in held if m.training]
         if trained:
             yield (
@@ -105,13 +106,13 @@ def without_effect(model: nn.Module) -> Iterator[str]:
             )
 
 
-def _is_ours(layer: type) -> bool:
-    return issubclass(layer, tuple(getattr(layers, name) for name in layers.__all__))
-
-
 def _others(model: nn.Module) -> List[nn.Module]:
     """The batch norms that are none of ours."""
-    return [m for m in model.modules() if isinstance(m, _BatchNorm) and not _is_ours(type(m))]
+    return [
+        m
+        for m in model.modules()
+        if isinstance(m, _BatchNorm) and not isinstance(m, RectifiedBatchNorm)
+    ]
 
 
 def _kinds(norms: List[nn.Module]) -> str:

@@ -107,6 +107,9 @@ def read_forward(model: nn.Module, norms: Sequence[nn.Module]) -> Calls:
         model (nn.Module): In evaluation mode.
         norms (Sequence[nn.Module]): The layers to find convolutions for.
 
+    Returns:
+        Calls: Those of ``norms`` and of all convolutions.
+
     Raises:
         Exception: Of any kind, where torch.fx cannot read it, or would give its proxies to hooks.
     """

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from .. import layers
-from ..convert import _drop_and_activate, own_forward
+from ..convert import drop_and_activate, own_forward
 from ..layers.base import RectifiedBatchNorm
 from .graph import Calls, read_forward, watch_run
 from .layer import Constants, DepthwiseConv2d, Fold, InferenceNorm, constants_of, fold
@@ -74,6 +74,7 @@ def prepare_for_inference(
         ValueError: The model is in training mode, compiled, wrapped for several processes,
             prepared already, on several devices, or has no such layer; the example inputs
             are on another device.
+        Exception: What the model itself raises on ``example_inputs``.
 
     Examples:
         >>> prepared = mmubn.prepare_for_inference(model.eval())
@@ -132,7 +133,7 @@ def _norms(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
 
 def _check(model: nn.Module, example_inputs: Optional[Tuple[Any, ...]]) -> None:
     """Refuses what cannot be prepared, in one line."""
-    if not isinstance(example_inputs, (tuple, list, type(None))):
+    if not isinstance(example_inputs, (tuple, type(None))):
         raise TypeError(
             'example_inputs must be a tuple of positional arguments, or a tensor, got '
             f'{type(example_inputs).__name__}'
@@ -191,7 +192,7 @@ def _obstacle(norm: nn.Module) -> str:
     """Why nothing of the layer may be folded, whatever comes before it."""
     if norm.running_mean is None:
         return 'it has no running statistics'
-    if any(hook is not _drop_and_activate for hook in norm._forward_hooks.values()):
+    if any(hook is not drop_and_activate for hook in norm._forward_hooks.values()):
         return 'it has forward hooks'
     return 'it has forward pre-hooks' if norm._forward_pre_hooks else own_forward(norm)
 

@@ -22,9 +22,9 @@ logger = logging.getLogger('mmubn')
 # What has to fit the input.
 _CHECKED = (*ops.Parameters._fields, 'running_mean', 'running_var')
 # What BatchNorm's training moves.
-_TRACKED = ('running_mean', 'running_var', 'num_batches_tracked')
+TRACKED = ('running_mean', 'running_var', 'num_batches_tracked')
 # What a state dict of these layers may hold and one of BatchNorm never does.
-_OWN_NAMES = ('kernel', 'center_weight', 'scale_weight', 'scale_bias', 'running_similarity')
+_OWN_NAMES = {*ops.Parameters._fields, 'running_similarity'} - {'weight', 'bias'}
 
 
 class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
@@ -133,7 +133,7 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
 
     def _state(self) -> ops.Buffers:
         """What a training step moves."""
-        mean, var, count = self._tensors(self._buffers, _TRACKED)
+        mean, var, count = self._tensors(self._buffers, TRACKED)
         if count is None and mean is not None:  # as BatchNorm: nobody counts
             count = torch.zeros((), dtype=torch.long, device=mean.device)
         return ops.Buffers(mean, var, count)

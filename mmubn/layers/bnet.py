@@ -37,10 +37,11 @@ class BNET(RectifiedBatchNorm, _BatchNorm):
         dtype (torch.dtype, optional): As in ``nn.BatchNorm2d``.
 
     Shape:
-        - Input: (N, C, H, W). Output: the same.
+        - Input: (N, C, H, W), any float dtype and memory format. Output: the same.
 
     Raises:
         TypeError: As in :class:`UBN`.
+        RuntimeError: As in :class:`UBN`.
         ValueError: As in :class:`UBN`; an unknown ``kernel_init``.
 
     Source: Xu et al., "BNET: Batch Normalization with Enhanced Linear

@@ -101,7 +101,8 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
             or ``scale`` that is no bool. An input that is not a dense float tensor, or that
             mixes dtypes with the parameters.
         RuntimeError: The input is on another device; ``backend`` cannot serve; a running
-            statistic requires a gradient.
+            statistic requires a gradient; a CUDA graph is captured with ``fct_interval``
+            above 1.
         ValueError: A setting out of its range; an input that is not 4D or has
             another number of channels; one value per channel in training.
 

@@ -21,6 +21,9 @@ _NAMED: Dict[str, Backend] = {backend.name: backend for backend in (TORCH, CPP, 
 _BY_DEVICE: Dict[str, Backend] = {'cpu': CPP, 'cuda': TRITON}
 
 BACKENDS = ('auto', *_NAMED)
+"""What ``backend=`` of a layer may be."""
+
+_DEVICES = dict(cpu='CPU', cuda='GPU')
 
 
 def check_name(name: str) -> None:
@@ -67,11 +70,13 @@ def describe() -> List[Tuple[str, bool, str]]:
     """For each backend its name, whether it can serve here, and where or why not, in one line."""
     rows = [(TORCH.name, True, 'any device, any dtype, any kernel size')]
     for device, backend in _BY_DEVICE.items():
-        if device == 'cuda' and not torch.cuda.is_available():
-            rows.append((backend.name, False, 'there is no GPU'))
+        try:
+            x = torch.zeros(1, 1, 1, 1, device=device)
+        except Exception:  # torch raises many kinds: not built for it, no driver, no device
+            rows.append((backend.name, False, f'there is no {_DEVICES.get(device, device)}'))
             continue
-        reason = backend.why_not(torch.zeros(1, 1, 1, 1, device=device), 3)
-        kind = 'CPU' if device == 'cpu' else torch.cuda.get_device_name()
+        reason = backend.why_not(x, 3)
+        kind = torch.cuda.get_device_name() if device == 'cuda' else _DEVICES.get(device, device)
         rows.append((backend.name, not reason, reason or f"'auto' takes it on the {kind}"))
     return rows
 

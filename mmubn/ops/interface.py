@@ -100,6 +100,7 @@ class Settings(NamedTuple):
     """What a step does; numbers and switches, no tensors."""
 
     eps: float = 1e-5
+    r""":math:`\epsilon`."""
 
     training: bool = True
     """Whether the statistics of the batch normalise (where the gate is open), else the

@@ -36,6 +36,10 @@ def mean_cosine_similarity(
         NaN where the similarity is undefined: fewer than two features, or
         features that are not finite or whose squared norm overflows.
 
+    Raises:
+        RuntimeError: The backend of that name cannot serve.
+        ValueError: There is no backend of that name.
+
     Source: UBN (arXiv 2311.15993), section 3.3.1.
     """
     if len(x) < 2:

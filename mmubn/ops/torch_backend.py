@@ -200,8 +200,9 @@ class TorchBackend(Backend):
                 d_shift = d_shift + d_gap
         d_weight = d_kernel = None
         if parameters.weight is not None:
-            d_weight, d_kernel = sums.d_taps.squeeze(-1).squeeze(-1), None
-            if parameters.kernel is not None:
+            if parameters.kernel is None:
+                d_weight = sums.d_taps[:, 0, 0]
+            else:
                 d_weight = (sums.d_taps * parameters.kernel.squeeze(1)).sum((1, 2))
                 d_kernel = (sums.d_taps * parameters.weight[:, None, None])[:, None]
         return Sums(

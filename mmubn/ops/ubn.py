@@ -72,7 +72,7 @@ def ubn(
 
     Raises:
         RuntimeError: On double backward with a ``group``, which is not implemented; where
-            the backend cannot be had.
+            the backend cannot be had; where a CUDA graph is captured with an interval above 1.
         ValueError: There is no backend of that name.
     """
     if compiling() and x.numel():

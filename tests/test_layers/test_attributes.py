@@ -172,16 +172,18 @@ def test_half_of_the_scaling_is_refused(name, backend):
         layer(torch.randn(2, CHANNELS, 4, 4))
 
 
-def test_a_layer_first_called_in_inference_mode_trains():
+@pytest.mark.parametrize('training', [True, False])
+def test_a_layer_first_called_in_inference_mode_trains(training):
+    """As in a trial run of the shapes."""
     with torch.device('meta'):
         layer = layers.UBN(CHANNELS, backend='torch')
     layer.load_state_dict(layers.UBN(CHANNELS).state_dict(), assign=True)
     x = torch.randn(2, CHANNELS, 5, 5)
     with torch.inference_mode():
-        layer.eval()(x)
+        layer.train(training)(x)
     layer.train()(x).sum().backward()
     assert layer.batch_statistics_used
-    assert layer.num_batches_tracked == 1
+    assert layer.num_batches_tracked == 1 + training
 
 
 def test_half_of_the_statistics_is_refused(kind):

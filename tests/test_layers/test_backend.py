@@ -1,4 +1,4 @@
-"""Which passes are chosen, what an explicit choice that cannot be met says."""
+"""Which backend is chosen, and what an explicit choice that cannot be met says."""
 
 import logging
 from types import SimpleNamespace
@@ -65,13 +65,6 @@ def test_parameters_and_buffers_that_are_views(name, kernel_device):
             torch.testing.assert_close(stacked[key][..., 1], layer.state_dict()[key], msg=key)
 
 
-@pytest.mark.usefixtures('on_kernel_device')
-def test_empty_batch_with_triton():
-    layer = UBN(3, backend='triton')
-    layer(torch.randn(0, 3, 4, 4)).sum().backward()
-    assert all(parameter.grad is not None for parameter in layer.parameters())
-
-
 @pytest.mark.parametrize(
     ('x', 'kernel_size', 'reason'),
     [
@@ -94,6 +87,11 @@ def test_torch_serves_where_operations_are_watched():
     """Counters of FLOPs and fake tensors have to see torch's own operations."""
     with FlopCounterMode(display=False):
         assert backend.choose('auto', torch.zeros(2, 3, 4, 4)) is TORCH
+
+
+def test_a_device_that_is_not_here_is_described(monkeypatch):
+    monkeypatch.setitem(backend._BY_DEVICE, 'xpu', TORCH)
+    assert backend.describe()[-1] == ('torch', False, 'there is no xpu')
 
 
 def test_triton_on_the_cpu_is_refused(monkeypatch):

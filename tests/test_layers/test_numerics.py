@@ -233,18 +233,6 @@ def test_selective_activation_checkpointing(backend, operation, watched):
         torch.testing.assert_close(other.grad, parameter.grad)
 
 
-def test_a_gate_made_in_inference_mode_can_train():
-    """As of a trial run of the shapes."""
-    with torch.device('meta'):
-        layer = UBN(4, backend='torch')
-    layer.load_state_dict(UBN(4).state_dict(), assign=True)
-    with torch.inference_mode():
-        layer(torch.randn(2, 4, 3, 3))
-    x = torch.randn(2, 4, 3, 3, requires_grad=True)
-    layer(x).sum().backward()
-    assert layer.batch_statistics_used
-
-
 @pytest.mark.parametrize('momentum', [0, 1e-320])
 def test_a_momentum_that_moves_nothing(momentum):
     layer = UBN(4, momentum=momentum)

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import multiprocessing
+from weights import trained
 
-from mmubn.layers import BNET, IEBN, RBN, UBN
+from mmubn import layers
+from mmubn.layers import UBN
 from mmubn.ops import Buffers, Parameters, Settings, cpp_build
 from mmubn.ops.backend import CPP, TORCH
 from mmubn.ops.interface import Backend
@@ -286,16 +288,18 @@ def test_an_infinite_mean_is_infinite(shape, layout):
     torch.testing.assert_close(made['y'][finite], expected['y'][finite])
 
 
-@pytest.mark.parametrize('make', [UBN, RBN, BNET, IEBN])
-def test_autograd_takes_it(make):
+@pytest.mark.parametrize('name', layers.__all__)
+def test_autograd_takes_it(name):
     """Layers with it and with torch give the same, in training and in evaluation."""
-    layers = [make(6, backend=backend).double() for backend in ('cpp', 'torch')]
-    layers[1].load_state_dict(layers[0].state_dict())
+    make = getattr(layers, name)
+    pair = [make(6, backend=backend).double() for backend in ('cpp', 'torch')]
+    trained(pair[0])
+    pair[1].load_state_dict(pair[0].state_dict())
     x = torch.randn(4, 6, 7, 8, dtype=torch.double, requires_grad=True)
     dy = torch.randn_like(x)
     for training in (True, False):
         results = []
-        for layer in layers:
+        for layer in pair:
             layer.train(training).zero_grad()
             y = layer(x)
             (dx,) = torch.autograd.grad(y, x, dy, retain_graph=True)

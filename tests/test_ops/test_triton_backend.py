@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmubn.layers import BNET, IEBN, RBN, UBN, SyncUBN
+from mmubn import layers
+from mmubn.layers import UBN, SyncUBN
 from mmubn.ops import Buffers, Parameters, Settings, reference, triton_backend
 from mmubn.ops.backend import TORCH, TRITON
 from mmubn.ops.triton_backend import Tiles
@@ -418,7 +419,10 @@ class Launches(TorchDispatchMode):
 
 
 COUNTED = {
-    'ubn': lambda: UBN(4, backend='triton'),
+    **{
+        name.lower(): lambda name=name: getattr(layers, name)(4, backend='triton')
+        for name in layers.__all__
+    },
     'ubn_sampled': lambda: UBN(4, backend='triton', fct_stride=2, fct_interval=2),
     'ubn_cumulative': lambda: UBN(4, backend='triton', momentum=None),
     'ubn_no_gate': lambda: UBN(4, backend='triton', fct=None),
@@ -426,10 +430,6 @@ COUNTED = {
     'ubn_gate_alone': lambda: UBN(4, backend='triton', kernel_size=1, center=False, scale=False),
     'ubn_untracked': lambda: UBN(4, backend='triton', fct=None, track_running_stats=False),
     'ubn_half': lambda: UBN(4, backend='triton', dtype=torch.float16),
-    'rbn': lambda: RBN(4, backend='triton'),
-    'bnet': lambda: BNET(4, backend='triton'),
-    'iebn': lambda: IEBN(4, backend='triton'),
-    'sync_ubn': lambda: SyncUBN(4, backend='triton'),
 }
 
 
@@ -444,7 +444,7 @@ def test_at_most_five_launches_forward_and_four_backward(
 ):
     """Also where dY comes in another memory format than X."""
     layer = COUNTED[name]().train(training)
-    if name == 'sync_ubn':
+    if name == 'syncubn':
         rows = torch.rand(2, 2 * 4 + 3)
         monkeypatch.setattr(SyncUBN, '_group', lambda self: self.training or None)
         monkeypatch.setattr(sys.modules['mmubn.ops.step'], '_all_gather', lambda row, group: rows)

@@ -87,7 +87,10 @@ def test_only_layers_that_measure_are_followed():
             self.frozen, self.trained, self.no_gate = Frozen(4), UBN(4), UBN(4, fct=None)
 
         def forward(self, x):
-            return self.no_gate(checkpoint(self.trained, self.frozen(x), use_reentrant=False))
+            def by_name(x):
+                return self.trained(input=x)
+
+            return self.no_gate(checkpoint(by_name, self.frozen(x), use_reentrant=False))
 
     net = Net()
     layers, seen = record(net, [1])
