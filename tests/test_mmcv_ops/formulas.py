@@ -111,13 +111,17 @@ def deform_conv(x, offset, mask, weight, bias, stride, padding, dilation, groups
 
 
 def sigmoid_focal_loss(logits, target, gamma, alpha, weight=None):
-    """Lin et al. 2017, −α (1 − q)^γ log q with q the probability of the truth."""
+    """Lin et al. 2017, −α (1 − q)^γ log q with q the probability of the truth.
+
+    As in mmcv, q counts as the smallest float32 where it is less.
+    """
     loss = torch.zeros(logits.shape, dtype=torch.float64)
     for n, label in enumerate(target.tolist()):
         for c in range(logits.size(1)):
             z = float(logits[n, c]) * (1 if c == label else -1)
             # log sigmoid(z), also where sigmoid(z) is 0 in float64
             log_q = -math.log1p(math.exp(-z)) if z > 0 else z - math.log1p(math.exp(z))
+            log_q = max(log_q, math.log(torch.finfo(torch.float32).tiny))
             factor = alpha if c == label else 1 - alpha
             if weight is not None and 0 <= label < len(weight):
                 factor *= float(weight[label])

@@ -20,7 +20,7 @@ SETTINGS = {
 }
 
 
-def draw(stride, padding, dilation, groups, deform_groups, dtype=torch.float64):
+def draw(stride, padding, dilation, groups, deform_groups, dtype=torch.float64, scale=2.0):
     """x, offset, mask, weight, bias for a kernel of 3 × 2."""
     kernel, size = (3, 2), (7, 8)
     out = [
@@ -29,7 +29,7 @@ def draw(stride, padding, dilation, groups, deform_groups, dtype=torch.float64):
     ]
     return (
         torch.randn(2, 4, *size, dtype=dtype, requires_grad=True),
-        torch.randn(2, deform_groups * 12, *out, dtype=dtype).mul(2).requires_grad_(),
+        torch.randn(2, deform_groups * 12, *out, dtype=dtype).mul(scale).requires_grad_(),
         torch.rand(2, deform_groups * 6, *out, dtype=dtype, requires_grad=True),
         torch.randn(6, 4 // groups, *kernel, dtype=dtype, requires_grad=True),
         torch.randn(6, dtype=dtype, requires_grad=True),
@@ -81,8 +81,50 @@ def test_gradients(name):
 
 
 @pytest.mark.parametrize('name', SETTINGS)
-def test_equals_the_compiled_one(compiled, ext, name, monkeypatch):
-    x, offset, mask, weight, bias = draw(*SETTINGS[name], dtype=torch.float32)
+def test_offsets_of_0_have_no_gradient_one_pixel_outside(name):
+    """As in mmcv, where a layer starts with such offsets; within, it is that of a tiny one."""
+    stride, padding, dilation, _, groups = SETTINGS[name]
+    x, offset, mask, weight, bias = draw(*SETTINGS[name], scale=0.0)
+    kernel, places = weight.shape[2:], []
+    for axis in range(2):  # of the samples that do not move
+        taps = torch.arange(kernel[axis])[:, None] * dilation[axis]
+        places.append(taps + torch.arange(offset.shape[2 + axis]) * stride[axis] - padding[axis])
+    y, upstream = places[0][:, None, :, None], None
+    outside = torch.stack(torch.broadcast_tensors(y == -1, (places[1] == -1)[None, :, None]), 2)
+    for function in (
+        lambda o: modulated_deform_conv2d(x, o, mask, weight, bias, *SETTINGS[name]),
+        lambda o: deform_conv2d(x, o, weight, *SETTINGS[name]),
+    ):
+        output = function(offset)
+        upstream = torch.randn_like(output)
+        (gradient,) = torch.autograd.grad(output, offset, upstream)
+        beside = (offset.detach() + 1e-9).requires_grad_()
+        (expected,) = torch.autograd.grad(function(beside), beside, upstream)
+        split = (2, groups, *outside.shape)
+        expected = expected.view(split).masked_fill(outside, 0)
+        assert outside.any()
+        torch.testing.assert_close(gradient.view(split), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', SETTINGS)
+def test_an_offset_that_is_nan_reads_nothing(name):
+    x, offset, mask, weight, bias = draw(*SETTINGS[name])
+    offset = offset.detach()
+    offset[0, 3, 1, 2] = float('nan')
+    far = offset.nan_to_num(nan=1e6)
+    for function in (
+        lambda o: modulated_deform_conv2d(x, o, mask, weight, bias, *SETTINGS[name]),
+        lambda o: deform_conv2d(x, o, weight, *SETTINGS[name]),
+    ):
+        assert torch.equal(function(offset), function(far))
+
+
+@pytest.mark.parametrize('scale', [0.0, 1.0, 2.0])
+@pytest.mark.parametrize('name', SETTINGS)
+def test_equals_the_compiled_one(compiled, ext, name, scale, monkeypatch):
+    x, offset, mask, weight, bias = draw(*SETTINGS[name], dtype=torch.float32, scale=scale)
+    if scale == 1:  # whole pixels, also exactly one outside
+        offset = offset.detach().round().requires_grad_()
     settings = SETTINGS[name]
     results = []
     for module in (compiled, ext):

@@ -1,5 +1,7 @@
 """The sigmoid focal loss against its definition; mmcv has no operator for it on a CPU."""
 
+import math
+
 import formulas
 import pytest
 import torch
@@ -49,6 +51,20 @@ def test_gradient_where_the_sigmoid_is_0_or_1(gamma, target):
     assert logits.grad.isfinite().all()
     wrong = logits.grad.nonzero().tolist()  # each confidently wrong logit, and no other
     assert wrong == [[0, 1], [0, 2], [1, 0], [1, 1], [2, 0], [2, 1], [2, 2], [3, 1], [5, 0]]
+
+
+def test_a_logit_that_is_infinitely_wrong(target):
+    """Mmcv's formula with the smallest float32 in place of a probability of 0."""
+    logits = torch.zeros(6, 3)
+    logits[0, 0], logits[2, 1] = -float('inf'), float('inf')
+    logits.requires_grad_()
+    loss = sigmoid_focal_loss(logits, target, 2.0, 0.25, None, 'none')
+    least = -math.log(torch.finfo(torch.float32).tiny)
+    torch.testing.assert_close(loss[0, 0], torch.tensor(0.25 * least))
+    torch.testing.assert_close(loss[2, 1], torch.tensor(0.75 * least))
+    loss.sum().backward()
+    assert logits.grad[0, 0] == -0.25
+    assert logits.grad[2, 1] == 0.75
 
 
 def test_half_precision(target):

@@ -26,6 +26,14 @@ def test_nms(n, offset, dtype):
     assert kept.dtype == dtype
 
 
+def test_an_overlap_of_just_the_threshold():
+    """0.6 in float32 is more than in float64, in which 6 / 10 is the threshold and stays."""
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 6]])
+    scores = torch.tensor([0.9, 0.8])
+    for dtype in (torch.float32, torch.float64):
+        assert nms(boxes.to(dtype), scores.to(dtype), 0.6)[1].tolist() == [0, 1]
+
+
 def test_nms_without_ties_ignores_the_order_of_the_boxes():
     boxes, scores = draw(150)
     order = torch.randperm(150)
@@ -92,10 +100,12 @@ def test_soft_nms_leaves_its_input_alone():
 @pytest.mark.parametrize('offset', [0, 1])
 @pytest.mark.parametrize('ties', [False, True])
 @pytest.mark.parametrize('n', [1, 40, 3000])
-def test_nms_equals_the_compiled_one(compiled, ext, n, ties, offset):
+@pytest.mark.parametrize('threshold', [0.5, 0.6])
+def test_nms_equals_the_compiled_one(compiled, ext, threshold, n, ties, offset):
     boxes, scores = draw(n, ties)
-    expected = compiled.nms(boxes, scores, 0.5, offset)
-    assert torch.equal(ext.nms(boxes, scores, 0.5, offset), expected)
+    for drawn in (boxes, boxes.div(6).round()):  # whole numbers: overlaps of just the threshold
+        expected = compiled.nms(drawn, scores, threshold, offset)
+        assert torch.equal(ext.nms(drawn, scores, threshold, offset), expected)
 
 
 @pytest.mark.parametrize('method', [0, 1, 2])

@@ -27,14 +27,20 @@ CASES = {  # bins, scale, samples, aligned
 
 
 @pytest.fixture
-def rois():
+def every_roi():
     return torch.tensor(ROIS, dtype=torch.float64)
 
 
+@pytest.fixture
+def rois(every_roi):
+    """Those that can be aligned."""
+    return every_roi[:4]
+
+
 @pytest.mark.parametrize('case', CASES)
-def test_forward(case, rois):
+def test_forward(case, every_roi, rois):
     bins, scale, samples, aligned = CASES[case]
-    rois = rois if aligned is False else rois[:4]  # mmcv refuses to align a box turned round
+    rois = rois if aligned else every_roi
     x = torch.randn(2, 2, 14, 12, dtype=torch.float64)
     expected = formulas.roi_align(x, rois, *CASES[case])
     assert expected.count_nonzero() > expected.numel() // 2
@@ -46,16 +52,17 @@ def test_forward(case, rois):
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_gradient(case, rois):
+def test_gradient(case, every_roi, rois):
     x = torch.randn(2, 2, 9, 8, dtype=torch.float64, requires_grad=True)
     bins, scale, samples, aligned = CASES[case]
+    rois = rois if aligned else every_roi
     assert gradcheck(lambda x: roi_align(x, rois, bins, scale, samples, 'avg', aligned), x)
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_equals_the_compiled_one(compiled, ext, case, rois, monkeypatch):
+def test_equals_the_compiled_one(compiled, ext, case, every_roi, rois, monkeypatch):
     bins, scale, samples, aligned = CASES[case]
-    rois = rois[: 5 - aligned].float()
+    rois = (rois if aligned else every_roi).float()
     x = torch.randn(2, 3, 14, 12, requires_grad=True)
     upstream = torch.randn(len(rois), 3, *bins)
     results = []
@@ -65,6 +72,19 @@ def test_equals_the_compiled_one(compiled, ext, case, rois, monkeypatch):
         results.append((y, *torch.autograd.grad(y, x, upstream)))
     for expected, actual in zip(*results):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize('box', [[0, 0, 0, float('nan'), 1], [0, 0, 0, 1, float('inf')]])
+@pytest.mark.parametrize('aligned', [True, False])
+def test_boxes_of_a_training_that_diverged(box, aligned):
+    with pytest.raises(RuntimeError, match='RoIAlign: the boxes must be finite'):
+        roi_align(torch.randn(1, 2, 8, 8), torch.tensor([box]), (3, 3), 1.0, 0, 'avg', aligned)
+
+
+def test_a_box_turned_round_cannot_be_aligned(every_roi):
+    x = torch.randn(2, 2, 8, 8)
+    with pytest.raises(RuntimeError, match='x1 <= x2 and y1 <= y2'):
+        roi_align(x, every_roi.float(), (3, 3), 0.5)
 
 
 def test_without_rois():

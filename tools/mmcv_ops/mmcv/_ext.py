@@ -10,6 +10,7 @@ as torchvision does under autocast. What is not served raises NotImplementedErro
 """
 
 import functools
+import math
 import warnings
 from importlib import metadata
 from typing import List
@@ -79,6 +80,8 @@ def _wide(*tensors: Tensor) -> List[Tensor]:
 @_serves('torchvision.ops.nms')
 def nms(boxes, scores, iou_threshold, offset):
     boxes, scores = _wide(boxes, scores)
+    # mmcv compares in the dtype of the boxes, torchvision would in float64.
+    iou_threshold = torch.tensor(iou_threshold, dtype=boxes.dtype).item()
     # mmcv's order where scores are equal: torchvision sees ranks, which never are.
     order = scores.argsort(descending=True)
     boxes = boxes[order] + boxes.new_tensor([0, 0, offset, offset])
@@ -115,6 +118,26 @@ def softnms(boxes, scores, dets, iou_threshold, sigma, min_score, method, offset
     return torch.tensor(kept, dtype=torch.long)
 
 
+def _check_rois(rois: Tensor, aligned: bool) -> None:
+    """Raises where mmcv does on a CPU: torchvision would read beyond its memory."""
+    if rois.device.type != 'cpu' or _is_written_down():
+        return
+    sound = rois.isfinite().all()
+    if aligned:
+        sound &= (rois[:, 3:] >= rois[:, 1:3]).all()
+    if not sound:
+        raise RuntimeError(
+            'RoIAlign: the boxes must be finite and, with aligned=True, have x1 <= x2 and '
+            'y1 <= y2; NaN comes from a training that diverged'
+        )
+
+
+def _is_written_down() -> bool:
+    """By torch.export or a tracer, where no branch may look at the boxes."""
+    exporting = getattr(torch.compiler, 'is_compiling', lambda: False)()
+    return exporting or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
 @_serves('torchvision.ops.roi_align')
 def roi_align_forward(
     input,
@@ -134,6 +157,7 @@ def roi_align_forward(
     input, rois = _wide(input, rois)
     bins = aligned_height, aligned_width
     rois = rois.to(input.dtype)
+    _check_rois(rois, aligned)
     output.copy_(_tv.roi_align(input, rois, spatial_scale, *bins, sampling_ratio, aligned))
 
 
@@ -169,17 +193,45 @@ def _focal(input, target, weight, alpha):
     return sign, sign * input, factor
 
 
+def _log_sigmoid(z):
+    # Where the probability is 0, mmcv takes the smallest float32 in place of it.
+    return F.logsigmoid(z).clamp(min=math.log(torch.finfo(torch.float32).tiny))
+
+
 @_serves('torch')
 def sigmoid_focal_loss_forward(input, target, weight, output, gamma, alpha):
     _, z, factor = _focal(*_wide(input, target, weight), alpha)
-    output.copy_(-factor * torch.sigmoid(-z) ** gamma * F.logsigmoid(z))
+    output.copy_(-factor * torch.sigmoid(-z) ** gamma * _log_sigmoid(z))
 
 
 @_serves('torch')
 def sigmoid_focal_loss_backward(input, target, weight, grad_input, gamma, alpha):
     sign, z, factor = _focal(*_wide(input, target, weight), alpha)
     p, rest = torch.sigmoid(z), torch.sigmoid(-z)
-    grad_input.copy_(sign * factor * rest**gamma * (gamma * p * F.logsigmoid(z) - rest))
+    grad_input.copy_(sign * factor * rest**gamma * (gamma * p * _log_sigmoid(z) - rest))
+
+
+def _wide_offset(offset):
+    """In float32; NaN reads nothing, as in mmcv, where torchvision would read beyond its memory."""
+    return _wide(offset)[0].nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+
+
+def _offset_gradient(gradient, offset, kernel_size, rest):
+    """torchvision's, and 0 as in mmcv for a sample that lies exactly one pixel outside.
+
+    There the derivative has two values. A layer that starts with offsets of 0 has such samples all
+    along its border.
+    """
+    stride, pad, dilation, groups = rest[1:3], rest[3:5], rest[5:7], rest[8]
+    place = offset.unflatten(1, (groups, *kernel_size, 2)).clone()  # N, groups, k, k, (y, x), H, W
+    for axis, size in enumerate(offset.shape[2:]):
+        taps = torch.arange(kernel_size[axis], device=offset.device) * dilation[axis]
+        start = torch.arange(size, device=offset.device) * stride[axis] - pad[axis]
+        grid = taps[:, None] + start  # k, H or W
+        shape = [1, 1, 1, 1]
+        shape[axis], shape[axis + 2] = grid.shape
+        place[:, :, :, :, axis] += grid.view(shape)
+    return gradient.masked_fill((place == -1).view_as(gradient), 0)
 
 
 def _deform(weight, bias, stride, pad, dilation, group, deformable_group, use_mask):
@@ -203,7 +255,8 @@ def _deform_v1(weight, s):
 def modulated_deform_conv_forward(
     input, weight, bias, ones, offset, mask, output, columns, **sizes
 ):
-    input, weight, bias, offset, mask = _wide(input, weight, bias, offset, mask)
+    input, weight, bias, mask = _wide(input, weight, bias, mask)
+    offset = _wide_offset(offset)
     if offset.shape[2:] != output.shape[2:]:  # DyHead's; mmcv reads them as if they had its size
         _refuse('modulated_deform_conv_forward with offsets of another size than the output')
     rest = _deform_v2(weight, bias, sizes)
@@ -227,9 +280,11 @@ def modulated_deform_conv_backward(
     grad_output,
     **sizes,
 ):
-    wide = _wide(grad_output, input, weight, offset, mask, bias)
-    rest = _deform_v2(wide[2], wide[5], sizes)
-    grads = _tv._deform_conv2d_backward(*wide[:5], *rest)
+    grad_output, input, weight, mask, bias = _wide(grad_output, input, weight, mask, bias)
+    offset = _wide_offset(offset)
+    rest = _deform_v2(weight, bias, sizes)
+    grads = list(_tv._deform_conv2d_backward(grad_output, input, weight, offset, mask, *rest))
+    grads[2] = _offset_gradient(grads[2], offset, weight.shape[2:], rest)
     for grad, into in zip(grads, (grad_input, grad_weight, grad_offset, grad_mask, grad_bias)):
         if into.numel():  # without a bias, its gradient is empty
             into.copy_(grad)
@@ -237,16 +292,19 @@ def modulated_deform_conv_backward(
 
 @_serves('torchvision.ops.deform_conv2d')
 def deform_conv_forward(input, weight, offset, output, columns, ones, **sizes):
-    input, weight, offset = _wide(input, weight, offset)
+    input, weight = _wide(input, weight)
+    offset = _wide_offset(offset)
     no_mask = input.new_zeros(len(input), 1)
     rest = _deform_v1(weight, sizes)
     output.copy_(_tv.deform_conv2d(input, weight, offset, no_mask, *rest))
 
 
 def _deform_v1_backward(grad_output, input, weight, offset, sizes):
-    tensors = _wide(grad_output, input, weight, offset)
-    no_mask = tensors[1].new_zeros(len(input), 1)
-    return _tv._deform_conv2d_backward(*tensors, no_mask, *_deform_v1(tensors[2], sizes))
+    grad_output, input, weight = _wide(grad_output, input, weight)
+    offset, rest = _wide_offset(offset), _deform_v1(weight, sizes)
+    no_mask = input.new_zeros(len(input), 1)
+    grads = _tv._deform_conv2d_backward(grad_output, input, weight, offset, no_mask, *rest)
+    return grads[0], grads[1], _offset_gradient(grads[2], offset, weight.shape[2:], rest)
 
 
 @_serves('torchvision.ops.deform_conv2d')
