@@ -11,7 +11,7 @@ train_dataloader = dict(
         data_root=data_root,
         ann_file='annotations/instances_train2017.json',
         data_prefix=dict(img='train2017/'),
-        metainfo=None,
+        metainfo=dict(_delete_=True),
     ),
 )
 val_dataloader = dict(
@@ -21,7 +21,7 @@ val_dataloader = dict(
         data_root=data_root,
         ann_file='annotations/instances_val2017.json',
         data_prefix=dict(img='val2017/'),
-        metainfo=None,
+        metainfo=dict(_delete_=True),
     ),
 )
 test_dataloader = val_dataloader

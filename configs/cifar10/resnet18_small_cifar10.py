@@ -18,4 +18,5 @@ param_scheduler = dict(
     end=8,
     convert_to_iter_based=True,
 )
+auto_scale_lr = dict(base_batch_size=64)
 custom_hooks = [dict(type='CondensationHook'), *_base_.custom_hooks]

@@ -16,4 +16,5 @@ param_scheduler = dict(
     end=10,
     convert_to_iter_based=True,
 )
+auto_scale_lr = dict(base_batch_size=128)
 custom_hooks = [dict(type='CondensationHook'), *_base_.custom_hooks]

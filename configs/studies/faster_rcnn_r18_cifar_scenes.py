@@ -127,4 +127,5 @@ param_scheduler = [
         eta_min_ratio=0.02,
     ),
 ]
+auto_scale_lr = dict(base_batch_size=2)
 default_hooks = dict(logger=dict(interval=25), checkpoint=dict(max_keep_ckpts=1))

@@ -17,4 +17,5 @@ param_scheduler = [
         convert_to_iter_based=True,
     ),
 ]
+auto_scale_lr = dict(base_batch_size=128)
 default_hooks = dict(checkpoint=dict(interval=1))

@@ -27,5 +27,6 @@ param_scheduler = [
         convert_to_iter_based=True,
     ),
 ]
+auto_scale_lr = dict(base_batch_size=128)
 default_hooks = dict(checkpoint=dict(interval=1))
 custom_hooks = [dict(type='CondensationHook'), *_base_.custom_hooks]

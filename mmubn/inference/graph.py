@@ -113,6 +113,8 @@ def read_forward(model: nn.Module, norms: Sequence[nn.Module]) -> Calls:
     Raises:
         Exception: Of any kind, where torch.fx cannot read it, or would give its proxies to hooks.
     """
+    if 'forward' in vars(model):  # torch.fx reads that of the class
+        raise ValueError('the forward of the model was replaced')
     wanted = {id(norm) for norm in norms}  # leaves, whose hooks the tracer does not run
     for name, module in model.named_modules():
         has_hooks = module._forward_hooks or module._forward_pre_hooks

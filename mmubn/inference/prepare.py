@@ -87,7 +87,7 @@ def prepare_for_inference(
     norms = dict(_norms(prepared))
     calls, unread = _calls(prepared, list(norms.values()), example_inputs)
     names = {id(module): name for name, module in prepared.named_modules()}
-    report, by_module = [], {}
+    report, by_module, all_gone = [], {}, set()
     for name, norm in norms.items():
         conv, reason = None, _obstacle(norm)
         if not reason:
@@ -96,6 +96,7 @@ def prepare_for_inference(
         by_module[id(norm)] = new
         gone = frozenset(norm.state_dict().keys() - new.state_dict().keys())
         new._register_load_state_dict_pre_hook(partial(_refuse_unprepared, gone))
+        all_gone.update(f'{name}.{key}' for key in gone)
         conv_name = '' if conv is None else names[id(conv)]
         report.append(PreparedLayer(name, type(norm).__name__, conv_name, left, reason))
     prepared = by_module.get(id(prepared), prepared)  # a model that is a layer itself
@@ -103,6 +104,9 @@ def prepare_for_inference(
         for name, child in list(parent._modules.items()):  # one module may have several names
             if id(child) in by_module:
                 setattr(parent, name, by_module[id(child)])
+    # Before anything is loaded; the hooks of the layers are for parts of the model.
+    hook = partial(_refuse_unprepared, frozenset(all_gone))
+    prepared._register_load_state_dict_pre_hook(hook)
     prepared.inference_report = report
     _log(report)
     return prepared

@@ -7,6 +7,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmpretrain.datasets.categories import CIFAR10_CATEGORIES
+from tool import CONFIGS
 from torch.nn.modules.batchnorm import _BatchNorm
 from weights import trained
 
@@ -29,6 +30,22 @@ def config(setting, **more) -> Config:
     options = as_arguments({**setting.options, **more})
     arguments = [str(setting.config), '--cfg-options', *options] if options else [setting.config]
     return load_config(make_parser('').parse_args(arguments))
+
+
+OWN = [*CONFIGS.glob('demo/*.py'), *CONFIGS.glob('studies/*.py'), *CONFIGS.rglob('*_small_*.py')]
+
+
+@pytest.mark.parametrize('file', OWN, ids=lambda file: file.stem)
+def test_auto_scale_lr_leaves_a_recipe_of_ours_as_it_is(file):
+    cfg = Config.fromfile(file)
+    assert cfg.auto_scale_lr.base_batch_size == cfg.train_dataloader.batch_size
+
+
+def test_a_child_of_the_small_coco_config_names_its_classes():
+    base = CONFIGS / 'mask_rcnn_r18_small_coco.py'
+    own = f"_base_ = '{base}'\ntrain_dataloader=dict(dataset=dict(metainfo=dict(classes=('cat',))))"
+    assert Config.fromstring(own, '.py').train_dataloader.dataset.metainfo.classes == ('cat',)
+    assert not Config.fromfile(base).train_dataloader.dataset.metainfo
 
 
 def test_classes_are_cifars():

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import types
 
 import pytest
 import timm
@@ -272,6 +273,25 @@ def test_refuses_examples_on_another_device():
         prepare_for_inference(network(), (torch.randn(1, 3, 32, 32, device='meta'),))
 
 
+def test_a_forward_replaced_on_the_model_itself():
+    """It reads the convolution once more; torch.fx would read that of the class."""
+    model = network()
+    model.forward = types.MethodType(
+        lambda self, x: type(self).forward(self, x) + self.conv1(x).mean(), model
+    )
+    x = torch.rand(2, 3, 64, 64)
+    prepared = prepare_for_inference(model)
+    assert not prepared.inference_report[0].convolution
+    torch.testing.assert_close(prepared(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('kind', ['UBN', 'BNET', 'RBN'])
+def test_planes_without_rows(kind):
+    model = trained(nn.Sequential(getattr(layers, kind)(4)))
+    prepared, x = prepare_for_inference(model), torch.rand(2, 4, 0, 3)
+    assert torch.equal(prepared(x), model(x))
+
+
 def test_one_tensor_is_one_argument():
     model = network()
     prepared = prepare_for_inference(model, torch.rand(2, 3, 64, 64))
@@ -290,6 +310,7 @@ def test_refuses_the_state_of_the_model_before(strict, tmp_path):
     prepared = torch.load(tmp_path / 'prepared.pt', weights_only=False)
     with pytest.raises(ValueError, match=r'^bn1.bias has no place in this prepared model'):
         prepared.load_state_dict(model.state_dict(), strict=strict)
+    assert_same_state(prepared, own)  # refused before anything was loaded
     part = {k[7:]: v for k, v in model.state_dict().items() if k.startswith('layer1.')}
     with pytest.raises(ValueError, match=r'^0\.bn1\.bias has no place'):
         prepared.layer1.load_state_dict(part, strict=strict)

@@ -111,6 +111,7 @@ param_scheduler = [
         eta_min_ratio=0.02,
     ),
 ]
+auto_scale_lr = dict(base_batch_size=4)
 default_hooks = dict(
     logger=dict(interval=25),
     checkpoint=dict(max_keep_ckpts=2),  # one stays whole while the other is written

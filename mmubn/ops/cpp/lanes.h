@@ -242,8 +242,14 @@ inline void exchange(typename Vec<A>::type (&v)[Vec<A>::n], std::integer_sequenc
   for (int i = 0; i < N; i++)
     if (!(i & half)) {
       const auto a = v[i], b = v[i + half];
+#if defined(__clang__) || __GNUC__ >= 12
       v[i] = __builtin_shufflevector(a, b, (lane & half ? N + lane - half : lane)...);
       v[i + half] = __builtin_shufflevector(a, b, (lane & half ? N + lane : lane + half)...);
+#else
+      using Order = typename Mask<A>::type;
+      v[i] = __builtin_shuffle(a, b, Order{(lane & half ? N + lane - half : lane)...});
+      v[i + half] = __builtin_shuffle(a, b, Order{(lane & half ? N + lane : lane + half)...});
+#endif
     }
 }
 template <class A, int half = Vec<A>::n / 2>
