@@ -28,11 +28,6 @@ def coverage(outlines: Sequence[np.ndarray], size: int, shift: float = 0.0) -> n
     return cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA)
 
 
-def is_made(folder: Path, settings: dict) -> bool:
-    """Whether the folder has scenes of these settings."""
-    return read_settings(folder) == settings
-
-
 def read_settings(folder: Path) -> Optional[dict]:
     """The settings of which a folder was made here; None of any other folder."""
     try:

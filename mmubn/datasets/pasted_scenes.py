@@ -16,7 +16,7 @@ import numpy as np
 from numpy.random import Generator
 from tqdm import tqdm
 
-from .drawing import SETTINGS_FILE, is_made, write_split
+from .drawing import SETTINGS_FILE, read_settings, write_split
 
 _VERSION = 1  # of the pasting: another version is another data set
 _SIZES = 18, 56  # of the shorter side of an object or distractor, in pixels
@@ -69,7 +69,7 @@ def make_pasted_scenes(
     counts = {name: pictures.count for name, pictures in splits.items()}
     settings = dict(version=_VERSION, counts=counts, size=size, seed=seed)
     if out_dir.exists():
-        if is_made(out_dir, settings):
+        if read_settings(out_dir) == settings:
             return False
         raise FileExistsError(f'{out_dir} holds other scenes or none: move it away')
     partial = out_dir.with_name(f'{out_dir.name}.partial')

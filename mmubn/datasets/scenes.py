@@ -19,7 +19,7 @@ import shapely
 from numpy.random import Generator
 from tqdm import tqdm
 
-from .drawing import SETTINGS_FILE, coverage, is_made, on_circle, read_settings, write_split
+from .drawing import SETTINGS_FILE, coverage, on_circle, read_settings, write_split
 
 CLASSES = ('ellipse', 'rectangle', 'triangle')
 
@@ -72,9 +72,10 @@ def make_scenes(
             raise ValueError(f'{name} must be at least {least}, got {settings[name]}')
     out_dir = Path(out_dir)
     marker = out_dir / SETTINGS_FILE
-    if is_made(out_dir, {**settings, 'finished': True}):
+    made = read_settings(out_dir) or {}
+    if made == {**settings, 'finished': True}:
         return False
-    ours = (read_settings(out_dir) or {}).keys() == {*settings, 'finished'}
+    ours = made.keys() == {*settings, 'finished'}
     if not ours and out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise FileExistsError(
             f"'{out_dir}' holds no {SETTINGS_FILE} of such scenes, so it was not made here and is "

@@ -80,13 +80,14 @@ def ubn(
             return _not_compiled(x, parameters, buffers, settings, group, backend)
         if compiled.serves(settings):
             return compiled.step(x, parameters, buffers, settings, backend)
-    if not tracing() and checkpointed_selectively():
+    traced = tracing()
+    if not traced and checkpointed_selectively():
         with unseen():  # a step that is run again measures and moves nothing
             return ubn(x, parameters, buffers, settings, group, backend)
     x = x.resolve_neg()  # a lazy minus sign, which kernels would not see
     chosen = backends.choose(backend, x if x.numel() else an_image(x), parameters.kernel_size)
     step = Step(chosen, buffers, settings, group)
-    if tracing():
+    if traced:
         tau = buffers.running_similarity
         if tau is not None and is_vmapped(tau):  # a gate for each model, which ends with the call
             gate = torch.ones_like(tau, dtype=torch.bool)

@@ -85,12 +85,14 @@ def test_offsets_of_0_have_no_gradient_one_pixel_outside(name):
     """As in mmcv, where a layer starts with such offsets; within, it is that of a tiny one."""
     stride, padding, dilation, _, groups = SETTINGS[name]
     x, offset, mask, weight, bias = draw(*SETTINGS[name], scale=0.0)
-    kernel, places = weight.shape[2:], []
+    places = []
     for axis in range(2):  # of the samples that do not move
-        taps = torch.arange(kernel[axis])[:, None] * dilation[axis]
+        taps = torch.arange(weight.shape[2 + axis])[:, None] * dilation[axis]
         places.append(taps + torch.arange(offset.shape[2 + axis]) * stride[axis] - padding[axis])
-    y, upstream = places[0][:, None, :, None], None
-    outside = torch.stack(torch.broadcast_tensors(y == -1, (places[1] == -1)[None, :, None]), 2)
+    y, x_place = places[0][:, None, :, None], places[1][None, :, None]
+    outside = torch.stack(torch.broadcast_tensors(y == -1, x_place == -1), 2)
+    split = (2, groups, *outside.shape)
+    assert outside.any()
     for function in (
         lambda o: modulated_deform_conv2d(x, o, mask, weight, bias, *SETTINGS[name]),
         lambda o: deform_conv2d(x, o, weight, *SETTINGS[name]),
@@ -100,9 +102,7 @@ def test_offsets_of_0_have_no_gradient_one_pixel_outside(name):
         (gradient,) = torch.autograd.grad(output, offset, upstream)
         beside = (offset.detach() + 1e-9).requires_grad_()
         (expected,) = torch.autograd.grad(function(beside), beside, upstream)
-        split = (2, groups, *outside.shape)
         expected = expected.view(split).masked_fill(outside, 0)
-        assert outside.any()
         torch.testing.assert_close(gradient.view(split), expected, rtol=1e-6, atol=1e-6)
 
 

@@ -432,17 +432,15 @@ def test_folder_that_others_can_write_to(fresh, tmp_path):
 
 def test_folder_of_root_serves_all_users(fresh, tmp_path):
     """As in the image of a container that runs under another number."""
-    library = []
     fresh.setenv('MMUBN_CACHE', str(tmp_path / 'cache'))
-    fresh.setattr(cpp_build, '_build', lambda command, path: library.append(path))
     fresh.setattr(cpp_build.ctypes, 'CDLL', str)
-    owner = (tmp_path.stat()).st_uid
+    owner = tmp_path.stat().st_uid
+    fresh.setattr(cpp_build.Path, 'exists', lambda self: True)  # it is built already
     for user, owned_by, served in ((owner, owner, True), (4321, 0, True), (4321, 1234, False)):
         cpp_build.library.cache_clear()
         fresh.setattr(cpp_build.os, 'getuid', lambda user=user: user)
         status = os.stat_result((0o40755, 0, 0, 0, owned_by, 0, 0, 0, 0, 0))
         fresh.setattr(cpp_build.Path, 'stat', lambda self, status=status, **_: status)
-        fresh.setattr(cpp_build.Path, 'exists', lambda self: True)
         if served:
             cpp_build.library('float', 3)
             continue
