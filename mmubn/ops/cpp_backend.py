@@ -7,7 +7,7 @@ The tensors' dtype and k choose the library, see :mod:`mmubn.ops.cpp_build`.
 import ctypes
 import functools
 import struct
-from typing import Dict, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,8 @@ class CppBackend(Backend):
         parameters = _as(parameters, statistics.dtype)
         gradients = _gradients(parameters, statistics)
         dx = torch.empty_like(x)
-        _library(x.dtype, parameters.kernel_size).ubn_backward(
+        _call(
+            _library(x.dtype, parameters.kernel_size).ubn_backward,
             _layer(x, pixels, parameters, settings),
             x.data_ptr(),
             dy.data_ptr(),
@@ -97,7 +98,8 @@ class CppBackend(Backend):
         batch, channels = x.shape[:2]
         image_mean = x.new_empty((batch, channels), dtype=dtype)
         row = x.new_empty(2 * channels + 3, dtype=dtype)
-        _any_library(x.dtype).ubn_measure(
+        _call(
+            _any_library(x.dtype).ubn_measure,
             _layer(x, pixels, parameters, Settings()),
             x.data_ptr(),
             stride == 1,
@@ -139,7 +141,8 @@ class CppBackend(Backend):
         d_statistics = statistics.new_empty((2, x.shape[1]))
         numbers = statistics.new_empty(code.ubn_rest_size(*x.shape[:2]))
         layer = _layer(x, pixels, parameters, settings)
-        code.ubn_backward_sums(
+        _call(
+            code.ubn_backward_sums,
             layer,
             x.data_ptr(),
             dy.data_ptr(),
@@ -169,7 +172,8 @@ class CppBackend(Backend):
         numbers, layer, x, dy, parameters_alive = sums.rest
         d_center_weight = _gradient(parameters_alive.center_weight)
         dx = torch.empty_like(x)
-        _library(x.dtype, parameters.kernel_size).ubn_backward_input(
+        _call(
+            _library(x.dtype, parameters.kernel_size).ubn_backward_input,
             layer,
             x.data_ptr(),
             dy.data_ptr(),
@@ -185,14 +189,17 @@ class CppBackend(Backend):
         """See :meth:`mmubn.ops.interface.Backend.squared_sum`."""
         # The sum does not depend on the order of the coordinates: take that of the memory.
         x = _dense(x)[0] if x.dim() == 4 else x.contiguous()
-        total = _any_library(x.dtype).ubn_squared_sum(
+        total = ctypes.c_double()
+        _call(
+            _any_library(x.dtype).ubn_squared_sum,
             x.data_ptr(),
             weight.contiguous().data_ptr(),
             len(x),
             x[0].numel(),
             torch.get_num_threads(),
+            ctypes.byref(total),
         )
-        return torch.tensor(total, dtype=weight.dtype, device=x.device)
+        return torch.tensor(total.value, dtype=weight.dtype, device=x.device)
 
 
 def _output(
@@ -214,7 +221,8 @@ def _output(
         image_mean = x.new_empty((batch, channels), dtype=dtype)
     y = torch.empty_like(x)
     statistics = x.new_empty(2 * channels + 1, dtype=dtype)
-    getattr(_library(x.dtype, parameters.kernel_size), function)(
+    _call(
+        getattr(_library(x.dtype, parameters.kernel_size), function),
         _layer(x, pixels, parameters, settings),
         _state(state, settings),
         x.data_ptr(),
@@ -226,6 +234,11 @@ def _output(
     if settings.update:
         copy_back(buffers, state)
     return y, image_mean, statistics
+
+
+def _call(function: Callable, *arguments: Any) -> None:
+    if function(*arguments):
+        raise MemoryError('the C++ of UBN found no memory for a step: use fewer images')
 
 
 @functools.cache
@@ -256,14 +269,14 @@ def _any_library(dtype: torch.dtype) -> ctypes.CDLL:
 def _declare(code: ctypes.CDLL) -> None:
     layer, state = ctypes.c_char_p, ctypes.c_char_p
     for name, arguments, result in (
-        ('forward', [layer, state, *[_POINTER] * 2, _INT, *[_POINTER] * 2], None),
-        ('backward', [layer, *[_POINTER] * 3, _INT, *[_POINTER] * 8], None),
-        ('measure', [layer, _POINTER, _INT, *[_POINTER] * 2], None),
-        ('normalize', [layer, state, *[_POINTER] * 3, _LONG, *[_POINTER] * 2], None),
-        ('backward_sums', [layer, *[_POINTER] * 3, _INT, *[_POINTER] * 8], None),
-        ('backward_input', [layer, *[_POINTER] * 7], None),
+        ('forward', [layer, state, *[_POINTER] * 2, _INT, *[_POINTER] * 2], _INT),
+        ('backward', [layer, *[_POINTER] * 3, _INT, *[_POINTER] * 8], _INT),
+        ('measure', [layer, _POINTER, _INT, *[_POINTER] * 2], _INT),
+        ('normalize', [layer, state, *[_POINTER] * 3, _LONG, *[_POINTER] * 2], _INT),
+        ('backward_sums', [layer, *[_POINTER] * 3, _INT, *[_POINTER] * 8], _INT),
+        ('backward_input', [layer, *[_POINTER] * 7], _INT),
         ('rest_size', [_LONG] * 2, _LONG),
-        ('squared_sum', [_POINTER, _POINTER, *[_LONG] * 3], ctypes.c_double),
+        ('squared_sum', [_POINTER, _POINTER, *[_LONG] * 3, _POINTER], _INT),
     ):
         function = getattr(code, f'ubn_{name}')
         function.argtypes, function.restype = arguments, result

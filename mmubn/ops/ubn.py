@@ -74,6 +74,7 @@ def ubn(
         RuntimeError: On double backward with a ``group``, which is not implemented; where
             the backend cannot be had; where a CUDA graph is captured with an interval above 1.
         ValueError: There is no backend of that name.
+        MemoryError: The C++ finds no memory for its sums.
     """
     if compiling() and x.numel():
         if group is not None or not compiled.available or compiled.loses(buffers):

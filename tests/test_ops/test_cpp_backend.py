@@ -141,7 +141,9 @@ def test_settings(settings, rectified, ranks):
 
 
 @pytest.mark.parametrize('rectified', RECTIFIED)
-@pytest.mark.parametrize('shape', [(4, 19, 6, 5), (3, 17, 14, 11), (2, 40, 7, 450)], ids=str)
+@pytest.mark.parametrize(
+    'shape', [(4, 19, 6, 5), (20, 130, 4, 4), (3, 17, 14, 11), (2, 40, 7, 450)], ids=str
+)
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_one_call_is_the_parts(shape, layout, rectified):
     """Of one process; bit for bit."""
@@ -273,19 +275,63 @@ def test_what_is_not_finite_reaches_what_it_should(dtype, k, shape, layout, bad)
         assert torch.equal(~taps.isfinite(), reached)
 
 
+@pytest.mark.parametrize(
+    'settings', [Settings(training=False, scale_from_input=True), Settings(fct=0.99)]
+)
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('shape', [(2, 5, 4, 5), (2, 16, 12, 30), (2, 16, 30, 160)], ids=str)
-def test_an_infinite_mean_is_infinite(shape, layout):
-    """It shuts or opens the scaling in evaluation, which leaves the other pixels finite."""
+def test_an_infinite_mean_is_infinite(shape, layout, settings):
+    """With running statistics it shuts or opens the scaling; the other pixels stay finite."""
     given = parameters(shape[1], 3, 'scale', torch.float32)
     x = torch.randn(shape).contiguous(memory_format=layout)
     x[1, 3, 2, 1] = float('inf')
-    settings = Settings(training=False, scale_from_input=True)
     made, expected = both(x, torch.randn_like(x), given, settings)
     finite = expected['y'].isfinite()
     assert (~finite).sum() == 9  # what the taps reach
     assert torch.equal(made['y'].isfinite(), finite)
     torch.testing.assert_close(made['y'][finite], expected['y'][finite])
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('shape', [(2, 5, 4, 1), (2, 5, 1, 70)], ids=str)
+def test_a_tap_that_sees_nothing_has_no_gradient(shape, layout):
+    """Also where the scaling of an image is NaN."""
+    given = parameters(5, 3, 'scale', torch.float32)
+    x = torch.randn(shape).contiguous(memory_format=layout)
+    x[1, 3, 0, 0] = float('nan')
+    made, expected = both(x, torch.randn_like(x), given, Settings(training=False))
+    assert expected['d_kernel'][3].isnan().sum() == 3
+    torch.testing.assert_close(made['d_kernel'], expected['d_kernel'], equal_nan=True)
+
+
+NO_MEMORY = """
+import resource
+import torch
+from mmubn.ops import Parameters, Settings
+from mmubn.ops.backend import CPP
+torch.set_num_threads(2)
+x, weight = torch.randn(16, 250000, 1, 1), torch.ones(250000)
+given = Parameters(weight=weight, scale_weight=weight, scale_bias=weight)
+statistics = torch.ones(2 * 250000 + 1)
+CPP.backward(x[:2], x[:2], None, statistics, given, Settings())  # what threads and torch need
+used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (30 << 20), -1))
+for step in (
+    lambda: CPP.measure(x, None, 1),
+    lambda: CPP.backward(x, x, None, statistics, given, Settings()),
+):
+    try:
+        step()
+    except MemoryError as error:
+        print(error)
+"""
+
+
+def test_where_memory_runs_out_it_says_so():
+    """And does not end the process."""
+    result = subprocess.run([sys.executable, '-c', NO_MEMORY], capture_output=True, text=True)
+    line = 'the C++ of UBN found no memory for a step: use fewer images\n'
+    assert result.stdout == 2 * line, result.stderr
 
 
 @pytest.mark.parametrize('name', layers.__all__)

@@ -36,6 +36,20 @@ struct Lanes {
     if (c < c1) f(c, Fixed<1>{}, FirstLanes<A>{c1 - c});
   }
 
+  // Adds f(i, b) over i < n to sums[b], in so many chains of additions for each b.
+  template <int chains, int B, class F>
+  static inline void in_chains(int64_t n, V (&sums)[B], F f) {
+    V more[chains][B] = {};
+    int64_t i = 0;
+    for (; i + chains <= n; i += chains)
+      for (int chain = 0; chain < chains; chain++)
+        for (int b = 0; b < B; b++) more[chain][b] += f(i + chain, b);
+    for (; i < n; i++)
+      for (int b = 0; b < B; b++) more[0][b] += f(i, b);
+    for (int chain = 0; chain < chains; chain++)
+      for (int b = 0; b < B; b++) sums[b] += more[chain][b];
+  }
+
   // Adds pixels to the means of `count` channels and, if wanted, to the sums of squared distances
   // from them, in which `seen` pixels are already. Pixels lie `step` apart.
   template <bool squared>
@@ -47,27 +61,28 @@ struct Lanes {
       each_blocks<4>(0, count, [&](int64_t c, auto blocks, auto lanes) {
         constexpr int B = blocks;
         const T *from = x + q * step + c, *ahead = x + (q + n) * step + c * n;
+        // A block alone has four chains of additions, as four blocks have.
+        constexpr int CHAINS = 4 / B;
         V part[B] = {}, about[B] = {};
-        for (int64_t i = 0; i < n; i++)
-          for (int b = 0; b < B; b++) part[b] += lanes.load(from + i * step + b * N);
+        in_chains<CHAINS>(n, part,
+                          [&](int64_t i, int b) { return lanes.load(from + i * step + b * N); });
         for (V& sum : part) sum /= A(n);
-        for (int64_t i = 0; i < n; i++)
-          for (int b = 0; b < B; b++) {
-            UBN_PREFETCH(ahead + (i * B + b) * N);
-            if constexpr (squared) {
-              const V d = lanes.load(from + i * step + b * N) - part[b];
-              about[b] += d * d;
-            }
+        in_chains<CHAINS>(n, about, [&](int64_t i, int b) {
+          UBN_PREFETCH(ahead + (i * B + b) * N);
+          if constexpr (squared) {
+            const V d = lanes.load(from + i * step + b * N) - part[b];
+            return d * d;
           }
+          return V{};
+        });
         for (int b = 0; b < B; b++) {
           const V old = load<A>(mean + c + b * N);
+          const V move = part[b] - old;
+          // Infinity stays infinity, as in a sum.
+          store<A>(mean + c + b * N, old * 0 == 0 ? old + move * weight : old + part[b]);
           if constexpr (squared) {  // Chan's update
-            const V move = part[b] - old;
-            store<A>(mean + c + b * N, old + move * weight);
             about[b] += move * move * (A(seen + q) * weight);
             store<A>(squares + c + b * N, load<A>(squares + c + b * N) + about[b]);
-          } else {  // no difference, so that infinity stays infinity, as in a sum
-            store<A>(mean + c + b * N, old * (1 - weight) + part[b] * weight);
           }
         }
       });
@@ -119,17 +134,19 @@ struct Lanes {
     }
   }
 
-  // g(u0, u1) with the taps that row i has inside of H rows, as constants where that pays.
-  template <class G>
+  // g(i, R, u0, u1) for rows i ... i + R: of those that their taps see, u0 ... u1 lie inside of H,
+  // as constants where that pays.
+  template <int R, class G>
   static inline void with_taps(int64_t i, int64_t H, G g) {
-    const int u0 = int(std::max<int64_t>(0, P - i)), u1 = int(std::min<int64_t>(K, H - i + P));
-    if (u0 == 0 && u1 == K) return g(Fixed<0>{}, Fixed<K>{});
+    constexpr int all = K + R - 1;
+    const int u0 = int(std::max<int64_t>(0, P - i)), u1 = int(std::min<int64_t>(all, H - i + P));
+    if (u0 == 0 && u1 == all) return g(i, Fixed<R>{}, Fixed<0>{}, Fixed<all>{});
     if constexpr (K == 3) {
-      if (u0 == 1 && u1 == 3) return g(Fixed<1>{}, Fixed<3>{});
-      if (u0 == 0 && u1 == 2) return g(Fixed<0>{}, Fixed<2>{});
-      return g(Fixed<1>{}, Fixed<2>{});
+      if (u0 == 1 && u1 == all) return g(i, Fixed<R>{}, Fixed<1>{}, Fixed<all>{});
+      if (u0 == 0) return g(i, Fixed<R>{}, Fixed<0>{}, Fixed<all - 1>{});
+      return g(i, Fixed<R>{}, Fixed<1>{}, Fixed<all - 1>{});
     } else {
-      return g(u0, u1);
+      return g(i, Fixed<R>{}, u0, u1);
     }
   }
 
@@ -146,7 +163,7 @@ struct Lanes {
     const int64_t R = s.W * s.step;
     for (int64_t i = s.first; i < s.end; i++, ahead += s.W * B * N) {
       T* out = y + i * R;
-      with_taps(i, s.H, [&](auto u0, auto u1) {
+      with_taps<1>(i, s.H, [&](int64_t, auto, auto u0, auto u1) {
         row<B>(u0, u1, lanes, x + i * R, ahead, h, k, s.W, s.step,
                [&](int64_t j, int b, V value) {
                  put<past>(lanes, out + j * s.step + b * N, R, value + beta[b]);
@@ -167,7 +184,7 @@ struct Lanes {
     for (int64_t i = s.first; i < s.end; i++, ahead += s.W * B * N) {
       const T* source = x + i * R;
       T* out = dx + i * R;
-      with_taps(i, s.H, [&](auto u0, auto u1) {
+      with_taps<1>(i, s.H, [&](int64_t, auto, auto u0, auto u1) {
         row<B>(u0, u1, lanes, dy + i * R, ahead, zero, k, s.W, s.step,
                [&](int64_t j, int b, V value) {
                  const int64_t at = j * s.step + b * N;
@@ -189,41 +206,51 @@ struct Lanes {
   static void sums(Some lanes, const Strip& s, const T* x, const T* dy, const T* ahead_x,
                    const T* ahead_dy, const A* shift, const A* taps, int64_t taps_pitch,
                    A* products, A* d_sum, int64_t pitch) {
-    const int64_t W = s.W, step = s.step, R = W * step;
+    const int64_t W = s.W, step = s.step;
     const V h = load<A>(shift);
     V sum[K * K] = {}, total{};
     V inside[K * K] = {};  // dY where the tap lies inside
-    for (int64_t i = s.first; i < s.end; i++, ahead_x += W * N, ahead_dy += W * N) {
-      const T *px = x + i * R, *pd = dy + i * R;
-      V all{}, left[P + 1] = {}, right[P + 1] = {};
-      with_taps(i, s.H, [&](auto u0, auto u1) {
-        V seen[K * K];  // seen[u]: X + h in columns j - p ... j + p of row i + u - p
-        for (int t = 0; t < K * K; t++) seen[t] = V{};
-        for (int u = u0; u < u1; u++)
-          for (int v = P; v < K - 1; v++)
-            if (v - P < W) seen[u * K + v + 1] = lanes.load(px + (u - P) * R + (v - P) * step) + h;
-        for (int64_t j = 0; j < W; j++) {
-          UBN_PREFETCH(ahead_dy + j * N);
-          UBN_PREFETCH(ahead_x + j * N);
-          const V g = lanes.load(pd + j * step);
-          all += g;
-          for (int u = u0; u < u1; u++) {
-            for (int v = 0; v + 1 < K; v++) seen[u * K + v] = seen[u * K + v + 1];
-            seen[u * K + K - 1] =
-                j + P < W ? lanes.load(px + (u - P) * R + (j + P) * step) + h : V{};
-            for (int v = 0; v < K; v++) sum[u * K + v] += seen[u * K + v] * g;
-          }
+    const auto add_rows = [&](int64_t i, auto count, auto u0, auto u1) {
+      constexpr int R = count, SEEN = K + R - 1;
+      const T *px = x + i * W * step, *pd = dy + i * W * step;
+      const auto read = [&](int u, int64_t j) {
+        return j < W ? lanes.load(px + ((u - P) * W + j) * step) + h : V{};
+      };
+      V all[R] = {}, seen[SEEN][K] = {};  // X + h in columns j - p ... j + p
+      for (int u = u0; u < u1; u++)
+        for (int v = P; v < K - 1; v++) seen[u][v + 1] = read(u, v - P);
+      for (int64_t j = 0; j < W; j++) {
+        V g[R];
+        for (int r = 0; r < R; r++) {
+          UBN_PREFETCH(ahead_dy + (r * W + j) * N);
+          UBN_PREFETCH(ahead_x + (r * W + j) * N);
+          all[r] += g[r] = lanes.load(pd + (r * W + j) * step);
         }
+        for (int u = u0; u < u1; u++) {
+          for (int v = 0; v + 1 < K; v++) seen[u][v] = seen[u][v + 1];
+          seen[u][K - 1] = read(u, j + P);
+          for (int r = 0; r < R; r++)
+            if (u >= r && u < r + K)
+              for (int v = 0; v < K; v++) sum[(u - r) * K + v] += seen[u][v] * g[r];
+        }
+      }
+      for (int r = 0; r < R; r++, pd += W * step) {
+        V left[P + 1] = {}, right[P + 1] = {};
         for (int e = 1; e <= P; e++) {  // sums of the e outer columns
           left[e] = left[e - 1] + (e <= W ? lanes.load(pd + (e - 1) * step) : V{});
           right[e] = right[e - 1] + (e <= W ? lanes.load(pd + (W - e) * step) : V{});
         }
-        for (int u = u0; u < u1; u++)
+        for (int u = std::max<int>(u0 - r, 0); u < std::min<int>(u1 - r, K); u++)
           for (int v = 0; v < K; v++)
-            inside[u * K + v] += all - (v < P ? left[P - v] : right[v - P]);
-      });
-      total += all;
-    }
+            inside[u * K + v] += all[r] - (v < P ? left[P - v] : right[v - P]);
+        total += all[r];
+      }
+      ahead_x += count * W * N, ahead_dy += count * W * N;
+    };
+    constexpr int ROWS = K == 3 ? 2 : 1;  // at once: a row of X that both see is read once
+    int64_t i = s.first;
+    for (; i + ROWS <= s.end; i += ROWS) with_taps<ROWS>(i, s.H, add_rows);
+    for (; i < s.end; i++) with_taps<1>(i, s.H, add_rows);
     V d = load<A>(d_sum);
     for (int t = 0; t < K * K; t++) {
       d += inside[t] * load<A>(taps + t * taps_pitch);
@@ -261,29 +288,28 @@ inline void transpose(typename Vec<A>::type (&v)[Vec<A>::n]) {
 }
 
 // Calls put(v) for each pixel, in order, of planes of `count` channels, hw numbers each: the N
-// channels of it, zeros behind `count`. Up to `limit` there is something to read; what is packed
-// next lies `ahead` numbers behind.
-template <class T, class A, class F>
-inline void pack(const T* planes, int64_t hw, int64_t count, const T* limit, int64_t ahead,
-                 F put) {
+// channels of it, zeros behind `count`. What is packed next lies `ahead` numbers behind.
+template <class T, class A, class Size, class F>
+inline void pack(const T* planes, Size hw, int64_t count, int64_t ahead, F put) {
   constexpr int N = Vec<A>::n;
-  for (int64_t q = 0; q < hw; q += N) {
-    const int64_t pixels = std::min<int64_t>(N, hw - q);
-    typename Vec<A>::type v[N];
-    if (count == N && planes + (N - 1) * hw + q + N <= limit) {
+  typename Vec<A>::type v[N];
+  int64_t q = 0;
+  if (count == N)
+    for (; q + N <= hw; q += N) {  // unrolled, so that v stays in registers
+      const T* next = planes + ahead + q * N;  // the planes lie together
       for (int c = 0; c < N; c++) {
-        UBN_PREFETCH(planes + ahead + c * hw + q);
+        UBN_PREFETCH(next + c * N);
         v[c] = load_as<A>(planes + c * hw + q);
       }
-    } else {
-      for (int64_t c = 0; c < N; c++)
-        v[c] = c < count ? load_some<A>(planes + c * hw + q, pixels) : typename Vec<A>::type{};
-    }
-    transpose<A>(v);
-    if (pixels == N)  // unrolled, so that v stays in registers
+      transpose<A>(v);
       for (int j = 0; j < N; j++) put(v[j]);
-    else
-      for (int64_t j = 0; j < pixels; j++) put(v[j]);
+    }
+  for (; q < hw; q += N) {
+    const int64_t pixels = std::min<int64_t>(N, hw - q);
+    for (int64_t c = 0; c < N; c++)
+      v[c] = c < count ? load_some<A>(planes + c * hw + q, pixels) : typename Vec<A>::type{};
+    transpose<A>(v);
+    for (int64_t j = 0; j < pixels; j++) put(v[j]);
   }
 }
 // Back, each vector v of pixels q of channel c as f(c, q, v, how many).

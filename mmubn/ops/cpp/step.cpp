@@ -101,22 +101,27 @@ struct Plan {
     // A task that takes less than waking a thread does is better done here.
     threads = int(std::min<int64_t>(l.threads, 1 + B * C * hw / 16384));
   }
+  // Whether tap t sees a pixel anywhere.
+  bool sees(int t) const { return std::abs(t / K - P) < H && std::abs(t % K - P) < W; }
   const T* image(const T* x, int64_t n, int64_t c) const {
     return x + n * C * hw + (pixels ? c : c * hw);
   }
   T* image(T* x, int64_t n, int64_t c) const { return x + n * C * hw + (pixels ? c : c * hw); }
 
-  // Copied where what is read around it could leave the tensor. Without a kernel, one row.
-  Plane<T> plane(const T* x, int64_t n, int64_t c) const {
+  // Plane c of a piece, whose last one is followed by the next image. Copied where what is read
+  // around it could leave the tensor. Without a kernel, one row.
+  Plane<T> plane(const T* x, int64_t n, int64_t c, const Piece& piece) const {
     constexpr int64_t margin = Plane<T>::template margin<A, K>;
     const T *pixels = image(x, n, c), *end = x + B * C * hw;
+    const int64_t next = hw * (c + 1 < piece.c1 ? 1 : C + piece.c0 - c);
     if (pixels - x < margin || end - (pixels + hw) < margin) {
       static thread_local Buffer buffer;
       T* copy = buffer.get<T>(hw + 2 * margin) + margin;
       std::copy(pixels, pixels + hw, copy);
       pixels = copy;
     }
-    return K == 1 ? Plane<T>{pixels, 1, hw} : Plane<T>{pixels, H, W};
+    const bool row = K == 1 && hw < int64_t(1) << 30;  // columns are counted in 32 bits
+    return row ? Plane<T>{pixels, 1, hw, next} : Plane<T>{pixels, H, W, next};
   }
 
   int64_t pieces() const { return blocks * parts; }
@@ -128,20 +133,23 @@ struct Plan {
   // Where what is summed of part `part` of image n lies in (parts, N, Cp).
   int64_t at(int64_t part, int64_t n) const { return (part * B + n) * Cp; }
 
-  // f(n, piece) for all tasks.
-  template <class F>
-  void each(F f) const {
+  // f(n, piece) for all tasks; a thread that has some calls start() first.
+  template <class Start, class F>
+  void each(Start start, F f) const {
     parallel(B * pieces(), threads, [&](int64_t begin, int64_t end) {
+      start();
       for (int64_t task = begin; task < end; task++) f(task / pieces(), piece(task % pieces()));
     });
+  }
+  template <class F>
+  void each(F f) const {
+    each([] {}, f);
   }
   // f(first channel, end) for all channels: the algebra on numbers an image and channel.
   template <class F>
   void each_channels(F f) const {
-    constexpr int64_t size = 64;
-    const int64_t few = 1 + B * C / 4096;
-    parallel((C + size - 1) / size, int(std::min<int64_t>(threads, few)),
-             [&](int64_t begin, int64_t end) { f(begin * size, std::min(C, end * size)); });
+    parallel((C + N - 1) / N, threads,
+             [&](int64_t begin, int64_t end) { f(begin * N, std::min(C, end * N)); });
   }
   int64_t strip_rows() const {
     return std::max<int64_t>(1, STRIP / (W * C * int64_t(sizeof(T))));
@@ -179,7 +187,11 @@ struct Plan {
   template <class F>
   void pack_block(const T* x, int64_t n, int64_t c, F put, bool next_image = false) const {
     const int64_t count = std::min<int64_t>(N, C - c);
-    pack<T, A>(image(x, n, c), hw, count, x + B * C * hw, (next_image ? C : N) * hw, put);
+    const int64_t ahead = (next_image ? C : N) * hw;
+    if (hw == N)  // distances that are known are not computed
+      pack<T, A>(image(x, n, c), Fixed<N>{}, count, ahead, put);
+    else
+      pack<T, A>(image(x, n, c), hw, count, ahead, put);
   }
   // To `tile`, pixel after pixel.
   void pack_block(const T* x, A* tile, int64_t n, int64_t c) const {
@@ -219,6 +231,15 @@ struct Plan {
   }
 };
 
+// Sums over images of M vectors of channels, in double.
+template <int M>
+struct Sums {
+  typedef double Wide __attribute__((vector_size(N * sizeof(double))));
+  Wide all[M] = {};
+  void add(int b, V v) { all[b] += __builtin_convertvector(v, Wide); }
+  double& operator[](int64_t i) { return reinterpret_cast<double*>(all)[i]; }
+};
+
 // Adds a piece to the means and, if wanted, the sums of squared distances from them, which lie from
 // c0 on and in which the rows before are already, if it is part of a larger one.
 template <bool squared>
@@ -249,8 +270,7 @@ void add_moments(const Plan& p, const T* x, int64_t n, const Piece& piece, A* me
   }
 }
 
-// Joins the parts of channels c0 ... c1 to the first one, by Chan's update; means alone as they are
-// averaged in lanes.h.
+// Joins the parts of channels c0 ... c1 to the first one, as lanes.h joins chunks.
 template <bool squared>
 void join_parts(const Plan& p, int64_t c0, int64_t c1, A* mean, A* squares) {
   for (int64_t part = 1; part < p.parts; part++) {
@@ -261,7 +281,7 @@ void join_parts(const Plan& p, int64_t c0, int64_t c1, A* mean, A* squares) {
 #pragma omp simd
       for (int64_t c = c0; c < c1; c++) {
         const A old = mean[to + c], move = mean[from + c] - old;
-        mean[to + c] = squared ? old + move * weight : old * (1 - weight) + mean[from + c] * weight;
+        mean[to + c] = old * 0 == 0 ? old + move * weight : old + mean[from + c];
         if (squared) squares[to + c] += squares[from + c] + move * move * both;
       }
     }
@@ -375,7 +395,7 @@ double squared(const T* x, const A* weight, int64_t batch, int64_t size, int thr
   const int64_t blocks = (size + BLOCK - 1) / BLOCK;
   double* partial = buffer.get<double>(blocks);
   parallel(blocks, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; b++)
+    for (int64_t b = end; b-- > begin;)  // what the moments read last is still in a cache
       partial[b] = squared_block(x, weight, batch, size, b * BLOCK);
   });
   double total = 0;
@@ -383,16 +403,12 @@ double squared(const T* x, const A* weight, int64_t batch, int64_t size, int thr
   return total;
 }
 
-// Effective taps, gamma K: (k * k, Cp), zeros behind C.
-void effective_taps(const Plan& p, const Layer& l, A* taps) {
-  const int64_t C = p.C;
-  const A *weight = l.weight, *kernel = l.kernel;
-  for (int t = 0; t < KK; t++, taps += p.Cp) {
-    for (int64_t c = 0; c < C; c++) taps[c] = weight ? weight[c] : A(1);
-    if (kernel)
-#pragma omp simd
-      for (int64_t c = 0; c < C; c++) taps[c] *= kernel[c * KK + t];
-    std::fill(taps + C, taps + p.Cp, A(0));
+// Effective taps, gamma K, of channels c0 ... c1: (k * k, Cp), zeros behind C.
+void effective_taps(const Plan& p, const Layer& l, int64_t c0, int64_t c1, A* taps) {
+  for (int64_t c = c0; c < (c1 == p.C ? p.Cp : c1); c++) {
+    const A weight = c >= p.C ? A(0) : l.weight ? l.weight[c] : A(1);
+    for (int t = 0; t < KK; t++)
+      taps[t * p.Cp + c] = l.kernel && c < p.C ? weight * l.kernel[c * KK + t] : weight;
   }
 }
 
@@ -513,13 +529,14 @@ void forward(const Plan& p, const T* x, T* y, int64_t n, const Piece& piece, con
     for (int64_t c = c0; c < c1; c++) {
       A scaled[KK];
       for (int t = 0; t < KK; t++) scaled[t] = taps[t * p.Cp + c] * scale[c - c0];
-      plane_forward<A, K>(p.plane(x, n, c), p.image(y, n, c), shift[c - c0], scaled, bias[c]);
+      plane_forward<A, K>(p.plane(x, n, c, piece), p.image(y, n, c), shift[c - c0], scaled,
+                          bias[c]);
     }
   }
 }
 
-// How backward_sums is cut: blocks of channels; groups of images, or of parts of these, that are
-// summed in one.
+// How the sums of the backward pass are cut: blocks of channels; groups of images, or of parts of
+// these, that are summed in one.
 struct Groups {
   int64_t count, blocks, block;
   explicit Groups(const Plan& p) {
@@ -580,7 +597,7 @@ void image_sums(const Plan& p, const T* x, const T* dy, int64_t n, const Piece& 
   if (!p.lanes) {
     for (int64_t c = c0; c < c1; c++) {
       read_taps(c);
-      plane_sums<A, K>(p.plane(x, n, c), p.image(dy, n, c), shift[c - c0], own_taps, sums,
+      plane_sums<A, K>(p.plane(x, n, c, piece), p.image(dy, n, c), shift[c - c0], own_taps, sums,
                        d_sum[c - c0], products[KK * pitch + c - c0]);
       write_products(c);
     }
@@ -656,26 +673,20 @@ void input(const Plan& p, const T* x, const T* dy, T* dx, int64_t n, const Piece
     for (int64_t c = c0; c < c1; c++) {
       A scaled[KK];
       for (int t = 0; t < KK; t++) scaled[t] = taps[(KK - 1 - t) * p.Cp + c] * scale[c - c0];
-      plane_input<A, K>(p.plane(dy, n, c), p.image(x, n, c), p.image(dx, n, c), scaled,
+      plane_input<A, K>(p.plane(dy, n, c, piece), p.image(x, n, c), p.image(dx, n, c), scaled,
                         mean[c - c0], slope[c], level[c - c0]);
     }
   }
 }
 
-}  // namespace
-
-extern "C" {
-
-// Numbers that `rest` of the backward pass holds: m, a, d_shift and d_gap, each (N, Cp).
-int64_t ubn_rest_size(int64_t batch, int64_t channels) { return 4 * batch * padded(channels); }
-
 // m to image_mean (N, C), and the row (2 C + 3); the similarity where `similar`.
-void ubn_measure(const Layer* layer, const T* x, int similar, A* image_mean, A* row) {
-  const Layer& l = *layer;
+void measure(const Layer& l, const T* x, bool similar, A* image_mean, A* row) {
   const Plan p(l);
   const int64_t B = p.B, C = p.C, Cp = p.Cp;
-  A *mean = scratch(2 * p.at(p.parts, 0) + B), *squares = mean + p.at(p.parts, 0);
-  A* weight = squares + p.at(p.parts, 0);
+  const int64_t vectors = Cp / N;
+  A *mean = scratch(2 * p.at(p.parts, 0) + B * (vectors + 1));
+  A *squares = mean + p.at(p.parts, 0), *weight = squares + p.at(p.parts, 0);
+  A* norms = weight + B;  // ||X_n||^2 / HW of each vector of channels
   double products[FEW * (FEW - 1) / 2] = {};  // sum X_i X_j, where images are few
   const bool few = similar && B > 1 && B <= FEW;
   if (!few)
@@ -687,39 +698,47 @@ void ubn_measure(const Layer* layer, const T* x, int similar, A* image_mean, A* 
     (B == 2   ? moments_and_products<2>
      : B == 3 ? moments_and_products<3>
               : moments_and_products<4>)(p, x, mean, squares, products);
-  static thread_local Buffer buffer;
-  double* sums = buffer.get<double>(3 * C);
-  double *mu = sums, *inner = sums + C, *between = sums + 2 * C;
-  std::memset(sums, 0, 3 * C * sizeof(double));
   p.each_channels([&](int64_t c0, int64_t c1) {
     join_parts<true>(p, c0, c1, mean, squares);
-    for (int64_t n = 0; n < B; n++)
-      for (int64_t c = c0; c < c1; c++) {
-        const A m = mean[n * Cp + c];
-        image_mean[n * C + c] = m;
-        squares[n * Cp + c] /= A(p.hw);
-        inner[c] += squares[n * Cp + c];
-        mu[c] += m * (1 + (l.center_weight ? l.center_weight[c] : A(0)));
+    InPlace::each_blocks<2>(c0, c1, [&](int64_t c, auto blocks, auto lanes) {
+      constexpr int M = blocks;
+      V growth[M];  // 1 + w_m
+      for (int b = 0; b < M; b++)
+        growth[b] = 1 + (l.center_weight ? lanes.load(l.center_weight + c + b * N) : V{});
+      Sums<M> pooled, inner, between;
+      for (int64_t n = 0; n < B; n++)
+        for (int b = 0; b < M; b++) {
+          const int64_t i = c + b * N;
+          const V m = lanes.load(mean + n * Cp + i);
+          const V v = lanes.load(squares + n * Cp + i) / A(p.hw);
+          lanes.store(image_mean + n * C + i, m);
+          norms[n * vectors + i / N] = sum<A>(v + m * m);
+          pooled.add(b, m * growth[b]);
+          inner.add(b, v);
+        }
+      V high[M], low[M];  // of mu: their sum is as exact as a double
+      for (int i = 0; i < M * N; i++) {
+        const double mu = pooled[i] /= B;
+        high[i / N][i % N] = A(mu);
+        low[i / N][i % N] = A(mu - A(mu));
       }
-    for (int64_t c = c0; c < c1; c++) mu[c] /= B;
-    for (int64_t n = 0; n < B; n++)
-      for (int64_t c = c0; c < c1; c++) {
-        const A pooled = mean[n * Cp + c] * (1 + (l.center_weight ? l.center_weight[c] : A(0)));
-        const double apart = pooled - mu[c];
-        between[c] += apart * apart;
+      for (int64_t n = 0; n < B; n++)
+        for (int b = 0; b < M; b++) {
+          const V m = lanes.load(mean + n * Cp + c + b * N);
+          const V apart = (m * growth[b] - high[b]) - low[b];
+          between.add(b, apart * apart);
+        }
+      for (int64_t i = 0; i < std::min<int64_t>(M * N, c1 - c); i++) {
+        row[3 + c + i] = A(pooled[i]);
+        row[3 + C + c + i] = A((inner[i] + between[i]) / B);
       }
-    for (int64_t c = c0; c < c1; c++) {
-      row[3 + c] = A(mu[c]);
-      row[3 + C + c] = A((inner[c] + between[c]) / B);
-    }
+    });
   });
   bool finite = true;
   int64_t nonzero = 0;
   for (int64_t n = 0; similar && n < B; n++) {
-    const A *m = mean + n * Cp, *v = squares + n * Cp;
     double norm = 0;
-#pragma omp simd reduction(+ : norm)
-    for (int64_t c = 0; c < C; c++) norm += v[c] + m[c] * m[c];
+    for (int64_t i = 0; i < vectors; i++) norm += norms[n * vectors + i];
     const A squared_norm = A(norm * p.hw);
     finite &= bool(std::isfinite(squared_norm));
     nonzero += squared_norm > 0;
@@ -746,258 +765,400 @@ void ubn_measure(const Layer* layer, const T* x, int similar, A* image_mean, A* 
 
 // Y and statistics (2 C + 1). Without rows it is evaluation, which fills image_mean if there is
 // one.
-void ubn_normalize(const Layer* layer, const State* state, const T* x, A* image_mean,
-                   const A* rows, int64_t ranks, T* y, A* out) {
-  const Layer& l = *layer;
+void normalize(const Layer& l, const State& state, const T* x, A* image_mean, const A* rows,
+               int64_t ranks, T* y, A* out) {
   const Plan p(l);
   A *mu = out, *rstd = out + p.C;
   if (rows) {
-    statistics(l, *state, rows, ranks, mu, rstd, out + 2 * p.C);
+    statistics(l, state, rows, ranks, mu, rstd, out + 2 * p.C);
   } else {
     for (int64_t c = 0; c < p.C; c++) {
-      mu[c] = state->running_mean[c];
-      rstd[c] = A(1 / std::sqrt(state->running_var[c] + l.eps));
+      mu[c] = state.running_mean[c];
+      rstd[c] = A(1 / std::sqrt(state.running_var[c] + l.eps));
     }
     out[2 * p.C] = 0;
   }
-  A *taps = scratch((KK + 1) * p.Cp), *bias = taps + KK * p.Cp;
-  effective_taps(p, l, taps);
-  for (int64_t c = 0; c < p.Cp; c++) bias[c] = l.bias && c < p.C ? l.bias[c] : A(0);
   // Of evaluation. Where an image is one task, it is read again while it is in the cache.
   const bool fresh = image_mean && !rows;
   if (fresh && p.parts > 1) image_means(p, x, image_mean, p.C);
-  p.each([&](int64_t n, const Piece& piece) {
-    const int64_t c0 = piece.c0, count = piece.c1 - c0;
-    static thread_local Buffer buffer;
-    A* shift = buffer.get<A>(3 * p.Cp);
-    A *scale = shift + p.Cp, *mean = scale + p.Cp;
-    for (int64_t c = count; c < padded(count); c++) shift[c] = scale[c] = 0;
-    A* known = image_mean ? image_mean + n * p.C + c0 : nullptr;
-    if (fresh && p.parts == 1) {
-      add_moments<false>(p, x, n, piece, mean, nullptr);
-      std::memcpy(known, mean, count * sizeof(A));
-    }
-    coefficients(l, known, mu, rstd, c0, count, shift, scale, nullptr);
-    forward(p, x, y, n, piece, shift, scale, taps, bias);
-  });
+  static thread_local Buffer buffer;
+  p.each(
+      [&] {
+        A *taps = buffer.get<A>((KK + 4) * p.Cp), *bias = taps + KK * p.Cp;
+        effective_taps(p, l, 0, p.C, taps);
+        for (int64_t c = 0; c < p.Cp; c++) bias[c] = l.bias && c < p.C ? l.bias[c] : A(0);
+      },
+      [&](int64_t n, const Piece& piece) {
+        const int64_t c0 = piece.c0, count = piece.c1 - c0;
+        A *taps = buffer.get<A>((KK + 4) * p.Cp), *bias = taps + KK * p.Cp;
+        A *shift = bias + p.Cp, *scale = shift + p.Cp, *mean = scale + p.Cp;
+        for (int64_t c = count; c < padded(count); c++) shift[c] = scale[c] = 0;
+        A* known = image_mean ? image_mean + n * p.C + c0 : nullptr;
+        if (fresh && p.parts == 1) {
+          add_moments<false>(p, x, n, piece, mean, nullptr);
+          std::memcpy(known, mean, count * sizeof(A));
+        }
+        coefficients(l, known, mu, rstd, c0, count, shift, scale, nullptr);
+        forward(p, x, y, n, piece, shift, scale, taps, bias);
+      });
 }
 
-// Gradients of the parameters but the center weight (those that the layer has, the bias always),
-// of the statistics (2, C), and rest. Without image_mean it is computed, if `needs_mean`.
-void ubn_backward_sums(const Layer* layer, const T* x, const T* dy, const A* image_mean,
-                       int needs_mean, const A* kept, A* d_statistics, A* d_weight, A* d_kernel,
-                       A* d_bias, A* d_scale_weight, A* d_scale_bias, A* rest) {
-  const Layer& l = *layer;
-  const Plan p(l, true);
-  const Groups g(p);
-  const int64_t B = p.B, C = p.C, Cp = p.Cp;
-  const A *mu = kept, *rstd = kept + C;
-  A *mean = rest, *scale = mean + B * Cp, *d_shift = scale + B * Cp, *d_gap = d_shift + B * Cp;
-  const int64_t padding = g.blocks * g.block;  // channels of the blocks, the last one's tail too
-  const int64_t units = B * p.parts;
-  A* work = scratch(2 * B * Cp + 2 * units * Cp + KK * Cp + g.count * (KK + 1) * padding);
-  A *shift = work, *factor = shift + B * Cp, *taps = factor + B * Cp;
-  A *d_scale = taps + KK * Cp, *d_shifts = d_scale + units * Cp;  // (parts, N, Cp)
-  A* parts = d_shifts + units * Cp;
-  effective_taps(p, l, taps);
-  if (image_mean)
-    for (int64_t n = 0; n < B; n++)
-      std::memcpy(mean + n * Cp, image_mean + n * C, C * sizeof(A));
-  else if (needs_mean)
-    image_means(p, x, mean, Cp);
-  else
-    std::memset(mean, 0, B * Cp * sizeof(A));
-  p.each_channels([&](int64_t c0, int64_t c1) {  // h, a and g
-    for (int64_t n = 0; n < B; n++) {
-      const int64_t at = n * Cp + c0;
-      coefficients(l, mean + at, mu, rstd, c0, c1 - c0, shift + at, scale + at, factor + at);
-      if (c1 == C)
-        for (A* array : {mean, shift, scale})
-          std::fill(array + n * Cp + C, array + (n + 1) * Cp, A(0));
+// Where the gradients of the parameters go (those that the layer has, the bias always), and those
+// of the statistics, (2, C).
+struct Gradients {
+  A *statistics, *weight, *kernel, *bias, *scale_weight, *scale_bias;
+};
+
+// What the backward pass of a step keeps, `rest`: m, a, d_shift and d_gap, each (N, Cp), and the
+// effective taps.
+struct Rest {
+  A *mean, *scale, *d_shift, *d_gap, *taps;
+
+  Rest(const Plan& p, A* memory) {
+    for (A** array : {&mean, &scale, &d_shift, &d_gap, &taps}) {
+      *array = memory;
+      memory += p.B * p.Cp;
     }
-  });
-  parallel(g.count * g.blocks, p.threads, [&](int64_t begin, int64_t end) {
+  }
+  static int64_t size(int64_t batch, int64_t channels) {
+    return (4 * batch + KK) * padded(channels);
+  }
+};
+
+// The sums over pixels and what is made of them. Channels do not meet: prepare, add_up and finish
+// may be called for one block after the other.
+class BackwardSums {
+ public:
+  const Plan p;
+  const Groups g;
+
+  // Without image_mean it is computed, if `needs_mean`.
+  BackwardSums(const Layer& layer, const T* x, const T* dy, const A* image_mean, bool needs_mean,
+               const A* kept, const Gradients& out, A* rest)
+      : p(layer, true), g(p), l(layer), x(x), dy(dy), image_mean(image_mean),
+        needs_mean(needs_mean), mu(kept), rstd(kept + p.C), out(out), rest(p, rest) {
+    const int64_t units = p.B * p.parts;
+    shift = scratch(2 * p.B * p.Cp + 2 * units * p.Cp + g.count * (KK + 1) * p.Cp);
+    factor = shift + p.B * p.Cp;
+    d_scale = factor + p.B * p.Cp;
+    d_shifts = d_scale + units * p.Cp;
+    totals = d_shifts + units * p.Cp;
+    if (!image_mean && needs_mean && p.pixels) image_means(p, x, this->rest.mean, p.Cp);
+  }
+
+  // m, h, a, g and the taps.
+  void prepare(int64_t c0, int64_t c1) const {
+    effective_taps(p, l, c0, c1, rest.taps);
+    const int64_t count = c1 - c0;
+    for (int64_t n = 0; n < p.B; n++) {
+      const int64_t at = n * p.Cp + c0;
+      A* mean = rest.mean + at;
+      if (image_mean)
+        std::memcpy(mean, image_mean + n * p.C + c0, count * sizeof(A));
+      else if (!needs_mean)
+        std::memset(mean, 0, count * sizeof(A));
+      else if (!p.pixels)
+        add_moments<false>(p, x, n, Piece{c0, c1, 0, p.H, 0}, mean, nullptr);
+      coefficients(l, mean, mu, rstd, c0, count, shift + at, rest.scale + at, factor + at);
+      if (c1 == p.C)
+        for (A* array : {rest.mean, shift, rest.scale})
+          std::fill(array + n * p.Cp + p.C, array + (n + 1) * p.Cp, A(0));
+    }
+  }
+
+  // The sums of a block of channels over a group of images.
+  void add_up(int64_t group, int64_t block) const {
     static thread_local Buffer buffer;
-    A *products = buffer.get<A>((KK + 2) * g.block), *d_sum = products + (KK + 1) * g.block;
-    std::memset(products, 0, (KK + 2) * g.block * sizeof(A));  // the lanes behind C, too
-    for (int64_t task = begin; task < end; task++) {
-      const int64_t group = task / g.blocks, c0 = task % g.blocks * g.block;
-      const int64_t c1 = std::min(C, c0 + g.block), channels = c1 - c0;
-      A* total = parts + (group * g.blocks + task % g.blocks) * (KK + 1) * g.block;
-      std::memset(total, 0, (KK + 1) * g.block * sizeof(A));
-      for (int64_t unit = units * group / g.count; unit < units * (group + 1) / g.count; unit++) {
-        const int64_t n = unit / p.parts, part = unit % p.parts, at = n * Cp + c0;
-        const Piece piece{c0, c1, p.first_row(part), p.first_row(part + 1), part};
-        image_sums(p, x, dy, n, piece, shift + at, taps, products, d_sum, g.block);
-        A *dots = d_scale + p.at(part, n) + c0, *d_h = d_shifts + p.at(part, n) + c0;
-        for (int64_t c = 0; c < channels; c += N) {
-          const V a = load<A>(scale + at + c);
-          V dot{};
-          for (int t = 0; t <= KK; t++) {  // the last one is the sum of dY
-            const V product = load<A>(products + t * g.block + c);
-            A* sum = total + t * g.block + c;
-            store<A>(sum, load<A>(sum) + (t < KK ? a * product : product));
-            if (t < KK) dot += product * load<A>(taps + t * Cp + c0 + c);
+    const int64_t pitch = padded(g.block), c0 = block * g.block, c1 = std::min(p.C, c0 + g.block);
+    A *products = buffer.get<A>((KK + 2) * pitch), *d_sum = products + (KK + 1) * pitch;
+    std::memset(products, 0, (KK + 2) * pitch * sizeof(A));  // the lanes behind C, too
+    A* total = totals + group * (KK + 1) * p.Cp;
+    for (int t = 0; t <= KK; t++) std::fill(total + t * p.Cp + c0, total + t * p.Cp + c1, A(0));
+    const int64_t units = p.B * p.parts;
+    for (int64_t unit = units * group / g.count; unit < units * (group + 1) / g.count; unit++) {
+      const int64_t n = unit / p.parts, part = unit % p.parts, at = n * p.Cp + c0;
+      const Piece piece{c0, c1, p.first_row(part), p.first_row(part + 1), part};
+      image_sums(p, x, dy, n, piece, shift + at, rest.taps, products, d_sum, pitch);
+      InPlace::each_blocks<1>(c0, c1, [&](int64_t c, auto, auto lanes) {
+        const V a = lanes.load(rest.scale + n * p.Cp + c);
+        V dot{};
+        for (int t = 0; t <= KK; t++) {  // the last one is the sum of dY
+          const V product = load<A>(products + t * pitch + c - c0);
+          A* sum = total + t * p.Cp + c;
+          lanes.store(sum, lanes.load(sum) + (t < KK ? a * product : product));
+          if (t < KK) dot += product * lanes.load(rest.taps + t * p.Cp + c);
+        }
+        lanes.store(d_scale + p.at(part, n) + c, dot);
+        lanes.store(d_shifts + p.at(part, n) + c, a * load<A>(d_sum + c - c0));
+      });
+    }
+  }
+
+  // The gradients, d_shift and d_gap.
+  void finish(int64_t c0, int64_t c1) const {
+    InPlace::each_blocks<2>(c0, c1, [&](int64_t c, auto blocks, auto lanes) {
+      constexpr int M = blocks;
+      const int64_t channels = std::min<int64_t>(M * N, c1 - c);
+      V d_taps[KK + 1][M] = {}, r[M], scale_weight[M] = {};
+      for (int b = 0; b < M; b++) {
+        for (int t = 0; t <= KK; t++)
+          for (int64_t group = 0; group < g.count; group++)
+            if (t == KK || p.sees(t))
+              d_taps[t][b] += lanes.load(totals + (group * (KK + 1) + t) * p.Cp + c + b * N);
+        r[b] = lanes.load(rstd + c + b * N);
+        if (l.scale_weight) scale_weight[b] = lanes.load(l.scale_weight + c + b * N);
+      }
+      write_parameter_gradients(c, channels, reinterpret_cast<const A*>(d_taps), M * N);
+      Sums<M> by_mean, by_rstd, by_weight, by_bias;
+      for (int64_t n = 0; n < p.B; n++)
+        for (int b = 0; b < M; b++) {
+          const int64_t i = c + b * N, at = n * p.Cp + i;
+          V d_a = lanes.load(d_scale + at), d_h = lanes.load(d_shifts + at);
+          for (int64_t part = 1; part < p.parts; part++) {
+            d_a += lanes.load(d_scale + p.at(part, n) + i);
+            d_h += lanes.load(d_shifts + p.at(part, n) + i);
           }
-          store<A>(dots + c, dot);
-          store<A>(d_h + c, a * load<A>(d_sum + c));
+          V gap{}, d_r = d_a;
+          if (l.scale_weight) {
+            const V f = lanes.load(factor + at), logit = d_a * r[b] * f * (1 - f);
+            const V m = lanes.load(rest.mean + at);
+            d_r *= f;
+            by_bias.add(b, logit);
+            gap = logit * scale_weight[b];
+            if (l.scale_from_input) {
+              by_weight.add(b, logit * m);
+            } else {
+              const V centred = m + lanes.load(shift + at);
+              by_weight.add(b, logit * centred * r[b]);
+              d_r += gap * centred;
+              gap *= r[b];
+              d_h += gap;
+            }
+          }
+          by_rstd.add(b, d_r);
+          by_mean.add(b, d_h);
+          lanes.store(rest.d_shift + at, d_h);
+          lanes.store(rest.d_gap + at, gap);
+        }
+      for (int64_t i = 0; i < channels; i++) {
+        const double own = r[i / N][i % N];
+        out.statistics[c + i] = A(-by_mean[i]);
+        out.statistics[p.C + c + i] = A(-0.5 * own * own * own * by_rstd[i]);
+        if (l.scale_weight) {
+          out.scale_weight[c + i] = A(by_weight[i]);
+          out.scale_bias[c + i] = A(by_bias[i]);
         }
       }
-    }
-  });
-  static thread_local Buffer buffer;
-  double* sums = buffer.get<double>(4 * C);
-  std::memset(sums, 0, 4 * C * sizeof(double));
-  p.each_channels([&](int64_t c0, int64_t c1) {
-    double *by_mean = sums, *by_rstd = sums + C, *by_weight = sums + 2 * C, *by_bias = sums + 3 * C;
-    for (int64_t c = c0; c < c1; c++) {
-      A d_taps[KK + 1] = {};
-      for (int64_t group = 0; group < g.count; group++) {
-        const A* part = parts + (group * g.blocks + c / g.block) * (KK + 1) * g.block;
-        for (int t = 0; t <= KK; t++) d_taps[t] += part[t * g.block + c % g.block];
-      }
-      d_bias[c] = d_taps[KK];
-      if (d_kernel) {
+    });
+  }
+
+ private:
+  // Of `channels` channels from c on; the sums of a P and of dY over all images, (KK + 1, pitch).
+  void write_parameter_gradients(int64_t c, int64_t channels, const A* sums, int64_t pitch) const {
+    for (int64_t i = 0; i < channels; i++, c++) {
+      out.bias[c] = sums[KK * pitch + i];
+      if (out.kernel) {
         A along = 0;
         for (int t = 0; t < KK; t++) {
-          along += d_taps[t] * l.kernel[c * KK + t];
-          d_kernel[c * KK + t] = d_taps[t] * l.weight[c];
+          along += sums[t * pitch + i] * l.kernel[c * KK + t];
+          out.kernel[c * KK + t] = sums[t * pitch + i] * l.weight[c];
         }
-        d_weight[c] = along;
-      } else if (d_weight) {
-        d_weight[c] = d_taps[0];
+        out.weight[c] = along;
+      } else if (out.weight) {
+        out.weight[c] = sums[i];
       }
     }
-    for (int64_t n = 0; n < B; n++) {
-      const int64_t at = n * Cp;
-      for (int64_t part = 1; part < p.parts; part++)
-        for (int64_t c = c0; c < c1; c++) {
-          d_scale[at + c] += d_scale[p.at(part, n) + c];
-          d_shifts[at + c] += d_shifts[p.at(part, n) + c];
-        }
-      std::memcpy(d_shift + at + c0, d_shifts + at + c0, (c1 - c0) * sizeof(A));
-      if (!l.scale_weight) {
-#pragma omp simd
-        for (int64_t c = c0; c < c1; c++) {
-          by_rstd[c] += d_scale[at + c];
-          by_mean[c] -= d_shift[at + c];
-          d_gap[at + c] = 0;
-        }
-        continue;
+  }
+
+  const Layer& l;
+  const T *x, *dy;
+  const A* image_mean;
+  const bool needs_mean;
+  const A *mu, *rstd;
+  const Gradients out;
+  const Rest rest;
+  A *shift, *factor;      // h and g, (N, Cp)
+  A *d_scale, *d_shifts;  // (parts, N, Cp)
+  A* totals;              // sums of a P and of dY, (groups, KK + 1, Cp)
+};
+
+// dX, and the gradient of the center weight where there is one. Channels do not meet here either.
+class BackwardInput {
+ public:
+  const Plan p;
+
+  BackwardInput(const Layer& layer, const T* x, const T* dy, const A* kept, const A* d_statistics,
+                A* rest, T* dx, A* d_center_weight)
+      : p(layer), l(layer), x(x), dy(dy), mu(kept), share(kept[2 * p.C]),
+        d_statistics(d_statistics), rest(p, rest), dx(dx), d_center_weight(d_center_weight) {
+    static thread_local Buffer buffer;
+    level = buffer.get<A>((p.B + 1) * p.Cp);
+    slope = level + p.B * p.Cp;
+  }
+
+  void prepare(int64_t c0, int64_t c1) const {
+    InPlace::each_blocks<2>(c0, c1, [&](int64_t c, auto blocks, auto lanes) {
+      constexpr int M = blocks;
+      V center[M] = {}, own_mu[M], d_mean[M], d_square[M];
+      for (int b = 0; b < M; b++) {
+        const int64_t i = c + b * N;
+        own_mu[b] = lanes.load(mu + i);
+        if (l.center_weight) center[b] = lanes.load(l.center_weight + i);
+        // statistics of the batch depend on X, running ones do not
+        d_mean[b] = share > 0 ? lanes.load(d_statistics + i) * share : V{};
+        d_square[b] = share > 0 ? 2 * lanes.load(d_statistics + p.C + i) * share : V{};
+        lanes.store(slope + i, d_square[b]);
       }
-      const A* scale_weight = l.scale_weight;
-#pragma omp simd
-      for (int64_t c = c0; c < c1; c++) {
-        const int64_t i = at + c;
-        const A f = factor[i], logit = d_scale[i] * rstd[c] * f * (1 - f);
-        by_rstd[c] += d_scale[i] * f;
-        by_bias[c] += logit;
-        d_gap[i] = logit * scale_weight[c];
-      }
-      if (l.scale_from_input) {
-#pragma omp simd
-        for (int64_t c = c0; c < c1; c++) {
-          const int64_t i = at + c;
-          by_weight[c] += d_scale[i] * rstd[c] * factor[i] * (1 - factor[i]) * mean[i];
+      Sums<M> by_center;
+      for (int64_t n = 0; n < p.B; n++)
+        for (int b = 0; b < M; b++) {
+          const int64_t at = n * p.Cp + c + b * N;
+          const V m = lanes.load(rest.mean + at);
+          V reaches{};
+          if (share > 0) {
+            // (1 + w_m) m - mu, as the forward pass rounds it
+            const V centred = m + (center[b] * m - own_mu[b]);
+            reaches = (d_mean[b] + d_square[b] * centred) * A(p.hw);
+          }
+          if (l.center_weight) {
+            const V through = lanes.load(rest.d_shift + at) + reaches;
+            by_center.add(b, through * m);
+            reaches += center[b] * through;
+          }
+          lanes.store(level + at, (reaches + lanes.load(rest.d_gap + at)) / A(p.hw));
         }
-      } else {
-#pragma omp simd
-        for (int64_t c = c0; c < c1; c++) {
-          const int64_t i = at + c;
-          const A f = factor[i], logit = d_scale[i] * rstd[c] * f * (1 - f);
-          const A centred = mean[i] + shift[i];
-          by_weight[c] += logit * centred * rstd[c];
-          by_rstd[c] += d_gap[i] * centred;
-          d_gap[i] *= rstd[c];
-          d_shift[i] += d_gap[i];
-        }
-      }
-#pragma omp simd
-      for (int64_t c = c0; c < c1; c++) by_mean[c] -= d_shift[at + c];
-    }
-    for (int64_t c = c0; c < c1; c++) {
-      d_statistics[c] = A(by_mean[c]);
-      d_statistics[C + c] = A(-0.5 * rstd[c] * rstd[c] * rstd[c] * by_rstd[c]);
-      if (l.scale_weight) {
-        d_scale_weight[c] = A(by_weight[c]);
-        d_scale_bias[c] = A(by_bias[c]);
-      }
+      for (int64_t i = 0; l.center_weight && i < std::min<int64_t>(M * N, c1 - c); i++)
+        d_center_weight[c + i] = A(by_center[i]);
+    });
+  }
+
+  void write(int64_t n, const Piece& piece) const {
+    const int64_t at = n * p.Cp + piece.c0;
+    input(p, x, dy, dx, n, piece, rest.mean + at, rest.scale + at, slope, level + at, share > 0,
+          rest.taps);
+  }
+
+ private:
+  const Layer& l;
+  const T *x, *dy;
+  const A* mu;
+  const A share;
+  const A* d_statistics;
+  const Rest rest;
+  T* dx;
+  A* d_center_weight;
+  A *level, *slope;  // (N, Cp) and (Cp)
+};
+
+// One after the other, of all channels.
+void add_up(const BackwardSums& sums) {
+  sums.p.each_channels([&](int64_t c0, int64_t c1) { sums.prepare(c0, c1); });
+  const int64_t count = sums.g.count;
+  parallel(count * sums.g.blocks, sums.p.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; task++) sums.add_up(task % count, task / count);
+  });
+  sums.p.each_channels([&](int64_t c0, int64_t c1) { sums.finish(c0, c1); });
+}
+void write(const BackwardInput& input) {
+  input.p.each_channels([&](int64_t c0, int64_t c1) { input.prepare(c0, c1); });
+  input.p.each([&](int64_t n, const Piece& piece) { input.write(n, piece); });
+}
+
+// Of small planes, a thread takes one block of channels after the other from the sums to dX: it
+// finds what it needs in its own caches.
+void backward(const BackwardSums& sums, const BackwardInput& input) {
+  const Plan& p = sums.p;
+  const Groups& g = sums.g;
+  const bool even = g.blocks >= 4 * p.threads || g.blocks % p.threads == 0;
+  if (!p.lanes || p.hw > SMALL_PLANE || !even) {
+    add_up(sums);
+    write(input);
+    return;
+  }
+  parallel(g.blocks, p.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; block++) {
+      const int64_t c0 = block * g.block, c1 = std::min(p.C, c0 + g.block);
+      sums.prepare(c0, c1);
+      for (int64_t group = 0; group < g.count; group++) sums.add_up(group, block);
+      sums.finish(c0, c1);
+      input.prepare(c0, c1);
+      for (int64_t n = 0; n < p.B; n++) input.write(n, Piece{c0, c1, 0, p.H, 0});
     }
   });
 }
 
-// dX, and the gradient of the center weight where there is one.
-void ubn_backward_input(const Layer* layer, const T* x, const T* dy, const A* kept,
-                        const A* d_statistics, const A* rest, T* dx, A* d_center_weight) {
-  const Layer& l = *layer;
-  const Plan p(l);
-  const int64_t B = p.B, C = p.C, Cp = p.Cp;
-  const A* mu = kept;
-  const A share = kept[2 * C];
-  const A *mean = rest, *scale = mean + B * Cp, *d_shift = scale + B * Cp,
-          *d_gap = d_shift + B * Cp;
-  A* work = scratch(B * Cp + (KK + 2) * Cp);
-  A *level = work, *taps = level + B * Cp, *d_mean = taps + KK * Cp, *slope = d_mean + Cp;
-  effective_taps(p, l, taps);
-  std::memset(d_mean, 0, 2 * Cp * sizeof(A));
-  if (share > 0)  // statistics of the batch depend on X, running ones do not
-    for (int64_t c = 0; c < C; c++) {
-      d_mean[c] = d_statistics[c] * share;
-      slope[c] = 2 * d_statistics[C + c] * share;
-    }
-  static thread_local Buffer buffer;
-  double* by_center = buffer.get<double>(C);
-  std::memset(by_center, 0, C * sizeof(double));
-  const A pixels = A(p.hw);
-  p.each_channels([&](int64_t c0, int64_t c1) {
-    for (int64_t n = 0; n < B; n++) {
-      for (int64_t c = c0; c < c1; c++) {
-        const int64_t i = n * Cp + c;
-        const A center = l.center_weight ? l.center_weight[c] : A(0);
-        // (1 + w_m) m - mu, as the forward pass rounds it
-        const A centred = mean[i] + (center * mean[i] - mu[c]);
-        A reaches = share > 0 ? (d_mean[c] + slope[c] * centred) * pixels : A(0);
-        if (l.center_weight) {
-          const A through = d_shift[i] + reaches;
-          by_center[c] += through * mean[i];
-          reaches += center * through;
-        }
-        level[i] = (reaches + d_gap[i]) / pixels;
-      }
-      if (c1 == C)
-        for (int64_t c = C; c < Cp; c++) level[n * Cp + c] = 0;
-    }
-    if (l.center_weight)
-      for (int64_t c = c0; c < c1; c++) d_center_weight[c] = A(by_center[c]);
-  });
-  p.each([&](int64_t n, const Piece& piece) {
-    const int64_t at = n * Cp + piece.c0;
-    input(p, x, dy, dx, n, piece, mean + at, scale + at, slope, level + at, share > 0, taps);
+// 0, or 1 where there was no memory for f.
+template <class F>
+int done(F f) {
+  try {
+    f();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+}  // namespace
+
+// All but the first return 1 where there was no memory for what they compute.
+extern "C" {
+
+// Numbers that `rest` of the backward pass holds.
+int64_t ubn_rest_size(int64_t batch, int64_t channels) { return Rest::size(batch, channels); }
+
+int ubn_measure(const Layer* layer, const T* x, int similar, A* image_mean, A* row) {
+  return done([&] { measure(*layer, x, similar, image_mean, row); });
+}
+
+int ubn_normalize(const Layer* layer, const State* state, const T* x, A* image_mean, const A* rows,
+                  int64_t ranks, T* y, A* out) {
+  return done([&] { normalize(*layer, *state, x, image_mean, rows, ranks, y, out); });
+}
+
+int ubn_backward_sums(const Layer* layer, const T* x, const T* dy, const A* image_mean,
+                      int needs_mean, const A* kept, A* d_statistics, A* d_weight, A* d_kernel,
+                      A* d_bias, A* d_scale_weight, A* d_scale_bias, A* rest) {
+  return done([&] {
+    const Gradients out{d_statistics, d_weight, d_kernel, d_bias, d_scale_weight, d_scale_bias};
+    add_up(BackwardSums(*layer, x, dy, image_mean, needs_mean, kept, out, rest));
   });
 }
 
-// A step of one process and its backward pass: the functions above, one after the other.
-void ubn_forward(const Layer* layer, const State* state, const T* x, A* image_mean, int similar,
-                 T* y, A* out) {
-  static thread_local Buffer buffer;
-  A* row = buffer.get<A>(2 * layer->channels + 3);
-  ubn_measure(layer, x, similar, image_mean, row);
-  ubn_normalize(layer, state, x, image_mean, row, 1, y, out);
+int ubn_backward_input(const Layer* layer, const T* x, const T* dy, const A* kept,
+                       const A* d_statistics, A* rest, T* dx, A* d_center_weight) {
+  return done([&] {
+    write(BackwardInput(*layer, x, dy, kept, d_statistics, rest, dx, d_center_weight));
+  });
 }
 
-void ubn_backward(const Layer* layer, const T* x, const T* dy, const A* image_mean, int needs_mean,
-                  const A* kept, A* d_weight, A* d_kernel, A* d_bias, A* d_center_weight,
-                  A* d_scale_weight, A* d_scale_bias, T* dx) {
-  static thread_local Buffer buffer;
-  const int64_t size = ubn_rest_size(layer->batch, layer->channels);
-  A *rest = buffer.get<A>(size + 2 * layer->channels), *d_statistics = rest + size;
-  ubn_backward_sums(layer, x, dy, image_mean, needs_mean, kept, d_statistics, d_weight, d_kernel,
-                    d_bias, d_scale_weight, d_scale_bias, rest);
-  ubn_backward_input(layer, x, dy, kept, d_statistics, rest, dx, d_center_weight);
+// A step of one process: the functions above, one after the other.
+int ubn_forward(const Layer* layer, const State* state, const T* x, A* image_mean, int similar,
+                T* y, A* out) {
+  return done([&] {
+    static thread_local Buffer buffer;
+    A* row = buffer.get<A>(2 * layer->channels + 3);
+    measure(*layer, x, similar, image_mean, row);
+    normalize(*layer, *state, x, image_mean, row, 1, y, out);
+  });
 }
 
-double ubn_squared_sum(const T* x, const A* weight, int64_t batch, int64_t size, int64_t threads) {
-  return squared(x, weight, batch, size, int(std::min<int64_t>(threads, 1 + batch * size / 16384)));
+int ubn_backward(const Layer* layer, const T* x, const T* dy, const A* image_mean, int needs_mean,
+                 const A* kept, A* d_weight, A* d_kernel, A* d_bias, A* d_center_weight,
+                 A* d_scale_weight, A* d_scale_bias, T* dx) {
+  return done([&] {
+    static thread_local Buffer buffer;
+    const int64_t size = ubn_rest_size(layer->batch, layer->channels);
+    A *rest = buffer.get<A>(size + 2 * layer->channels), *d_statistics = rest + size;
+    const Gradients out{d_statistics, d_weight, d_kernel, d_bias, d_scale_weight, d_scale_bias};
+    backward(BackwardSums(*layer, x, dy, image_mean, needs_mean, kept, out, rest),
+             BackwardInput(*layer, x, dy, kept, d_statistics, rest, dx, d_center_weight));
+  });
+}
+
+int ubn_squared_sum(const T* x, const A* weight, int64_t batch, int64_t size, int64_t threads,
+                    double* total) {
+  const int few = int(std::min<int64_t>(threads, 1 + batch * size / 16384));
+  return done([&] { *total = squared(x, weight, batch, size, few); });
 }
 
 }  // extern "C"

@@ -75,6 +75,7 @@ inline A sum(typename Vec<A>::type v) {
 
 typedef uint32_t Bits32 __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t Bits16 __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+typedef uint32_t Pairs __attribute__((vector_size(VECTOR_BYTES), aligned(2), may_alias));
 
 inline float widen(bf16 x) {
   uint32_t bits = uint32_t(x.bits) << 16;
@@ -259,7 +260,7 @@ inline Chunk<A, M> load_chunk(const T* p) {
     return {{load_as<A>(p)}};
   } else {
     static_assert(M == 2 && std::is_same<T, bf16>::value, "float from pairs of bfloat16");
-    const Bits32 bits = load<uint32_t>(reinterpret_cast<const uint32_t*>(p));
+    const Bits32 bits = *reinterpret_cast<const Pairs*>(p);
     typedef typename Vec<A>::type V;
     return {{(V)(bits << 16), (V)(bits & 0xffff0000)}};
   }
@@ -269,7 +270,7 @@ inline void store_chunk(T* p, const Chunk<A, M>& chunk) {
   if constexpr (M == 1)
     store_as<A>(p, chunk.v[0]);
   else
-    store<uint32_t>(reinterpret_cast<uint32_t*>(p), narrowed_pairs(chunk.v[0], chunk.v[1]));
+    *reinterpret_cast<Pairs*>(p) = narrowed_pairs(chunk.v[0], chunk.v[1]);
 }
 // The first n numbers, or all of them.
 template <class A, int M, class T, int n>
@@ -358,18 +359,25 @@ class Buffer {
 };
 
 // Calls f(begin, end) for the shares of 0 ... total. What f computes may not depend on how
-// the tasks are shared out, so that results do not depend on the number of threads.
+// the tasks are shared out, so that results do not depend on the number of threads. Where a thread
+// finds no memory, so does the caller.
 template <class F>
 inline void parallel(int64_t total, int threads, F f) {
   threads = int(std::min<int64_t>(threads, total));
 #ifdef _OPENMP
   if (threads > 1) {
-#pragma omp parallel num_threads(threads)
+    bool failed = false;  // no exception may leave a parallel region
+#pragma omp parallel num_threads(threads) reduction(|| : failed)
     {
       const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
       const int64_t begin = total * thread / count, end = total * (thread + 1) / count;
-      if (begin < end) f(begin, end);
+      try {
+        if (begin < end) f(begin, end);
+      } catch (const std::bad_alloc&) {
+        failed = true;
+      }
     }
+    if (failed) throw std::bad_alloc();
     return;
   }
 #endif
