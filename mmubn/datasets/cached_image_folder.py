@@ -1,11 +1,13 @@
 """Images in class folders, decoded once."""
 
 import os
+import pickle
 import random
-from typing import List
+from typing import Iterator, List, Tuple
 
 import cv2
 import mmcv
+import numpy as np
 from mmengine.dist import is_main_process
 from mmengine.logging import MMLogger
 from mmpretrain.datasets import CustomDataset
@@ -32,7 +34,8 @@ class CachedImageFolder(CustomDataset):
     Args:
         extensions (Sequence[str]): Of the image files. Default: as ``CustomDataset``,
             and ``.tiff``, ``.jfif`` and WebP.
-        max_gib (float): What the decoded images may take, in GiB. Default: 4.
+        max_gib (float): What the decoded images may take, in GiB. Reading them takes no more
+            than that, and less than 1 KiB for each image's path and label. Default: 4.
         **kwargs: Those of mmpretrain's ``CustomDataset``.
 
     Raises:
@@ -93,15 +96,27 @@ class CachedImageFolder(CustomDataset):
         """Finds the images, takes the ``indices`` of them and decodes these."""
         if self._fully_initialized:
             return
-        # Serialised, the list could not be added to.
-        serialize, self.serialize_data = self.serialize_data, False
-        super().full_init()
-        self._decode()
-        self.serialize_data = serialize
-        if serialize:
-            self.data_bytes, self.data_address = self._serialize_data()
+        super().full_init()  # if it serialises, it decodes
+        if not self.serialize_data:
+            self._fully_initialized = False  # as long as an image may be broken
+            self.data_list = list(self._decoded())
+            self._fully_initialized = True
 
-    def _decode(self) -> None:
+    def _serialize_data(self) -> Tuple[np.ndarray, np.ndarray]:
+        """As mmengine's, but with one image at a time beside the bytes of all.
+
+        Returns:
+            tuple[ndarray, ndarray]: The bytes of all samples, uint8, and where each ends, int64.
+        """
+        packed, ends = bytearray(), []  # it grows in place: what is spare takes no memory
+        for info in self._decoded():
+            packed += pickle.dumps(info, protocol=4)
+            ends.append(len(packed))
+        self.data_list.clear()
+        return np.frombuffer(packed, np.uint8), np.asarray(ends, np.int64)
+
+    def _decoded(self) -> Iterator[dict]:
+        """The samples with their images, one after another."""
         used = 0
         progress = tqdm(
             self.data_list,
@@ -111,13 +126,14 @@ class CachedImageFolder(CustomDataset):
         )
         for info in progress:
             try:
-                info['img'] = mmcv.imread(info['img_path'], channel_order='rgb')
+                image = mmcv.imread(info['img_path'], channel_order='rgb')
             except cv2.error as error:
                 raise ValueError(f'{info["img_path"]} is not a whole image') from error
-            used += info['img'].nbytes
+            used += image.nbytes
             if used > self.max_gib * 2**30:
                 raise MemoryError(
                     f'the images in {self.img_prefix} take more than {self.max_gib} GiB decoded: '
                     "raise max_gib, or use type='CustomDataset' with LoadImageFromFile first in "
                     'its pipeline'
                 )
+            yield {**info, 'img': image}

@@ -1,5 +1,6 @@
 """Class folders in memory: the pixels, the labels, the order, the limits."""
 
+import tracemalloc
 import zipfile
 
 import cv2
@@ -8,6 +9,8 @@ import pytest
 from mmengine.registry import DATASETS
 
 pytest.importorskip('mmpretrain')
+
+import mmubn.datasets  # noqa: F401  registers them
 
 CLASSES = ('apple', 'bear', 'cat')
 
@@ -67,6 +70,40 @@ def test_too_large_for_memory(pixels, tmp_path):
     assert len(build(tmp_path, max_gib=size)) == 12
     with pytest.raises(MemoryError, match=r"raise max_gib, or use type='CustomDataset'"):
         build(tmp_path, max_gib=size * 0.99)
+
+
+@pytest.mark.parametrize('serialize_data', [True, False])
+def test_memory_while_it_starts(tmp_path, serialize_data):
+    folder = tmp_path / 'train' / 'apple'
+    folder.mkdir(parents=True)
+    for number in range(50):
+        cv2.imwrite(f'{folder}/{number}.png', np.full((200, 200, 3), number, np.uint8))
+    build(tmp_path, indices=1)  # what is imported then does not count
+    tracemalloc.start()
+    try:
+        dataset = build(tmp_path, serialize_data=serialize_data)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    images = 50 * 200 * 200 * 3
+    assert images < peak < 1.2 * images
+    assert sorted(sample['img'].max() for sample in dataset) == list(range(50))
+
+
+@pytest.mark.parametrize('serialize_data', [True, False])
+def test_a_folder_that_could_not_be_decoded_is_read_again(pixels, tmp_path, serialize_data):
+    path = next(iter(pixels))
+    with open(path, 'rb') as file:
+        whole = file.read()
+    with open(path, 'wb') as file:
+        file.write(b'no image')
+    dataset = build(tmp_path, lazy_init=True, serialize_data=serialize_data)
+    with pytest.raises(ValueError, match='is not a whole image'):
+        dataset.full_init()
+    with open(path, 'wb') as file:
+        file.write(whole)
+    assert {sample['img_path'] for sample in dataset} == pixels.keys()
+    assert all('img' in sample for sample in dataset)
 
 
 @pytest.mark.parametrize('suffix', ['.tiff', '.jfif', '.TIFF'])
