@@ -1,5 +1,6 @@
 """Checks that class folders hold images, and are numbered alike in every split."""
 
+import errno
 import os
 import os.path as osp
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
@@ -40,14 +41,16 @@ def read_folders(path: str, node: dict, dataset: Any) -> Optional[Folders]:
         Folders: None where its labels come from an annotation file, or it has none.
 
     Raises:
-        CommandError: A folder would be taken for a class that is none, or ``classes`` does
-            not fit the folders.
+        CommandError: A folder would be taken for a class that is none, a link leads to itself,
+            or ``classes`` does not fit the folders.
     """
     root = dataset.img_prefix
     if not dataset.with_label or dataset.ann_file:
         return None
     if not osp.isdir(root):
         raise CommandError(f'{path}: no folder {root}; it must hold a folder for each class')
+    for name in os.listdir(root):
+        _check_link(path, osp.join(root, name))
     foreign = foreign_folders(root)
     if foreign and not _skips_foreign(dataset):
         raise CommandError(
@@ -123,15 +126,17 @@ def check_images(folders: Folders, dataset: Any) -> None:
 
     Raises:
         CommandError: A folder has files and no image, all are empty, an image has no bytes or is
-            a link to nothing, or images would be read that a program left there.
+            a link to nothing, a link leads back, a folder cannot be opened, or images would be
+            read that a program left there.
     """
     number, suffixes = 0, tuple(sorted(dataset.extensions))
     readable = f'the suffixes that are read are {", ".join(suffixes)}'
     unread, example = 0, ''
     for name in folders.names:
         place, before, others = osp.join(folders.root, name), number, []
-        for file, foreign in _files(place, _skips_foreign(dataset)):
+        for file, foreign in _files(folders.path, place, _skips_foreign(dataset)):
             if not file.lower().endswith(suffixes):
+                _check_link(folders.path, file)
                 others += [] if foreign else [file]
                 continue
             if foreign:
@@ -174,10 +179,7 @@ def _tell_skipped(folders: Folders, suffixes: Tuple[str, ...]) -> None:
     skipped = [
         name
         for name in foreign_folders(folders.root)
-        if any(
-            file.lower().endswith(suffixes)
-            for file, _ in _files(osp.join(folders.root, name), skips_foreign=True)
-        )
+        if _holds_images(osp.join(folders.root, name), suffixes)
     ]
     if skipped:
         warn(
@@ -187,9 +189,34 @@ def _tell_skipped(folders: Folders, suffixes: Tuple[str, ...]) -> None:
         )
 
 
-def _files(folder: str, skips_foreign: bool) -> Iterator[Tuple[str, bool]]:
-    """The files that are not hidden, and whether they lie in a folder that a program made."""
-    for place, inner, names in os.walk(folder, followlinks=True):
+def _holds_images(folder: str, suffixes: Tuple[str, ...]) -> bool:
+    try:
+        files = _files('', folder, skips_foreign=True)
+        return any(file.lower().endswith(suffixes) for file, _ in files)
+    except CommandError:  # what is skipped may have links of any kind
+        return False
+
+
+def _files(path: str, folder: str, skips_foreign: bool) -> Iterator[Tuple[str, bool]]:
+    """The files that are not hidden, and whether they lie in a folder that a program made.
+
+    Raises:
+        CommandError: A folder lies in itself by a link, which mmengine follows until the system
+            stops it; or one cannot be opened.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise CommandError(
+            f'{path}: {error.filename} cannot be opened ({error.strerror}); let it be read, or '
+            'remove it'
+        ) from error
+
+    above: Dict[str, Tuple[str, ...]] = {}  # the real folders that lead to each
+    for place, inner, names in os.walk(folder, onerror=refuse, followlinks=True):
+        before, real = above.get(osp.dirname(place), ()), osp.realpath(place)
+        if real in before:
+            _refuse_link(path, place)
+        above[place] = (*before, real)
         if skips_foreign:
             inner[:] = [name for name in inner if not is_foreign(name)]
         # Told once for each folder: there may be millions of files.
@@ -197,6 +224,25 @@ def _files(folder: str, skips_foreign: bool) -> Iterator[Tuple[str, bool]]:
         for name in names:
             if not name.startswith('.'):
                 yield osp.join(place, name), foreign
+
+
+def _check_link(path: str, file: str) -> None:
+    """Refuses a link that leads to itself, at which mmengine ends. One to nothing it leaves out."""
+    if osp.islink(file):
+        try:
+            os.stat(file)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                _refuse_link(path, file)
+
+
+def _refuse_link(path: str, place: str) -> None:
+    while not osp.islink(place):
+        place = osp.dirname(place)
+    raise CommandError(
+        f'{path}: {place} is a link that leads back to itself or to a folder that it lies in; '
+        'delete it'
+    )
 
 
 def read_labels(path: str, dataset: Any) -> Dict[str, int]:

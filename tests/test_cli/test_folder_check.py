@@ -1,5 +1,7 @@
 """Class folders and lists of labels that are read otherwise than meant."""
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -214,6 +216,74 @@ def test_a_link_that_leads_to_no_file(cfg):
     Path('store').rename('moved')
     assert failure(cfg).startswith(
         'val_dataloader.dataset: ./val/cat/0.png is no file that can be read, such as a link to '
+    )
+
+
+def length(dataset: dict) -> int:
+    return len(DATASETS.build({**dataset, 'pipeline': []}))
+
+
+@pytest.mark.parametrize(
+    ('links', 'found'),
+    [
+        ({'val/cat/back': '.'}, 'val/cat/back'),
+        ({'val/cat/back': '..'}, 'val/cat/back'),
+        ({'val/cat/back': 'back'}, 'val/cat/back'),
+        ({'val/cat/one': '../../store', 'store/back': '../val/cat'}, 'val/cat/one/back'),
+        ({'val/back': '.'}, 'val/back/back'),
+        ({'val/back': 'back'}, 'val/back'),
+    ],
+)
+def test_a_link_that_leads_back(cfg, links, found):
+    Path('store').mkdir()
+    for link, target in links.items():
+        Path(link).symlink_to(target)
+    with pytest.raises(OSError, match='Too many levels of symbolic links'):
+        length(cfg.val_dataloader.dataset)
+    assert failure(cfg) == (
+        f'val_dataloader.dataset: ./{found} is a link that leads back to itself or to a folder '
+        'that it lies in; delete it'
+    )
+
+
+def test_links_that_lead_elsewhere(cfg):
+    Path('store').mkdir()
+    cv2.imwrite('store/0.png', np.zeros((8, 8, 3), np.uint8))
+    for link in ('val/apple/one', 'val/cat/one', 'val/cat/two'):
+        Path(link).symlink_to('../../store')
+    Path('val/cat/nothing').symlink_to('../absent')
+    for split in ('train', 'val'):
+        Path(split, 'dog').symlink_to('bear')
+    cfg.model.head.num_classes = 4
+    check(cfg)
+    assert length(cfg.val_dataloader.dataset) == 4 + 3
+
+
+def test_links_that_lead_back_in_skipped_folders(cfg):
+    Path('val/cat/.back').symlink_to('.')
+    if cfg.val_dataloader.dataset.type == 'CustomDataset':  # it reads them
+        assert 'val/cat/.back is a link that leads back' in failure(cfg)
+        return
+    Path('val/__other__').mkdir()
+    Path('val/__other__/back').symlink_to('.')
+    check(cfg)
+    assert length(cfg.val_dataloader.dataset) == 3
+
+
+def test_a_folder_that_cannot_be_opened(cfg, monkeypatch):
+    walk = os.scandir
+
+    def scandir(place):
+        if str(place).endswith('val/cat'):
+            raise PermissionError(errno.EACCES, 'Permission denied', place)  # root may open all
+        return walk(place)
+
+    monkeypatch.setattr(os, 'scandir', scandir)
+    with pytest.raises(PermissionError):
+        length(cfg.val_dataloader.dataset)
+    assert failure(cfg) == (
+        'val_dataloader.dataset: ./val/cat cannot be opened (Permission denied); let it be read, '
+        'or remove it'
     )
 
 
