@@ -1,15 +1,19 @@
 """Checks numbers and names in a config that are refused after the work directory is made."""
 
+import inspect
 import logging
 import math
 import numbers
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.dataset import BaseDataset
 from mmengine.device import get_device
+from mmengine.registry import DATASETS
 from torch import nn
 
-from ..walk import type_name
+from ..walk import type_name, walk
+from .config_check import find_class
 from .errors import CommandError
 
 
@@ -24,7 +28,11 @@ def check_values(cfg: Config, model: nn.Module) -> None:
         CommandError: The first value that cannot be.
     """
     for split in ('train', 'val', 'test'):
-        _check_loader(f'{split}_dataloader', cfg.get(f'{split}_dataloader') or {})
+        loader = cfg.get(f'{split}_dataloader') or {}
+        _check_loader(f'{split}_dataloader', loader)
+        for key, node in walk(loader.get('dataset'), f'{split}_dataloader.dataset'):
+            if node.get('indices') is not None:
+                _check_indices(key, node)
     lengths = cfg.get('train_cfg') or {}
     for key in ('max_epochs', 'max_iters', 'val_interval'):
         if lengths.get(key) is not None:
@@ -83,6 +91,19 @@ def _check_loader(key: str, loader: dict) -> None:
                 f'{key}.num_workers=0: {name}={loader[name]} needs workers; give --cfg-options '
                 f'{key}.{name}={off} too'
             )
+
+
+def _check_indices(key: str, node: dict) -> None:
+    kind = find_class(node, DATASETS)
+    if not inspect.isclass(kind) or not issubclass(kind, BaseDataset):
+        return  # what it means there is not known
+    value = node['indices']
+    numbered = isinstance(value, (list, tuple)) and all(isinstance(i, int) for i in value)
+    if not value or not (numbered or isinstance(value, int)):
+        raise CommandError(
+            f'{key}.indices: must be how many images are taken, of the last ones a negative '
+            f'number, or a list of their numbers, got {value!r}; leave it out to take all'
+        )
 
 
 def _check_count(key: str, value: Any, least: int) -> None:

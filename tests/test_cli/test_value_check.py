@@ -3,6 +3,8 @@
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.dataset import DefaultSampler
+from mmengine.registry import DATASETS
 from told import told
 from torch import nn
 
@@ -65,6 +67,38 @@ def test_error_names_the_key(key, value, reason):
     line = told(check, **{key: value})
     assert line.startswith(key.split('.')[0])
     assert reason in line
+
+
+def test_sound_indices():
+    pytest.importorskip('mmpretrain')
+    for indices in (5, -5, [0, 2], (1,), None):
+        dataset = dict(type='mmpretrain.CustomDataset', indices=indices)
+        check(**{'train_dataloader.dataset': dataset})
+    check(**{'train_dataloader.dataset': dict(type='SomebodysOwn', indices=0)})
+
+
+@pytest.mark.parametrize('value', [0, [], 2.0, '2', [0.5], ['a']])
+@pytest.mark.parametrize('serialize_data', [True, False])
+def test_indices_that_no_dataset_takes(tmp_path, value, serialize_data):
+    pytest.importorskip('mmpretrain')
+    (tmp_path / 'a').mkdir()
+    (tmp_path / 'a' / '0.png').touch()
+    dataset = dict(
+        type='mmpretrain.CustomDataset',
+        data_root=str(tmp_path),
+        indices=value,
+        serialize_data=serialize_data,
+    )
+    with pytest.raises((TypeError, ValueError, ZeroDivisionError)):
+        list(DefaultSampler(DATASETS.build(dataset), shuffle=True, seed=0))
+    joined = dict(type='ConcatDataset', datasets=[dataset])
+    for place, node in (('', dataset), ('.datasets.0', joined)):
+        line = told(check, **{'train_dataloader.dataset': node})
+        assert line == (
+            f'train_dataloader.dataset{place}.indices: must be how many images are taken, of the '
+            f'last ones a negative number, or a list of their numbers, got {value!r}; leave it out '
+            'to take all'
+        )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
