@@ -24,7 +24,7 @@ from .run import (
     work_dirs,
 )
 from .run_study import Options, run_study, write_tuning
-from .study import Study
+from .study import LEARNING_RATE, Study
 
 
 def work_root(args: argparse.Namespace, experiment: str) -> Path:
@@ -105,6 +105,7 @@ def run_rows(args: argparse.Namespace) -> None:
                 kinds = ('detection', 'classification')
                 one, other = kinds if detects else reversed(kinds)
                 raise CommandError(f'{args.config} is for {one}, {row.experiment} is {other}')
+    _check_learning_rates(args, rows)
     flags = [
         f'--{flag.replace("_", "-")}'
         for flag in ('amp', 'auto_scale_lr', 'eval_on_train')
@@ -142,6 +143,35 @@ def run_rows(args: argparse.Namespace) -> None:
         _write_report(args, lines)
     if failed:
         sys.exit(1)
+
+
+def _check_learning_rates(args: argparse.Namespace, rows: List[Row]) -> None:
+    """Refuses what changes, or does not fit, a learning rate that a row or a study sets.
+
+    Raises:
+        CommandError: It would be scaled once more, a step would take more images than it is for,
+            or it is for another network.
+    """
+    own = [row for row in rows if LEARNING_RATE in row.options]
+    study = study_of(args)
+    if not own and (study is None or LEARNING_RATE not in study.grid):
+        return
+    sets = f'{(own or rows)[0].experiment} sets the learning rate itself'
+    scaled = ['--auto-scale-lr'] if args.auto_scale_lr else []
+    for option in args.cfg_options or []:
+        key, _, value = option.partition('=')
+        if key.strip() == 'auto_scale_lr.enable' and value.strip().lower() != 'false':
+            scaled.append('--cfg-options auto_scale_lr.enable')
+    if scaled:
+        raise CommandError(f'{scaled[0]}: {sets}, which would be scaled once more; leave it out')
+    if own and args.gpus > 1:
+        raise CommandError(
+            f'--gpus {args.gpus}: {sets}, for the images of one process; leave it out, or give '
+            '--gpus 1'
+        )
+    for row in own:
+        if args.config and args.config.resolve() != (ROOT / 'configs' / row.network).resolve():
+            raise CommandError(f'--config: {sets}, for {Path(row.network).name}; leave it out')
 
 
 def _run_plain(rows: List[Row], root: Path, args: argparse.Namespace, flags: List[str]) -> tuple:

@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 from tool import ROOT, run_tool
 
+from mmubn.reproduce import commands
+
+OTHER = str(ROOT / 'configs' / 'cifar100' / 'resnet18_small_cifar100.py')
 SMALL = str(ROOT / 'configs' / 'cifar10' / 'resnet18_small_cifar10.py')
 LICENSE = str(ROOT / 'LICENSE')
 
@@ -36,6 +39,26 @@ def test_settings_cut_short_are_one_line(logs, capsys):
         (('list', 'table3', '--config', LICENSE), f'config {LICENSE}: '),
         (('run', 'table5', '--config', SMALL), f'{SMALL} is for classif'),
         (
+            ('run', 'table3', 'small-batches', '--auto-scale-lr'),
+            '--auto-scale-lr: small-batches sets the learning rate itself, which would be scaled',
+        ),
+        (
+            ('run', 'small-batches', '--cfg-options', 'auto_scale_lr.enable=True'),
+            '--cfg-options auto_scale_lr.enable: small-batches sets the learning rate itself',
+        ),
+        (
+            ('run', 'strong-recipe', '--data-root', '.', '--auto-scale-lr'),
+            '--auto-scale-lr: strong-recipe sets the learning rate itself, which would be scaled',
+        ),
+        (
+            ('run', 'small-batches', '--gpus', '2'),
+            '--gpus 2: small-batches sets the learning rate itself, for the images of one process',
+        ),
+        (
+            ('run', 'small-batches', '--config', OTHER),
+            f'--config: small-batches sets the learning rate itself, for {Path(SMALL).name}; leave',
+        ),
+        (
             ('report', '--work-dir', 'nowhere'),
             'nowhere: no finished run of these rows; `run` trains them',
         ),
@@ -47,6 +70,22 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, argv, message):
         run_tool('reproduce', *argv)
     assert capsys.readouterr().err.startswith(f'error: {message}')
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    'argv',
+    [
+        ('small-batches', '--small', '--gpus', '1', '--cfg-options', 'auto_scale_lr.enable=False'),
+        ('table7', '--auto-scale-lr', '--gpus', '2'),
+        ('table7', '--small', '--auto-scale-lr'),
+    ],
+)
+def test_learning_rates_that_nothing_else_sets(tmp_path, monkeypatch, argv):
+    jobs = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(commands, 'run_jobs', lambda found, parallel: jobs.extend(found) or [])
+    run_tool('reproduce', 'run', *argv)
+    assert jobs
 
 
 @pytest.mark.parametrize('value', ['nan', 'inf', '0'])
