@@ -12,6 +12,7 @@ from .errors import CommandError, warn
 from .hook_check import check_hooks
 from .metric_check import check_metrics
 from .norm_check import check_norms
+from .optimizer_check import check_optimizer
 from .value_check import check_training, check_values
 from .work_dir_check import check_results, check_work_dir
 
@@ -31,6 +32,7 @@ CHECKS: Dict[str, Sequence[Check]] = dict(
     train=(
         check_values,
         check_training,
+        check_optimizer,
         _check_training_data,
         check_hooks,
         check_metrics,

@@ -37,9 +37,12 @@ def check_values(cfg: Config, model: nn.Module) -> None:
     for key in ('max_epochs', 'max_iters', 'val_interval'):
         if lengths.get(key) is not None:
             value = lengths[key]
-            if isinstance(value, float) and value.is_integer():  # as in 90e3, which the loops take
-                value = int(value)
-            _check_count(f'train_cfg.{key}', value, least=1)
+            _check_count(f'train_cfg.{key}', _whole(value), least=1)  # the loops take 90e3
+    seed = (cfg.get('randomness') or {}).get('seed')
+    if seed is not None:
+        _check_count('randomness.seed', seed, least=0)
+        if seed >= 2**32:
+            raise CommandError(f'randomness.seed: must be below 2**32, got {seed}')
     level = cfg.get('log_level', 'INFO')
     if isinstance(level, str) and not isinstance(logging.getLevelName(level), int):
         raise CommandError(
@@ -57,14 +60,18 @@ def check_training(cfg: Config, model: nn.Module) -> None:
         model (Module): Not used.
 
     Raises:
-        CommandError: A setting of the optimizer that is no number from 0 on, mixed precision
-            without a GPU, or no batch size to scale from.
+        CommandError: A setting of the optimizer that is no number from 0 on, steps over a number
+            of batches that is none, mixed precision without a GPU, or no batch size to scale from.
     """
     wrapper = cfg.get('optim_wrapper') or {}
     for key in ('lr', 'momentum', 'weight_decay'):
         value = (wrapper.get('optimizer') or {}).get(key)
         if value is not None:
             _check_number(f'optim_wrapper.optimizer.{key}', value)
+    if wrapper.get('accumulative_counts') is not None:
+        _check_count(
+            'optim_wrapper.accumulative_counts', _whole(wrapper['accumulative_counts']), least=1
+        )
     if type_name(wrapper).endswith('AmpOptimWrapper') and get_device() == 'cpu':
         raise CommandError(
             'optim_wrapper.type=AmpOptimWrapper needs a GPU; on a CPU, train without --amp, with '
@@ -104,6 +111,10 @@ def _check_indices(key: str, node: dict) -> None:
             f'{key}.indices: must be how many images are taken, of the last ones a negative '
             f'number, or a list of their numbers, got {value!r}; leave it out to take all'
         )
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _check_count(key: str, value: Any, least: int) -> None:

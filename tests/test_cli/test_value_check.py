@@ -30,6 +30,10 @@ def check(**changes) -> None:
 def test_sound_values():
     check()
     check(log_level=10, load_from=None)
+    for seed in (0, 2**32 - 1, None):
+        check(**{'randomness.seed': seed})
+    for counts in (1, 4, 4.0):
+        check(**{'optim_wrapper.accumulative_counts': counts})
     check(log_level='DEBUG', load_from='a.pth')
     for key in ('max_epochs', 'max_iters', 'val_interval'):  # the loops take 90e3
         check(**{f'train_cfg.{key}': 90e3})
@@ -50,6 +54,11 @@ def test_sound_values():
         ('train_cfg.max_epochs', 0, 'must be an integer from 1 on, got 0'),
         ('train_cfg.max_epochs', '12', "must be an integer from 1 on, got '12'"),
         ('train_cfg.val_interval', 0.5, 'must be an integer from 1 on, got 0.5'),
+        ('randomness.seed', -1, 'must be an integer from 0 on, got -1'),
+        ('randomness.seed', 1.5, 'must be an integer from 0 on, got 1.5'),
+        ('randomness.seed', 2**32, 'must be below 2**32, got 4294967296'),
+        ('optim_wrapper.accumulative_counts', 0, 'must be an integer from 1 on, got 0'),
+        ('optim_wrapper.accumulative_counts', 1.5, 'must be an integer from 1 on, got 1.5'),
         ('log_level', 'LOUD', "there is no level 'LOUD'; take DEBUG, INFO"),
         ('load_from', '', 'names no file; write None'),
         (

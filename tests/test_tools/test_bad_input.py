@@ -45,6 +45,11 @@ FILE = 'give the path of a .pth file'
             'file by --cfg-options model.backbone.init_cfg.checkpoint=FILE',
         ),
         ('load_from=none.pth', f'error: load_from: no file none.pth; {FILE}'),
+        (
+            'optim_wrapper.optimizer.nesterov=True',
+            'error: optim_wrapper.optimizer: SGD: Nesterov momentum requires a momentum and zero '
+            'dampening',
+        ),
     ],
 )
 def test_bad_setting(project, fails, option, line):
