@@ -1,12 +1,14 @@
 """Checks that the data a config names is there, and is what the config takes it for."""
 
 import inspect
+import math
 import os.path as osp
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 from mmengine.config import Config
+from mmengine.dist import get_world_size
 from mmengine.registry import DATASETS
 from mmengine.utils import is_seq_of
 
@@ -211,6 +213,7 @@ def _check_coco_files(cfg: Config, split: str, found: Sequence[Data]) -> None:
         if not dataset.ann_file:
             raise CommandError(f'{data.path}: ann_file is left out; {data.kind.__name__} needs it')
         read.append(check_coco(data.path, data.node, dataset, labelled))
+        _check_batches(cfg, split, data, len(read[-1].read_ids))
     for path, node in metrics:
         if len(found) == len(read) == 1 and node.get('ann_file') and not is_remote(node):
             truth = check_evaluated(
@@ -245,6 +248,7 @@ def _check_folders(cfg: Config, found: Dict[str, List[Data]]) -> None:
                 if split in found:
                     labels = labels_of_folders(data.labels)
                     numbered.append(Numbered(data.path, dataset.ann_file, labels))
+                    _check_batches(cfg, split, data, _taken(data, len(data.labels)))
                 continue
             folders = data.folders
             if folders is not None:
@@ -252,9 +256,37 @@ def _check_folders(cfg: Config, found: Dict[str, List[Data]]) -> None:
                 labels = {name: label for label, name in enumerate(folders.names)}
                 numbered.append(Numbered(data.path, folders.root, labels))
                 if split in found:
-                    check_images(folders, dataset)
+                    number = check_images(folders, dataset)
+                    _check_batches(cfg, split, data, _taken(data, number))
     check_alike(alike)
     check_numbers(numbered)
+
+
+def _taken(data: Data, images: int) -> int:
+    """How many of the images ``indices`` takes."""
+    indices = data.node.get('indices')
+    if indices is None:
+        return images
+    return min(abs(indices), images) if isinstance(indices, int) else len(indices)
+
+
+def _check_batches(cfg: Config, split: str, data: Data, images: int) -> None:
+    """Refuses a loader without a single batch, with which mmengine trains nothing without a word.
+
+    Only where the images go to the processes in equal parts.
+    """
+    key = f'{split}_dataloader'
+    loader = cfg[key]
+    plain = type_name(loader.get('sampler') or {}) in ('', 'DefaultSampler')
+    if data.path != f'{key}.dataset' or not plain or loader.get('batch_sampler'):
+        return
+    each, size = math.ceil(images / get_world_size()), loader.get('batch_size') or 1
+    if loader.get('drop_last') and each < size:
+        raise CommandError(
+            f'{key}.drop_last=True: {each} images for each process are no whole batch of {size}, '
+            f'so that none is read; give --cfg-options {key}.drop_last=False, or '
+            f'{key}.batch_size={each}'
+        )
 
 
 def _check_cifar(path: str, dataset: dict, kind: type) -> None:

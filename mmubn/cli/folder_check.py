@@ -114,7 +114,7 @@ def check_alike(found: Sequence[Folders]) -> None:
         )
 
 
-def check_images(folders: Folders, dataset: Any) -> None:
+def check_images(folders: Folders, dataset: Any) -> int:
     """Looks for images in the class folders. A folder may be empty, as long as not all are.
 
     Of what is not read there is a line on stderr: files beside images, and folders with
@@ -123,6 +123,9 @@ def check_images(folders: Folders, dataset: Any) -> None:
     Args:
         folders (Folders): The class folders of a data set.
         dataset (CustomDataset): The data set.
+
+    Returns:
+        int: The number of images, before ``indices`` takes some of them.
 
     Raises:
         CommandError: A folder has files and no image, all are empty, an image has no bytes or is
@@ -172,6 +175,7 @@ def check_images(folders: Folders, dataset: Any) -> None:
         )
     if _skips_foreign(dataset):
         _tell_skipped(folders, suffixes)
+    return number
 
 
 def _tell_skipped(folders: Folders, suffixes: Tuple[str, ...]) -> None:

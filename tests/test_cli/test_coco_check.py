@@ -80,6 +80,17 @@ def test_sound_data(cfg, capsys):
     assert not capsys.readouterr().err
 
 
+def test_a_batch_that_is_larger_than_the_data(cfg):
+    cfg.train_dataloader.update(batch_size=4, drop_last=True)
+    check_data(cfg, SPLITS)
+    cfg.train_dataloader.dataset.indices = 3
+    assert failure(cfg).startswith(
+        'train_dataloader.drop_last=True: 3 images for each process are no whole batch of 4, so'
+    )
+    cfg.train_dataloader.batch_sampler = dict(type='AspectRatioBatchSampler', drop_last=True)
+    check_data(cfg, SPLITS)
+
+
 def edited(change) -> dict:
     data = content()
     change(data)

@@ -9,9 +9,11 @@ import cv2
 import numpy as np
 import pytest
 from mmengine.config import Config
+from mmengine.dataset import DefaultSampler
 from mmengine.registry import DATASETS, MODELS
 from told import told
 from torch import nn
+from torch.utils.data import DataLoader
 
 pytest.importorskip('mmpretrain')
 
@@ -217,6 +219,40 @@ def test_a_link_that_leads_to_no_file(cfg):
     assert failure(cfg).startswith(
         'val_dataloader.dataset: ./val/cat/0.png is no file that can be read, such as a link to '
     )
+
+
+def batches(loader: dict) -> int:
+    dataset = DATASETS.build({**loader['dataset'], 'pipeline': []})
+    sampler = DefaultSampler(dataset)
+    return len(DataLoader(dataset, loader['batch_size'], sampler=sampler, drop_last=True))
+
+
+@pytest.mark.parametrize('listed', [False, True])
+@pytest.mark.parametrize(
+    ('size', 'indices', 'images'),
+    [(3, None, None), (4, None, 3), (2, 2, None), (2, -1, 1), (2, [1], 1), (4, 9, 3)],
+)
+def test_a_batch_that_is_larger_than_the_data(cfg, listed, size, indices, images):
+    loader = cfg.train_dataloader
+    loader.update(batch_size=size, drop_last=True, sampler=dict(type='DefaultSampler'))
+    loader.dataset.indices = indices
+    if listed:
+        lines = [f'{name}/0.png {label}' for label, name in enumerate(NAMES)]
+        Path('list.txt').write_text('\n'.join(lines))
+        loader.dataset.ann_file = 'list.txt'
+    assert batches(loader) == (images is None)
+    if images is None:
+        check(cfg)
+        return
+    assert failure(cfg) == (
+        f'train_dataloader.drop_last=True: {images} images for each process are no whole batch of '
+        f'{size}, so that none is read; give --cfg-options train_dataloader.drop_last=False, or '
+        f'train_dataloader.batch_size={images}'
+    )
+    loader.drop_last = False
+    check(cfg)
+    loader.drop_last, loader.sampler.type = True, 'RepeatAugSampler'
+    check(cfg)
 
 
 def length(dataset: dict) -> int:
