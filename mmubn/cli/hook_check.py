@@ -1,10 +1,11 @@
-"""Checks the arguments of the project's hooks, which mmengine builds after the work directory."""
+"""Checks the arguments of hooks, which mmengine builds after the work directory."""
 
 import inspect
 import re
 from typing import Dict
 
 from mmengine.config import Config
+from mmengine.hooks import CheckpointHook, LoggerHook
 from mmengine.registry import HOOKS
 from torch import nn
 
@@ -13,9 +14,13 @@ from ..hooks import CondensationHook
 from .config_check import find_class, hook_nodes
 from .errors import CommandError
 
+_OTHERS = (CheckpointHook, LoggerHook)  # every config has them, and they only keep their arguments
+
 
 def check_hooks(cfg: Config, model: nn.Module) -> None:
     """Builds each hook of the project once, and looks for the layers that it names.
+
+    Of mmengine's, those that log and save are built, too.
 
     Args:
         cfg (Config): The resolved config; its default scope must be in force.
@@ -27,10 +32,13 @@ def check_hooks(cfg: Config, model: nn.Module) -> None:
     places: Dict[type, str] = {}
     for path, node in hook_nodes(cfg):
         kind = find_class(node, HOOKS) if isinstance(node, dict) else None
-        if not inspect.isclass(kind) or not kind.__module__.startswith('mmubn.'):
+        if not inspect.isclass(kind):
+            continue
+        ours = kind.__module__.startswith('mmubn.')
+        if not ours and kind not in _OTHERS:
             continue
         other = places.setdefault(kind, path)
-        if other != path:
+        if ours and other != path:
             raise CommandError(
                 f'{path}: a second {kind.__name__} beside {other}, and both would act; take one '
                 'away, such as that of a base config, by writing the whole list of custom_hooks'
@@ -42,5 +50,6 @@ def check_hooks(cfg: Config, model: nn.Module) -> None:
         except re.error as error:
             reason = f'is no regular expression: {error}'
             raise CommandError(f'{path}: layers={node["layers"]!r} {reason}') from error
-        except (TypeError, ValueError) as error:
-            raise CommandError(f'{path}: {error}') from error
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            reason = ' '.join(str(error.args[0] if error.args else error).split())
+            raise CommandError(f'{path}: {reason}') from error

@@ -1,4 +1,4 @@
-"""Arguments of the project's hooks, before the work directory is made."""
+"""Arguments of hooks, before the work directory is made."""
 
 import pytest
 from mmengine.config import Config
@@ -17,7 +17,9 @@ def model() -> nn.Module:
 def test_sound_hooks():
     hooks = [dict(type='CondensationHook', layers='1', priority='LOW'), dict(type='UBNCheckHook')]
     hooks.append(dict(type='EMAHook', begin_epoch=-5))  # mmengine's own
-    check_hooks(Config(dict(custom_hooks=hooks, default_hooks=dict(timer=None))), model())
+    saving = dict(type='CheckpointHook', interval=-1, save_best=['a', 'b'], rule='greater')
+    default = dict(timer=None, logger=dict(type='LoggerHook', interval=1), checkpoint=saving)
+    check_hooks(Config(dict(custom_hooks=hooks, default_hooks=default)), model())
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,10 @@ def test_sound_hooks():
         ),
         (dict(type='CondensationHook', interval=0), 'interval counts iterations and must be posi'),
         (dict(type='CondensationHook', interval='x'), "'<' not supported"),
+        (dict(type='LoggerHook', interval=0), 'interval must be greater than 0'),
+        (dict(type='LoggerHook', interval=0.5), 'interval must be an integer'),
+        (dict(type='CheckpointHook', save_best='a', rule='more'), 'rule must be greater, less or'),
+        (dict(type='CheckpointHook', save_best=3), '"save_best" should be a str or list of str'),
         (dict(type='NonFiniteHook', action='skpi'), "action must be 'stop' or 'skip', got 'skpi'"),
     ],
 )
