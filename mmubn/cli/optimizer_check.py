@@ -47,6 +47,8 @@ def check_optimizer(cfg: Config, model: nn.Module) -> None:
 
 
 def _check_scheduler(path: str, node: Any, cfg: Config, optimizer: Optimizer) -> None:
+    if node is None:
+        raise CommandError(f'{path}: must be a dict, got None; leave it out')
     kind = find_class(node, PARAM_SCHEDULERS) if isinstance(node, dict) else None
     if not inspect.isclass(kind) or not kind.__module__.startswith(HOSTS):
         return

@@ -6,8 +6,13 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Optional
 
+from mmengine.config import Config
+from torch import nn
+
 from ..cli.errors import CommandError
-from ..cli.options import read_config
+from ..cli.optimizer_check import check_optimizer
+from ..cli.options import load_config, make_parser
+from ..cli.value_check import check_values
 from ..paths import ROOT
 from ..writing import check_folder
 from .experiments import EXPERIMENTS, select
@@ -98,8 +103,11 @@ def run_rows(args: argparse.Namespace) -> None:
     root = work_root(args, rows[0].experiment)
     check_folder('--work-dir', root)
     _report_folder(args, root)
+    for option in args.cfg_options or []:
+        if '=' not in option:
+            raise CommandError(f'--cfg-options {option}: must be KEY=VALUE')
     if args.config is not None:
-        detects = read_config(args.config).get('default_scope') == 'mmdet'
+        detects = _sound_config(args.config).get('default_scope') == 'mmdet'
         for row in rows:
             if detects != row.detects:
                 kinds = ('detection', 'classification')
@@ -143,6 +151,14 @@ def run_rows(args: argparse.Namespace) -> None:
         _write_report(args, lines)
     if failed:
         sys.exit(1)
+
+
+def _sound_config(file: Path) -> Config:
+    """The config of a file, looked at as train.py does; the schedule is read from it."""
+    cfg = load_config(make_parser('').parse_args([str(file)]), 'train')
+    for check in (check_values, check_optimizer):
+        check(cfg, nn.Module())
+    return cfg
 
 
 def _check_learning_rates(args: argparse.Namespace, rows: List[Row]) -> None:

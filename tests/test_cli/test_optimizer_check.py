@@ -87,6 +87,7 @@ def test_sound_settings(tmp_path, settings):
             dict(schedulers=dict(type='MultiStepLR', milestones=3)),
             "param_scheduler: MultiStepLR: 'int' object is not iterable",
         ),
+        (dict(schedulers=[None]), 'param_scheduler.0: must be a dict, got None; leave it out'),
         (
             dict(schedulers=[dict(type='LinearLR', start_factor=2)]),
             'param_scheduler.0: LinearLR: Starting multiplicative factor should',

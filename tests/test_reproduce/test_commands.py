@@ -38,6 +38,7 @@ def test_settings_cut_short_are_one_line(logs, capsys):
         (('list', 'table3', '--config', '.'), 'config: no file .; the project has'),
         (('list', 'table3', '--config', LICENSE), f'config {LICENSE}: '),
         (('run', 'table5', '--config', SMALL), f'{SMALL} is for classif'),
+        (('run', 'table3', '--cfg-options', 'a'), '--cfg-options a: must be KEY=VALUE'),
         (
             ('run', 'table3', 'small-batches', '--auto-scale-lr'),
             '--auto-scale-lr: small-batches sets the learning rate itself, which would be scaled',
@@ -70,6 +71,33 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, argv, message):
         run_tool('reproduce', *argv)
     assert capsys.readouterr().err.startswith(f'error: {message}')
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ('lines', 'message'),
+    [
+        ('train_dataloader = train_cfg = optim_wrapper = None', 'config x.py: train_dataloader is'),
+        (
+            "train_cfg = dict(max_epochs='3')",
+            'train_cfg.max_epochs: must be an integer from 1 on, g',
+        ),
+        ('param_scheduler = [None]', 'param_scheduler.0: must be a dict'),
+        ('param_scheduler = [dict(T_max=3)]', 'param_scheduler.0'),
+        (
+            "param_scheduler = dict(_delete_=True, type='MultiStepLR', milestones=3)",
+            "param_scheduler: MultiStepLR: 'int' object is not iterable",
+        ),
+        ("custom_hooks = ['a']", 'custom_hooks.0: '),
+    ],
+)
+def test_a_config_that_cannot_be_trained(tmp_path, monkeypatch, capsys, lines, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(commands, 'run_jobs', lambda jobs, parallel: [])
+    Path('x.py').write_text(f'_base_ = {SMALL!r}\n{lines}\n')
+    with pytest.raises(SystemExit):
+        run_tool('reproduce', 'run', 'table3', '--config', 'x.py', '--work-dir', 'w')
+    assert capsys.readouterr().err.startswith(f'error: {message}')
+    assert not Path('w').exists()
 
 
 @pytest.mark.parametrize(
