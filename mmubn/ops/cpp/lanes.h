@@ -262,39 +262,83 @@ struct Lanes {
   }
 };
 
-// N vectors of N lanes, lanes and vectors exchanged: at each stage, blocks of `half` lanes.
+// Lanes of a with bit `half` for those of b without it.
 template <class A, int half, int... lane>
-inline void exchange(typename Vec<A>::type (&v)[Vec<A>::n], std::integer_sequence<int, lane...>) {
+inline void exchange(typename Vec<A>::type& first, typename Vec<A>::type& second,
+                     std::integer_sequence<int, lane...>) {
   constexpr int N = Vec<A>::n;
-  for (int i = 0; i < N; i++)
-    if (!(i & half)) {
-      const auto a = v[i], b = v[i + half];
+  const auto a = first, b = second;
 #if defined(__clang__) || __GNUC__ >= 12
-      v[i] = __builtin_shufflevector(a, b, (lane & half ? N + lane - half : lane)...);
-      v[i + half] = __builtin_shufflevector(a, b, (lane & half ? N + lane : lane + half)...);
+  first = __builtin_shufflevector(a, b, (lane & half ? N + lane - half : lane)...);
+  second = __builtin_shufflevector(a, b, (lane & half ? N + lane : lane + half)...);
 #else
-      using Order = typename Mask<A>::type;
-      v[i] = __builtin_shuffle(a, b, Order{(lane & half ? N + lane - half : lane)...});
-      v[i + half] = __builtin_shuffle(a, b, Order{(lane & half ? N + lane : lane + half)...});
+  using Order = typename Mask<A>::type;
+  first = __builtin_shuffle(a, b, Order{(lane & half ? N + lane - half : lane)...});
+  second = __builtin_shuffle(a, b, Order{(lane & half ? N + lane : lane + half)...});
 #endif
-    }
 }
+template <class A>
+using AllLaneNumbers = std::make_integer_sequence<int, Vec<A>::n>;
+
+// N vectors of N lanes, lanes and vectors exchanged.
 template <class A, int half = Vec<A>::n / 2>
 inline void transpose(typename Vec<A>::type (&v)[Vec<A>::n]) {
   if constexpr (half > 0) {
-    exchange<A, half>(v, std::make_integer_sequence<int, Vec<A>::n>{});
+    for (int i = 0; i < Vec<A>::n; i++)
+      if (!(i & half)) exchange<A, half>(v[i], v[i + half], AllLaneNumbers<A>{});
     transpose<A, half / 2>(v);
+  }
+}
+// The sum of vector i in lane i.
+template <class A, int half = Vec<A>::n / 2>
+inline typename Vec<A>::type sum_each(typename Vec<A>::type (&v)[Vec<A>::n]) {
+  if constexpr (half > 0) {
+    for (int i = 0; i < half; i++) {
+      exchange<A, half>(v[i], v[i + half], AllLaneNumbers<A>{});
+      v[i] += v[i + half];
+    }
+    return sum_each<A, half / 2>(v);
+  }
+  return v[0];
+}
+
+// Means of `count` small planes, hw numbers each, and, if wanted, sums of squared distances from
+// them: those of N planes to the N lanes.
+template <bool squared, class T, class A, class Size, class Count>
+inline void small_plane_moments(const T* planes, Size hw, Count count, A* mean, A* squares) {
+  constexpr int N = Vec<A>::n;
+  typedef typename Vec<A>::type V;
+  const int64_t full = hw / N * N;
+  const auto is_there = lane_numbers<A>() < int(hw - full);
+  V sums[N];
+  // To sums[c]: f(numbers of plane c, which lanes of a last vector there are).
+  const auto add = [&](int64_t c, auto f) {
+    const T* x = planes + c * hw;
+    V sum{};
+    for (int64_t q = 0; q < full; q += N) sum += f(load_as<A>(x + q));
+    if (full < hw) sum += only<A>(is_there, f(load_some<A>(x + full, hw - full)));
+    sums[c] = sum;
+  };
+  for (int64_t c = count; c < N; c++) sums[c] = V{};
+  for (int64_t c = 0; c < count; c++) add(c, [](V v) { return v; });
+  const V means = sum_each<A>(sums) / A(hw);
+  store<A>(mean, means);
+  if constexpr (squared) {
+    for (int64_t c = count; c < N; c++) sums[c] = V{};
+    for (int64_t c = 0; c < count; c++)
+      add(c, [m = mean[c]](V v) { return (v - m) * (v - m); });
+    store<A>(squares, sum_each<A>(sums));
   }
 }
 
 // Calls put(v) for each pixel, in order, of planes of `count` channels, hw numbers each: the N
 // channels of it, zeros behind `count`. What is packed next lies `ahead` numbers behind.
-template <class T, class A, class Size, class F>
-inline void pack(const T* planes, Size hw, int64_t count, int64_t ahead, F put) {
+template <class T, class A, class Size, class Count, class F>
+inline void pack(const T* planes, Size hw, Count count, int64_t ahead, F put) {
   constexpr int N = Vec<A>::n;
   typename Vec<A>::type v[N];
   int64_t q = 0;
-  if (count == N)
+  if constexpr (std::is_same<Count, Fixed<N>>::value)
     for (; q + N <= hw; q += N) {  // unrolled, so that v stays in registers
       const T* next = planes + ahead + q * N;  // the planes lie together
       for (int c = 0; c < N; c++) {

@@ -182,22 +182,23 @@ struct Plan {
       f(std::false_type{});
     }
   }
+  // f(hw, how many channels there are of the N from c on), as constants where that pays.
+  template <class F>
+  void with_sizes(int64_t c, F f) const {
+    if (c + N > C)
+      f(hw, C - c);
+    else if (hw == N)
+      f(Fixed<N>{}, Fixed<N>{});
+    else
+      f(hw, Fixed<N>{});
+  }
   // put(v) for each pixel of the N planes from c on. What comes next is the next block or the same
   // one of the next image.
   template <class F>
   void pack_block(const T* x, int64_t n, int64_t c, F put, bool next_image = false) const {
-    const int64_t count = std::min<int64_t>(N, C - c);
     const int64_t ahead = (next_image ? C : N) * hw;
-    if (hw == N)  // distances that are known are not computed
-      pack<T, A>(image(x, n, c), Fixed<N>{}, count, ahead, put);
-    else
+    with_sizes(c, [&](auto hw, auto count) {
       pack<T, A>(image(x, n, c), hw, count, ahead, put);
-  }
-  // To `tile`, pixel after pixel.
-  void pack_block(const T* x, A* tile, int64_t n, int64_t c) const {
-    pack_block(x, n, c, [=](V v) mutable {
-      store<A>(tile, v);
-      tile += N;
     });
   }
   // Back, with f(which channel, pixel, v, how many) of each vector of pixels.
@@ -246,20 +247,19 @@ template <bool squared>
 void add_moments(const Plan& p, const T* x, int64_t n, const Piece& piece, A* mean, A* squares,
                  int64_t rows_before = 0) {
   const int64_t c0 = piece.c0, count = piece.c1 - c0;
-  if (p.lanes && !rows_before) {
-    std::memset(mean, 0, padded(count) * sizeof(A));
-    if (squared) std::memset(squares, 0, padded(count) * sizeof(A));
-  }
   if (p.pixels) {
+    if (!rows_before) {
+      std::memset(mean, 0, padded(count) * sizeof(A));
+      if (squared) std::memset(squares, 0, padded(count) * sizeof(A));
+    }
     InPlace::template add_moments<squared>(p.image(x, n, c0) + piece.first * p.W * p.C,
                                            (piece.end - piece.first) * p.W, p.C, count,
                                            rows_before * p.W, mean, squares);
   } else if (p.lanes) {
-    for (int64_t c = 0; c < count; c += N) {
-      A* tile = p.packed();
-      p.pack_block(x, tile, n, c0 + c);
-      Packed::template add_moments<squared>(tile, p.hw, N, N, 0, mean + c, squares + c);
-    }
+    for (int64_t c = 0; c < count; c += N)
+      p.with_sizes(c0 + c, [&](auto hw, auto planes) {
+        small_plane_moments<squared>(p.image(x, n, c0 + c), hw, planes, mean + c, squares + c);
+      });
   } else {
     for (int64_t c = 0; c < count; c++) {
       if constexpr (squared)
