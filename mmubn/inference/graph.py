@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from .aside import Aside
+
 
 class Calls:
     """Who was called with whose output.
@@ -76,11 +78,15 @@ def _twin(model: nn.Module) -> nn.Module:
 
 
 class _Tracer(torch.fx.Tracer):
-    """Does not look into modules that have neither a convolution nor a norm inside."""
+    """Does not look into modules that have neither a convolution nor a norm inside.
 
-    def __init__(self, norms: Sequence[nn.Module]) -> None:
+    Raises a ValueError at such a module that can reach one which is registered elsewhere.
+    """
+
+    def __init__(self, norms: Sequence[nn.Module], aside: Aside) -> None:
         super().__init__()
         self.norms = {id(norm) for norm in norms}
+        self.aside = aside
         self._proxies: List[weakref.ref] = []
 
     def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
@@ -93,11 +99,16 @@ class _Tracer(torch.fx.Tracer):
         return {proxy().node for proxy in self._proxies if proxy() is not None}
 
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-        if id(m) in self.norms or isinstance(m, CONVOLUTIONS):
-            return True
-        if super().is_leaf_module(m, qualified_name):
-            return True
-        return not any(id(c) in self.norms or isinstance(c, CONVOLUTIONS) for c in m.modules())
+        alone = self._concerns(m) or super().is_leaf_module(m, qualified_name)
+        if not alone and any(map(self._concerns, m.modules())):
+            return False
+        for other in self.aside.within_reach(m).values():
+            if other is not m and self._concerns(other):
+                raise ValueError(f'{qualified_name} may call or read {type(other).__name__} unseen')
+        return True
+
+    def _concerns(self, module: nn.Module) -> bool:
+        return id(module) in self.norms or isinstance(module, CONVOLUTIONS)
 
 
 def read_forward(model: nn.Module, norms: Sequence[nn.Module]) -> Calls:
@@ -124,7 +135,7 @@ def read_forward(model: nn.Module, norms: Sequence[nn.Module]) -> Calls:
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     names = {id(module): name for name, module in model.named_modules()}
     twin = _twin(model)
-    tracer = _Tracer([twin.get_submodule(names[id(norm)]) for norm in norms])
+    tracer = _Tracer([twin.get_submodule(names[id(norm)]) for norm in norms], Aside(twin))
     graph = tracer.trace(twin, defaults)
     kept = tracer.kept()
     calls = Calls()
@@ -153,7 +164,8 @@ class _Watcher(TorchDispatchMode):
     def __init__(self, model: nn.Module, norms: Sequence[nn.Module]) -> None:
         super().__init__()
         self.calls = Calls()
-        self._inside = 0  # of a norm layer or a convolution, whose own operations do not count
+        # The norm layers and convolutions that run now, whose own operations do not count.
+        self._inside: List[nn.Module] = []
         # By the id of a tensor. Ids are given again, so a reference tells whether it is that one.
         self._made: Dict[int, Tuple[weakref.ref, nn.Module, List[Optional[nn.Module]]]] = {}
         self._owners = _owners(model)
@@ -172,13 +184,13 @@ class _Watcher(TorchDispatchMode):
 
     def _enter(self, module: nn.Module, args: Tuple, kwargs: Dict[str, Any]) -> None:
         self._read((args, kwargs))
-        self._inside += 1
+        self._inside.append(module)
 
     def _leave(self, module: nn.Module, args: Tuple, output: Tensor) -> None:
-        self._inside -= 1
+        self._inside.pop()
 
     def _convolved(self, module: nn.Module, args: Tuple, output: Tensor) -> None:
-        self._inside -= 1
+        self._inside.pop()
         readers: List[Optional[nn.Module]] = []
         module = self._original[module]
         self.calls.outputs[id(module)].append(readers)
@@ -186,11 +198,11 @@ class _Watcher(TorchDispatchMode):
 
     def _normalizes(self, module: nn.Module, args: Tuple, kwargs: Dict[str, Any]) -> None:
         (x,) = (*args, *kwargs.values())
+        self._inside.append(module)
         module = self._original[module]
         source, readers = self._maker(x)
         self.calls.inputs[id(module)].append(source)
         readers.append(module)
-        self._inside += 1
 
     def _maker(self, value: Any) -> Tuple[Optional[nn.Module], List[Optional[nn.Module]]]:
         """The convolution that gave this very tensor, and the readers of it so far."""
@@ -200,7 +212,13 @@ class _Watcher(TorchDispatchMode):
     def _read(self, values: Any) -> None:
         for value in tree_flatten(values)[0]:
             self._maker(value)[1].append(None)
-            self.calls.weights_read.update(map(id, self._owners.get(id(value), ())))
+        self._read_weights(values)
+
+    def _read_weights(self, values: Any) -> None:
+        own = {id(value) for module in self._inside[-1:] for value in module._parameters.values()}
+        for value in tree_flatten(values)[0]:
+            if id(value) not in own:
+                self.calls.weights_read.update(map(id, self._owners.get(id(value), ())))
 
     def finish(self, result: Any) -> Calls:
         """The calls, once the run has given ``result``: what is returned or kept is read."""
@@ -211,7 +229,9 @@ class _Watcher(TorchDispatchMode):
         return self.calls
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not self._inside:
+        if self._inside:
+            self._read_weights((args, kwargs or {}))
+        else:
             self._read((args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten
 from .. import layers
 from ..convert import drop_and_activate, own_forward
 from ..layers.base import RectifiedBatchNorm
+from .aside import Aside
 from .graph import Calls, read_forward, watch_run
 from .layer import Constants, DepthwiseConv2d, Fold, InferenceNorm, constants_of, fold
 
@@ -87,12 +88,13 @@ def prepare_for_inference(
     norms = dict(_norms(prepared))
     calls, unread = _calls(prepared, list(norms.values()), example_inputs)
     names = {id(module): name for name, module in prepared.named_modules()}
+    aside = Aside(prepared)
     report, by_module, all_gone = [], {}, set()
     for name, norm in norms.items():
-        conv, reason = None, _obstacle(norm)
+        conv, new, left, reason = None, norm, 'the layer as it was', _obstacle(norm, aside)
         if not reason:
             conv, reason = calls.convolution_before(norm) if calls else (None, unread)
-        new, left = _replacement(norm, conv)
+            new, left = _replacement(norm, conv)
         by_module[id(norm)] = new
         gone = frozenset(norm.state_dict().keys() - new.state_dict().keys())
         new._register_load_state_dict_pre_hook(partial(_refuse_unprepared, gone))
@@ -192,18 +194,22 @@ def _calls(
     return None, 'the order of the layers is not known: pass example_inputs'
 
 
-def _obstacle(norm: nn.Module) -> str:
-    """Why nothing of the layer may be folded, whatever comes before it."""
+def _obstacle(norm: nn.Module, aside: Aside) -> str:
+    """Why the layer stays as it is, whatever comes before it."""
     if norm.running_mean is None:
         return 'it has no running statistics'
     if any(hook is not drop_and_activate for hook in norm._forward_hooks.values()):
         return 'it has forward hooks'
-    return 'it has forward pre-hooks' if norm._forward_pre_hooks else own_forward(norm)
+    if norm._forward_pre_hooks:
+        return 'it has forward pre-hooks'
+    if aside.holds(norm):
+        return 'a module holds it in a list or another attribute, out of which it is not taken'
+    return own_forward(norm)
 
 
 def _replacement(norm: nn.Module, conv: Optional[nn.Module]) -> Tuple[nn.Module, str]:
     """What takes the layer's place, in words too. The convolution takes its part in."""
-    if _obstacle(norm) or (conv is None and not isinstance(norm, RectifiedBatchNorm)):
+    if conv is None and not isinstance(norm, RectifiedBatchNorm):
         return norm, 'the layer as it was'  # a SyncBatchNorm may see input that is not 4D
     dtype = norm.running_mean.dtype if conv is None else conv.weight.dtype
     if conv is not None:

@@ -285,13 +285,147 @@ class SharedWeightReadByHand(Block):
         return y + nn.functional.conv2d(x, self.other.weight, padding=1)
 
 
+class Holder(nn.Module):
+    """Holds a module that is registered elsewhere: torch.fx takes it for a leaf."""
+
+    def __init__(self, use, held):
+        super().__init__()
+        self.use = use
+        self.held = [held]
+
+    def forward(self, x):
+        return self.use(self.held[0], x)
+
+
+def call(conv, x):
+    return conv(x)
+
+
+def read_weight(conv, x):
+    return conv.weight.mean() * x.mean()
+
+
+def call_conv_of(block, x):
+    return block.conv(x)
+
+
+class HeldAndCalled(Block):
+    reason = 'the convolution before it serves other layers too'
+
+    def build(self):
+        self.holder = Holder(call, self.conv)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) + self.holder(x)
+
+
+class HeldAndRead(HeldAndCalled):
+    reason = 'the weights of the convolution before it are read elsewhere'
+
+    def build(self):
+        self.holder = Holder(read_weight, self.conv)
+
+
+class HeldWithin(HeldAndCalled):
+    """Not the convolution itself, but what it is registered in."""
+
+    def build(self):
+        self.holder = Holder(call_conv_of, self)
+
+
+class HeldAndNotUsed(HeldAndCalled):
+    """A run shows that the convolution may fold."""
+
+    reason = None
+
+    def build(self):
+        self.holder = Holder(lambda conv, x: x.mean(), self.conv)
+
+
+class HookReads(Block):
+    reason = 'the weights of the convolution before it are read elsewhere'
+
+    def build(self):
+        self.relu = nn.ReLU()
+        self.relu.register_forward_hook(self.hook)
+
+    def hook(self, module, args, output):
+        return output + self.conv.weight.mean()
+
+    def forward(self, x):
+        return self.relu(self.norm(self.conv(x)))
+
+
+class ReadsAnother(nn.Conv2d):
+    """A convolution, too, with another registered inside."""
+
+    def forward(self, x):
+        return super().forward(x) + self.other.weight.mean()
+
+
+class ConvolutionReads(Block):
+    reason = 'the weights of the convolution before it are read elsewhere'
+
+    def build(self):
+        self.next = ReadsAnother(8, 8, 1)
+        self.next.other = self.conv
+
+    def forward(self, x):
+        return self.next(self.norm(self.conv(x)))
+
+
+class ReadingUBN(UBN):
+    def forward(self, x):
+        return super().forward(x) + self.held[0].weight.mean()
+
+
+class NextNormReads(Block):
+    reason = 'the weights of the convolution before it are read elsewhere'
+
+    def build(self):
+        self.next = ReadingUBN(8)
+        self.next.held = [self.conv]
+
+    def forward(self, x):
+        return self.next(self.norm(self.conv(x)))
+
+
+class InAList(Block):
+    """forward takes the layers out of a list that registers nothing."""
+
+    reason = 'a module holds it in a list or another attribute, out of which it is not taken'
+
+    def build(self):
+        self.steps = [self.conv, self.norm]
+
+    def forward(self, x):
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+class HeldInAClosure(Block):
+    """A copy of the model goes on to read the convolution of the model, which stays."""
+
+    def build(self):
+        self.relu = nn.ReLU()
+        self.relu.register_forward_hook(lambda module, args, y: y + self.conv.weight.mean())
+
+    def forward(self, x):
+        return self.relu(self.norm(self.conv(x)))
+
+
 class GroupsAndNoBias(Block):
     def build(self):
         self.conv = nn.Conv2d(3, 9, 3, groups=3, bias=False)
         self.norm = UBN(9)
 
 
-CASES = Block.__subclasses__()
+def subclasses(kind):
+    return [found for child in kind.__subclasses__() for found in (child, *subclasses(child))]
+
+
+CASES = subclasses(Block)
 
 
 def leaves(output):
@@ -303,12 +437,12 @@ def leaves(output):
 @pytest.mark.parametrize('how', ['read', 'watched'])
 @pytest.mark.parametrize('case', CASES, ids=lambda case: case.__name__)
 def test_certain_or_left(case, how):
-    model = trained(case())
-    x = torch.randn(2, 3, 8, 8)
+    model = trained(case()).double()
+    x = torch.randn(2, 3, 8, 8).double()
     prepared = prepare_for_inference(model, (x,) if how == 'watched' else None)
     with torch.no_grad():
         for actual, expected in zip(leaves(prepared(x)), leaves(model(x))):
-            assert difference(actual, expected) < 2e-6
+            assert difference(actual, expected) < 1e-13
     (layer, *_) = prepared.inference_report
     assert layer.reason == (case.reason or '')
     assert bool(layer.convolution) == (case.reason is None)
