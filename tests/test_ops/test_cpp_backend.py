@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from one_step import CALIBRATION, assert_same, copy, random_buffers, random_parameters, run_step
 from torch import multiprocessing
 from weights import trained
 
 from mmubn import layers
 from mmubn.layers import UBN
-from mmubn.ops import Buffers, Parameters, Settings, cpp_build
+from mmubn.ops import Parameters, Settings, cpp_build
 from mmubn.ops.backend import CPP, TORCH
 from mmubn.ops.interface import Backend
 from mmubn.ops.utils import statistics_dtype
@@ -42,66 +43,26 @@ SHAPES = [
     (2, 40, 7, 450),
 ]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-CENTRED, SCALED = ('center_weight',), ('scale_weight', 'scale_bias')
-RECTIFIED = dict(ubn=CENTRED + SCALED, center=CENTRED, scale=SCALED, none=())
-
-
-def parameters(channels, kernel_size=3, rectified='ubn', dtype=torch.float64):
-    given = {name: torch.randn(channels, dtype=dtype) for name in RECTIFIED[rectified]}
-    if kernel_size > 1:
-        given['kernel'] = torch.randn(channels, 1, kernel_size, kernel_size, dtype=dtype)
-    return Parameters(
-        weight=torch.randn(channels, dtype=dtype), bias=torch.randn(channels, dtype=dtype), **given
-    )
-
-
-def buffers(channels, dtype=torch.float64):
-    return Buffers(
-        torch.randn(channels, dtype=dtype),
-        torch.rand(channels, dtype=dtype) + 0.5,
-        torch.tensor(3),
-        torch.tensor(0.7, dtype=dtype),
-        torch.tensor(True),
-    )
-
-
-def step(backend, x, dy, given, state, settings, ranks=1):
-    """All that a step makes, by name; the rows of several processes are those of one and more."""
-    made = {}
-    image_mean = rows = None
-    if settings.training:
-        image_mean, row = backend.measure(x, given.center_weight, settings.stride)
-        made['row'] = row
-        rows = torch.stack([row, *[row * torch.rand_like(row) for _ in range(ranks - 1)]])
-    y, image_mean, statistics = backend.normalize(x, image_mean, rows, given, state, settings)
-    sums = backend.backward_sums(x, dy, image_mean, statistics, given, settings)
-    dx, d_center_weight = backend.backward_input(
-        x, statistics, sums.d_statistics, given, settings, sums
-    )
-    made.update(y=y, image_mean=image_mean, statistics=statistics, dx=dx)
-    made.update({f'buffer {key}': value for key, value in state._asdict().items()})
-    made.update({f'd_{key}': value for key, value in sums.gradients._asdict().items()})
-    return dict(made, d_statistics=sums.d_statistics, d_center_weight=d_center_weight)
+# By name, which calibrations a layer does without.
+RECTIFIED = dict(
+    ubn=(), center=('scale_weight', 'scale_bias'), scale=('center_weight',), none=CALIBRATION
+)
 
 
 def both(x, dy, given, settings, ranks=1):
-    """What C++ makes and what torch does."""
-    state = buffers(x.shape[1], given.weight.dtype)
-    copied = Buffers(*[None if value is None else value.clone() for value in state])
+    """What C++ makes and what torch does, with the buffers afterwards."""
+    state = random_buffers(x.shape[1], given.weight.dtype, gate=True)
     results = []
-    for backend, owned in ((CPP, state), (TORCH, copied)):
+    for backend, owned in ((CPP, state), (TORCH, copy(state))):
         torch.manual_seed(1)
-        results.append(step(backend, x, dy, given, owned, settings, ranks))
+        made = run_step(backend, x, dy, given, owned, settings, settings.stride, ranks)
+        moved = {f'buffer {name}': value for name, value in owned._asdict().items()}
+        results.append({**made, **moved})
     return results
 
 
 def equal(x, dy, given, settings, ranks=1):
-    made, expected = both(x, dy, given, settings, ranks)
-    for name, value in expected.items():
-        if value is None:
-            assert made[name] is None, name
-        else:
-            torch.testing.assert_close(made[name], value, msg=lambda m, name=name: f'{name}: {m}')
+    assert_same(*both(x, dy, given, settings, ranks))
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
@@ -111,9 +72,9 @@ def test_shapes_and_kernels(shape, kernel_size, layout):
     """In float64; a mean of 30 shows what cancels."""
     x = (torch.randn(shape, dtype=torch.float64) + 30).contiguous(memory_format=layout)
     dy = torch.randn_like(x)
-    equal(x, dy, parameters(shape[1], kernel_size), Settings(fct=0.15))
+    equal(x, dy, random_parameters(shape[1], kernel_size), Settings(fct=0.15))
     x -= 30
-    equal(x, dy, parameters(shape[1], kernel_size), Settings(training=False))
+    equal(x, dy, random_parameters(shape[1], kernel_size), Settings(training=False))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +98,8 @@ def test_settings(settings, rectified, ranks):
     if settings.scale_from_input and rectified != 'scale':
         pytest.skip('IEBN scales and does not center')
     x = torch.randn(4, 19, 6, 5, dtype=torch.float64) + 0.5
-    equal(x, torch.randn_like(x), parameters(19, 3, rectified), settings, ranks)
+    given = random_parameters(19, 3, without=RECTIFIED[rectified])
+    equal(x, torch.randn_like(x), given, settings, ranks)
 
 
 @pytest.mark.parametrize('rectified', RECTIFIED)
@@ -148,7 +110,8 @@ def test_settings(settings, rectified, ranks):
 def test_one_call_is_the_parts(shape, layout, rectified):
     """Of one process; bit for bit."""
     x = torch.randn(shape).contiguous(memory_format=layout)
-    dy, given = torch.randn_like(x), parameters(shape[1], 3, rectified, torch.float32)
+    dy = torch.randn_like(x)
+    given = random_parameters(shape[1], 3, torch.float32, RECTIFIED[rectified])
     for settings in (Settings(fct=0.15), Settings(fct=0.99), Settings(stride=0)):
         made = []
         for forward, backward in (
@@ -156,7 +119,7 @@ def test_one_call_is_the_parts(shape, layout, rectified):
             (Backend.forward.__get__(CPP), Backend.backward.__get__(CPP)),
         ):
             torch.manual_seed(0)
-            state = buffers(shape[1], torch.float32)
+            state = random_buffers(shape[1], torch.float32, gate=True)
             y, image_mean, statistics = forward(x, settings.stride, given, state, settings)
             results = [y, image_mean, statistics, *state]
             for known in (image_mean, None):
@@ -168,9 +131,9 @@ def test_one_call_is_the_parts(shape, layout, rectified):
 
 def test_one_image_has_no_similarity():
     x = torch.randn(1, 5, 6, 5, dtype=torch.float64)
-    equal(x, torch.randn_like(x), parameters(5), Settings(fct=0.15))
-    made, _ = both(x, torch.randn_like(x), parameters(5), Settings(fct=0.15))
-    assert made['buffer running_similarity'] == 0.7
+    equal(x, torch.randn_like(x), random_parameters(5, 3), Settings(fct=0.15))
+    made, _ = both(x, torch.randn_like(x), random_parameters(5, 3), Settings(fct=0.15))
+    assert made['buffer running_similarity'] == 0.4
 
 
 @pytest.mark.parametrize('strided', ['input', 'gradient', 'both'])
@@ -181,7 +144,7 @@ def test_strides(strided):
     if strided != 'input':
         dy = dy.transpose(1, 2).contiguous().transpose(1, 2)
     x, dy = x[..., :6], dy[..., :6]
-    equal(x, dy, parameters(5), Settings(fct=0.15))
+    equal(x, dy, random_parameters(5, 3), Settings(fct=0.15))
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
@@ -194,7 +157,7 @@ def test_error_is_at_most_twice_that_of_torch(shape, dtype, layout):
     for _ in range(8):
         x = (torch.randn(shape) + 1).to(dtype).contiguous(memory_format=layout)
         dy = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
-        given = parameters(shape[1], dtype=torch.float32)
+        given = random_parameters(shape[1], 3, torch.float32)
         by_cpp, by_torch = both(x, dy, given, settings)
         wide = Parameters(*[value.double() for value in given])
         _, oracle = both(x.double(), dy.double(), wide, settings)
@@ -216,7 +179,7 @@ def test_error_is_at_most_twice_that_of_torch(shape, dtype, layout):
 def test_threads_change_no_bit(shape, layout, dtype):
     x = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
     dy = torch.randn_like(x)
-    given = parameters(shape[1], dtype=torch.float32)
+    given = random_parameters(shape[1], 3, torch.float32)
     threads = torch.get_num_threads()
     results = []
     try:
@@ -251,20 +214,20 @@ def test_what_is_not_finite_reaches_what_it_should(dtype, k, shape, layout, bad)
     """In evaluation without calibrations, where nothing but the convolution spreads it."""
     height, width = shape[2:]
     p, kept = k // 2, statistics_dtype(dtype)
-    given = parameters(shape[1], k, 'none', kept)
+    given = random_parameters(shape[1], k, kept, CALIBRATION)
     settings = Settings(training=False)
     for i, j in ((0, 2), (height - 1, width - 1), (2, 0), (1, 2), (height // 3, 0)):
         x = torch.randn(shape, dtype=dtype).contiguous(memory_format=layout)
         dy = torch.randn_like(x)
         x[1, 3, i, j] = bad
-        made = step(CPP, x, dy, given, buffers(shape[1], kept), settings)
+        made = run_step(CPP, x, dy, given, random_buffers(shape[1], kept), settings)
         near = torch.zeros(shape, dtype=torch.bool)
         near[1, 3, max(0, i - p) : i + p + 1, max(0, j - p) : j + p + 1] = True
         assert torch.equal(~made['y'].isfinite(), near)
         assert made['dx'].isfinite().all()
 
         x, dy[1, 3, i, j] = torch.randn_like(x), bad
-        made = step(CPP, x, dy, given, buffers(shape[1], kept), settings)
+        made = run_step(CPP, x, dy, given, random_buffers(shape[1], kept), settings)
         assert torch.equal(~made['dx'].isfinite(), near)
         # A tap meets this pixel of dY where it sees a pixel of X inside the plane.
         rows = [u for u in range(k) if 0 <= i + u - p < height]
@@ -282,7 +245,7 @@ def test_what_is_not_finite_reaches_what_it_should(dtype, k, shape, layout, bad)
 @pytest.mark.parametrize('shape', [(2, 5, 4, 5), (2, 16, 12, 30), (2, 16, 30, 160)], ids=str)
 def test_an_infinite_mean_is_infinite(shape, layout, settings):
     """With running statistics it shuts or opens the scaling; the other pixels stay finite."""
-    given = parameters(shape[1], 3, 'scale', torch.float32)
+    given = random_parameters(shape[1], 3, torch.float32, RECTIFIED['scale'])
     x = torch.randn(shape).contiguous(memory_format=layout)
     x[1, 3, 2, 1] = float('inf')
     made, expected = both(x, torch.randn_like(x), given, settings)
@@ -296,7 +259,7 @@ def test_an_infinite_mean_is_infinite(shape, layout, settings):
 @pytest.mark.parametrize('shape', [(2, 5, 4, 1), (2, 5, 1, 70)], ids=str)
 def test_a_tap_that_sees_nothing_has_no_gradient(shape, layout):
     """Also where the scaling of an image is NaN."""
-    given = parameters(5, 3, 'scale', torch.float32)
+    given = random_parameters(5, 3, torch.float32, RECTIFIED['scale'])
     x = torch.randn(shape).contiguous(memory_format=layout)
     x[1, 3, 0, 0] = float('nan')
     made, expected = both(x, torch.randn_like(x), given, Settings(training=False))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from one_step import CALIBRATION, assert_same, copy, random_buffers, random_parameters, run_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmubn import layers
@@ -24,7 +25,6 @@ pytestmark = pytest.mark.usefixtures('on_kernel_device')
 # Maps of one pixel, one image, one channel; more channels, columns or rows than a block.
 SHAPES = [(2, 3, 5, 7), (3, 5, 1, 1), (1, 2, 30, 3), (2, 1, 3, 130), (1, 70, 2, 4)]
 LAYOUTS = ['contiguous', 'channels_last', 'strided']
-CALIBRATION = ('center_weight', 'scale_weight', 'scale_bias')
 
 
 @pytest.fixture(autouse=True)
@@ -63,40 +63,6 @@ def arrange(x, layout):
 def random_input(shape, layout='contiguous', dtype=torch.float64):
     """A mean of 30 shows what cancels."""
     return arrange((torch.randn(shape) + 30).to(dtype), layout)
-
-
-def random_parameters(channels, kernel_size, dtype=torch.float64, without=()):
-    """Of a layer that has all but some."""
-    shapes = dict.fromkeys(Parameters._fields, (channels,))
-    shapes['kernel'] = (channels, 1, kernel_size, kernel_size)
-    values = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
-    if kernel_size == 1:
-        without = (*without, 'kernel')
-    return Parameters(**values)._replace(**dict.fromkeys(without))
-
-
-def random_buffers(channels, dtype=torch.float64, tau=0.4, tracked=3):
-    """Of a layer in training."""
-    return Buffers(
-        running_mean=torch.randn(channels).to(dtype),
-        running_var=(torch.rand(channels) + 0.5).to(dtype),
-        num_batches_tracked=torch.tensor(tracked),
-        running_similarity=torch.tensor(tau, dtype=dtype),
-        gate=torch.tensor(False),
-    )
-
-
-def copy(buffers):
-    return Buffers(*[None if value is None else value.clone() for value in buffers])
-
-
-def assert_same(actual, expected, **tolerance):
-    """Tuples of tensors and None, by name where they have names."""
-    names = getattr(expected, '_fields', range(len(expected)))
-    for name, got, wanted in zip(names, actual, expected):
-        assert (got is None) == (wanted is None), name
-        if wanted is not None:
-            torch.testing.assert_close(got, wanted, msg=lambda m, n=name: f'{n}: {m}', **tolerance)
 
 
 @pytest.mark.usefixtures('_programs')
@@ -210,23 +176,6 @@ def test_statistics_without_buffers():
     assert_same(TRITON.normalize(*arguments), TORCH.normalize(*arguments))
 
 
-def run_step(backend, x, dy, parameters, buffers, settings):
-    """Everything that a step hands out."""
-    image_mean = rows = None
-    if settings.training:
-        image_mean, row = backend.measure(x, parameters.center_weight, 1 if settings.fct else 0)
-        rows = row[None]
-    y, image_mean, statistics = backend.normalize(
-        x, image_mean, rows, parameters, buffers, settings
-    )
-    known = statistics, parameters._replace(bias=None), settings
-    sums = backend.backward_sums(x, dy, image_mean, *known)
-    d_statistics = sums.d_statistics * 2  # as if another process had the same
-    dx, d_center_weight = backend.backward_input(x, statistics, d_statistics, *known[1:], sums)
-    gradients = sums.gradients._replace(center_weight=d_center_weight)
-    return y, image_mean, statistics, sums.d_statistics, dx, *gradients
-
-
 LAYERS = {
     'ubn': dict(fct=0.35),
     'ubn_gate_alone': dict(fct=0.35, without=CALIBRATION),
@@ -257,10 +206,10 @@ def assert_steps_agree(layer, shape, kernel_size, layout, dy_layout):
     dy = dy[:1, :, :1, :1].expand(shape) if dy_layout == 'expanded' else arrange(dy, dy_layout)
     parameters = random_parameters(channels, kernel_size, without=settings.pop('without', ()))
     settings, first = Settings(**settings), random_buffers(channels)
-    second = copy(first)
-    expected = run_step(TORCH, x, dy, parameters, first, settings)
-    actual = run_step(TRITON, x, dy, parameters, second, settings)
-    assert actual[0].stride() == torch.empty_like(x).stride()
+    second, stride = copy(first), 1 if settings.fct else 0
+    expected = run_step(TORCH, x, dy, parameters, first, settings, stride)
+    actual = run_step(TRITON, x, dy, parameters, second, settings, stride)
+    assert actual['y'].stride() == torch.empty_like(x).stride()
     assert_same(actual, expected)
     assert_same(second, first)
 
@@ -308,10 +257,12 @@ def test_half_parameters_and_buffers():
     buffers, settings = random_buffers(3, torch.float16), Settings(fct=0.35)
     expected = run_step(TORCH, x, dy, parameters, copy(buffers), settings)
     actual = run_step(TRITON, x, dy, parameters, buffers, settings)
-    assert_same(actual[:5], expected[:5], rtol=2e-5, atol=2e-4)
-    for got, wanted in zip(actual[5:], expected[5:]):
+    # Pops the gradients: the rest has the dtype of the statistics.
+    for name in [f'd_{field}' for field in Parameters._fields]:
+        got, wanted = actual.pop(name), expected.pop(name)
         assert got.dtype == torch.float16
         torch.testing.assert_close(got, wanted.half(), rtol=2e-3, atol=2e-3)
+    assert_same(actual, expected, rtol=2e-5, atol=2e-4)
 
 
 def test_huge_activations():
@@ -319,9 +270,10 @@ def test_huge_activations():
     x, dy = 1e16 * torch.randn(2, 2, 3, 4, 5)
     parameters, buffers = random_parameters(3, 3, torch.float32), random_buffers(3, torch.float32)
     double = Parameters(*[value.double() for value in parameters])
-    expected = run_step(TORCH, x.double(), dy.double(), double, copy(buffers), Settings())
-    actual = run_step(TRITON, x, dy, parameters, buffers, Settings())
-    torch.testing.assert_close(actual[4].double(), expected[4], rtol=1e-4, atol=1e-4)  # dX, about 1
+    expected = run_step(TORCH, x.double(), dy.double(), double, copy(buffers), Settings(), stride=0)
+    actual = run_step(TRITON, x, dy, parameters, buffers, Settings(), stride=0)
+    actual, expected = actual['dx'].double(), expected['dx']  # about 1
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures('_programs')
@@ -339,7 +291,8 @@ def test_error_is_at_most_twice_that_of_torch(dtype, kernel_device):
         oracle = run_step(TORCH, x.double(), dy.double(), double, copy(buffers), settings)
         eager = run_step(TORCH, x, dy, parameters, copy(buffers), settings)
         fused = run_step(TRITON, x, dy, parameters, copy(buffers), settings)
-        for expected, by_torch, by_triton in zip(oracle, eager, fused):
+        for name, expected in oracle.items():
+            by_torch, by_triton = eager[name], fused[name]
             assert by_triton.dtype == by_torch.dtype
             largest = expected.abs().max()
             errors += [(value - expected).abs().max() / largest for value in (by_torch, by_triton)]
@@ -360,7 +313,7 @@ def test_what_is_not_finite_spreads_as_in_the_reference(where):
         (x if where == 'x' else dy)[0, channel, row, column] = float('inf')
     parameters = random_parameters(channels, 3, without=CALIBRATION)
     buffers, settings = random_buffers(channels), Settings(training=False)
-    y, _, _, _, dx, *gradients = run_step(TRITON, x, dy, parameters, buffers, settings)
+    made = run_step(TRITON, x, dy, parameters, buffers, settings)
     x.requires_grad_()
     wanted = [x, parameters.weight.requires_grad_(), parameters.kernel.requires_grad_()]
     expected = reference.normalize(
@@ -373,7 +326,9 @@ def test_what_is_not_finite_spreads_as_in_the_reference(where):
         parameters.kernel,
     )
     expected_gradients = torch.autograd.grad(expected, wanted, dy)
-    for actual, oracle in zip([y, dx, *gradients], [expected, *expected_gradients]):
+    names = ('y', 'dx', 'd_weight', 'd_kernel')
+    for name, oracle in zip(names, [expected, *expected_gradients]):
+        actual = made[name]
         finite = oracle.isfinite()
         assert torch.equal(actual.isfinite(), finite)
         torch.testing.assert_close(actual[finite], oracle[finite])
