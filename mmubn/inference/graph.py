@@ -26,7 +26,8 @@ class Calls:
 
     ``inputs`` has for each norm layer, by id, what its inputs came from, call by call: a
     module, or None where that is not known. ``outputs`` has for each convolution the modules
-    that read its output, call by call: a list of one where that was one.
+    that read its output, call by call: a list of one where that was one. ``weights_read`` has
+    the ids of the convolutions and norm layers whose weights anything else reads.
     """
 
     def __init__(self) -> None:
@@ -62,13 +63,13 @@ class Calls:
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
 
-def _owners(model: nn.Module) -> Dict[int, List[nn.Module]]:
-    """The convolutions by the ids of their parameters: several share a tied one."""
+def _owners(model: nn.Module, norms: Sequence[nn.Module]) -> Dict[int, List[nn.Module]]:
+    """Convolutions and norm layers by the ids of their parameters: several share a tied one."""
     owners: Dict[int, List[nn.Module]] = defaultdict(list)
-    for module in model.modules():
-        if isinstance(module, CONVOLUTIONS):
-            for parameter in module.parameters():
-                owners[id(parameter)].append(module)
+    convolutions = [module for module in model.modules() if isinstance(module, CONVOLUTIONS)]
+    for module in (*convolutions, *norms):
+        for parameter in module.parameters():
+            owners[id(parameter)].append(module)
     return owners
 
 
@@ -143,7 +144,7 @@ def read_forward(model: nn.Module, norms: Sequence[nn.Module]) -> Calls:
     def module_of(node: torch.fx.Node) -> Optional[nn.Module]:
         return model.get_submodule(node.target) if node.op == 'call_module' else None
 
-    owners = _owners(model)
+    owners = _owners(model, norms)
     for node in graph.nodes:
         module = module_of(node)
         if node.op == 'get_attr':
@@ -168,7 +169,7 @@ class _Watcher(TorchDispatchMode):
         self._inside: List[nn.Module] = []
         # By the id of a tensor. Ids are given again, so a reference tells whether it is that one.
         self._made: Dict[int, Tuple[weakref.ref, nn.Module, List[Optional[nn.Module]]]] = {}
-        self._owners = _owners(model)
+        self._owners = _owners(model, norms)
         self.twin = _twin(model)  # which runs, and ends with its hooks
         self._original = dict(zip(self.twin.modules(), model.modules()))
         watched = {id(norm) for norm in norms}

@@ -189,7 +189,8 @@ class InferenceNorm(Leaf, nn.Module):
             ('weight', None if one else taps.view(-1)),
             ('bias', bias),
         ):
-            self.register_buffer(name, None if value is None else value.to(dtype))
+            # A copy: in float64 a constant may be a parameter of the layer, which is guarded.
+            self.register_buffer(name, None if value is None else value.to(dtype, copy=True))
         _add_neutral(self, taps, dtype)
 
     def forward(self, input: Tensor) -> Tensor:  # BatchNorm's name, which some give

@@ -92,6 +92,8 @@ def prepare_for_inference(
     report, by_module, all_gone = [], {}, set()
     for name, norm in norms.items():
         conv, new, left, reason = None, norm, 'the layer as it was', _obstacle(norm, aside)
+        if not reason and calls and id(norm) in calls.weights_read:
+            reason = 'its weights are read elsewhere'
         if not reason:
             conv, reason = calls.convolution_before(norm) if calls else (None, unread)
             new, left = _replacement(norm, conv)

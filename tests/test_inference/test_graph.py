@@ -165,6 +165,24 @@ class WeightsRead(Block):
         return self.norm(self.conv(x)) + self.conv.weight.mean()
 
 
+class NormWeightsRead(Block):
+    """As in normalization-based attention, which weighs channels by those of the layer."""
+
+    reason = 'its weights are read elsewhere'
+
+    def build(self):
+        self.norm = mmubn.RBN(8)
+
+    def forward(self, x):
+        weight = self.norm.weight.data.abs()
+        return self.norm(self.conv(x)) * (weight / weight.sum()).view(1, -1, 1, 1)
+
+
+class BatchNormWeightsRead(NormWeightsRead):
+    def build(self):
+        self.norm = nn.BatchNorm2d(8)
+
+
 class Scaled(nn.Conv2d):
     """As weight standardisation does it: not what its weight says."""
 

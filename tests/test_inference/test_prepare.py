@@ -204,6 +204,16 @@ def test_channels_last_and_double():
         assert difference(exact(x.double()), model(x.double())) < 1e-12
 
 
+@pytest.mark.parametrize('kind', KINDS)
+def test_float64(kind):
+    """What is folded has the dtype of the layer's own tensors, which no other layer may take."""
+    model = trained(nn.Sequential(nn.Conv2d(3, 8, 3), getattr(mmubn, kind)(8))).double()
+    prepared = prepare_for_inference(model)
+    x = torch.randn(2, 3, 8, 8).double()
+    with torch.no_grad():
+        assert difference(prepared(x), model(x)) < 1e-13
+
+
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('kind', ['UBN', 'RBN', 'IEBN'])
 def test_compiled_in_one_graph(kind):
