@@ -35,6 +35,9 @@ def convert_norm(
     - From those types back to ``BN``: only if BatchNorm can give the same output.
     - From UBN to SyncUBN and back: everything that the layer holds is kept.
 
+    A layer that a plain list, tuple, set or dict of a module holds too is left alone: a forward
+    that takes it from there would go on to use the old one.
+
     Parameters and buffers that keep their value are the very same tensors. So they keep
     dtype, device, ``requires_grad`` and gradient, and stay shared with other layers. A
     weight that takes another value keeps all of these but the gradient. Parameters that
@@ -78,10 +81,13 @@ def convert_norm(
     target = _TYPES[kind]
     norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
     chosen = _match(norms, include) - _match(norms, exclude)
+    aside = _in_containers(model)
     left: Dict[str, List[str]] = {}  # reason -> names
     replaced, weights = {}, _Weights()
     for name, module in norms.items():
         reason = _why_not(module, target) if name in chosen else _NOT_CHOSEN
+        if not reason and id(module) in aside:
+            reason = f'{aside[id(module)]} holds it too and would go on to use the old layer'
         if reason:
             left.setdefault(reason, []).append(name or 'the layer')
         else:
@@ -129,6 +135,26 @@ def _match(norms: Dict[str, nn.Module], patterns: Patterns) -> set:
             raise ValueError(f'pattern {pattern!r} matches none of the norm layers {list(norms)}')
         matched |= found
     return matched
+
+
+def _in_containers(model: nn.Module) -> Dict[int, str]:
+    """Attributes, by the ids of the modules in them, that hold modules and register none.
+
+    They are lists, tuples, sets and dicts, in one another too, as in ``self.steps = [conv, norm]``.
+    """
+    found: Dict[int, str] = {}
+    for name, module in model.named_modules():
+        seen = {id(module._modules)}
+        todo = [(f'{name}.{key}'.lstrip('.'), value) for key, value in vars(module).items()]
+        while todo:
+            key, value = todo.pop()
+            if isinstance(value, nn.Module):
+                found[id(value)] = key
+            elif isinstance(value, (list, tuple, set, dict)) and id(value) not in seen:
+                seen.add(id(value))
+                inside = value.values() if isinstance(value, dict) else value
+                todo += [(key, each) for each in inside]
+    return found
 
 
 def _is_fused(module: nn.Module) -> bool:

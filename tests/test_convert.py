@@ -254,6 +254,40 @@ def test_each_layer_left_alone_has_its_reason(layer, norm_cfg, reason, caplog):
     assert '2, 3 (not chosen by include and exclude)' in caplog.text
 
 
+class Steps(nn.Module):
+    """Takes its layers from what ``hold`` makes of them, which registers nothing."""
+
+    def __init__(self, hold):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.steps = hold([self.conv, self.norm])
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize(
+    'hold',
+    [list, tuple, set, lambda layers: dict(enumerate(layers)), lambda layers: {'a': [layers]}],
+)
+def test_a_layer_that_a_plain_container_holds_is_left_alone(hold, caplog):
+    """Replaced, it would get no gradient, and the old one would go on to train."""
+    model = nn.Sequential(Steps(hold), nn.BatchNorm2d(3))
+    mmubn.convert_norm(model, dict(type='UBN'))
+    assert [type(m) for m in (model[0].norm, model[1])] == [nn.BatchNorm2d, UBN]
+    assert '0.norm (0.steps holds it too and would go on to use the old layer)' in caplog.text
+    assert caplog.records[0].levelno == logging.WARNING
+    with pytest.raises(ValueError, match=r'no layer to replace by UBN: norm \(steps holds it too'):
+        mmubn.convert_norm(Steps(hold), dict(type='UBN'))
+
+
+def test_a_list_of_what_is_around_the_layers_is_no_obstacle():
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    model.blocks = [model[0]]
+    mmubn.convert_norm(model, dict(type='UBN'))
+    assert type(model.blocks[0][1]) is UBN
+
+
 def test_a_model_without_batch_norm_says_what_it_has():
     model = nn.Sequential(nn.GroupNorm(1, 3), nn.GroupNorm(1, 3), nn.LayerNorm(3))
     message = r'no BatchNorm; its norm layers are: 2 GroupNorm, 1 LayerNorm'
