@@ -53,7 +53,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         nargs='+',
         choices=RUNTIMES,
         default=[name for name in RUNTIMES if not missing(name)],
-        help=f'{", ".join(RUNTIMES)}; by default those that are installed',
+        metavar='RUNTIME',
+        help=f'{", ".join(map(repr, RUNTIMES))}; by default those that are installed',
     )
     parser.add_argument('--batches', nargs='+', type=int, default=[1, 8], metavar='N')
     parser.add_argument('--size', type=int, default=224, help='side of the images (%(default)s)')

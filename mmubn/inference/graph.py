@@ -123,7 +123,8 @@ def read_forward(model: nn.Module, norms: Sequence[nn.Module]) -> Calls:
         Calls: Those of ``norms`` and of all convolutions.
 
     Raises:
-        Exception: Of any kind, where torch.fx cannot read it, or would give its proxies to hooks.
+        Exception: Of any kind, where torch.fx cannot read it, or would give its proxies to hooks,
+            or does not look into a module that can reach a convolution or norm outside of it.
     """
     if 'forward' in vars(model):  # torch.fx reads that of the class
         raise ValueError('the forward of the model was replaced')
