@@ -37,13 +37,17 @@ class Aside:
         """Whether any other module holds this one aside, itself and not in a module around it."""
         return any(held is module for modules in self._held.values() for held in modules)
 
-    def within_reach(self, module: nn.Module) -> Dict[int, nn.Module]:
-        """All modules that this one can call or read, itself among them, by id."""
+    def within_reach(self, *modules: nn.Module) -> Dict[int, nn.Module]:
+        """All modules that these can call or read, themselves among them, by id."""
         found: Dict[int, nn.Module] = {}
-        todo = [module]
+        todo = [*modules]
         while todo:
             module = todo.pop()
             if id(module) not in found:
                 found[id(module)] = module
                 todo += [*module.children(), *self._held.get(id(module), ())]
         return found
+
+    def within_reach_of_any(self) -> Dict[int, nn.Module]:
+        """All modules that one can call or read which holds them aside, by id."""
+        return self.within_reach(*(held for modules in self._held.values() for held in modules))

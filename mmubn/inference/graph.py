@@ -264,7 +264,9 @@ def watch_run(
     except Exception:  # whatever a detector raises that wants more than an image
         if not hasattr(model, 'extract_feat'):
             raise
-    return _watch_call(model, norms, 'extract_feat', (noise,))
+    calls = _watch_call(model, norms, 'extract_feat', (noise,))
+    calls.weights_read.update(Aside(model).within_reach_of_any())  # what did not run may read them
+    return calls
 
 
 def _watch_call(

@@ -547,6 +547,27 @@ def test_extract_feat_stands_for_a_detector():
     assert report[1].reason == 'it is not called'
 
 
+class HeadThatReads(nn.Module):
+    def __init__(self, backbone):
+        super().__init__()
+        self.held = [backbone]
+
+    def forward(self, x):
+        return x * self.held[0].conv.weight.mean()
+
+
+def test_extract_feat_does_not_show_what_a_head_reads():
+    model = Detector()
+    model.head = HeadThatReads(model.backbone)
+    model = trained(model).double()
+    x = torch.rand(1, 3, 6, 6).double()
+    prepared = prepare_for_inference(model)
+    assert prepared.inference_report[0].reason == 'its weights are read elsewhere'
+    with torch.no_grad():
+        assert difference(prepared(x, [None])[0], model(x, [None])[0]) < 1e-13
+        assert difference(prepared.extract_feat(x), model.extract_feat(x)) < 1e-13
+
+
 class OwnExtractFeat(Branching):
     """A method of the name alone, which reads less than forward does."""
 
