@@ -107,11 +107,14 @@ def test_settings(settings, rectified, ranks):
     'shape', [(4, 19, 6, 5), (20, 130, 4, 4), (3, 17, 14, 11), (2, 40, 7, 450)], ids=str
 )
 @pytest.mark.parametrize('layout', LAYOUTS)
-def test_one_call_is_the_parts(shape, layout, rectified):
+@pytest.mark.parametrize('kernel_size', [3, 5])
+def test_one_call_is_the_parts(kernel_size, shape, layout, rectified):
     """Of one process; bit for bit."""
     x = torch.randn(shape).contiguous(memory_format=layout)
-    dy = torch.randn_like(x)
-    given = random_parameters(shape[1], 3, torch.float32, RECTIFIED[rectified])
+    dy, given = (
+        torch.randn_like(x),
+        random_parameters(shape[1], kernel_size, torch.float32, RECTIFIED[rectified]),
+    )
     for settings in (Settings(fct=0.15), Settings(fct=0.99), Settings(stride=0)):
         made = []
         for forward, backward in (
@@ -173,13 +176,15 @@ def test_error_is_at_most_twice_that_of_torch(shape, dtype, layout):
     assert all(error[name] <= allowed[name] for name in error), (error, allowed)
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ('dtype', 'k'), [(torch.float32, 3), (torch.bfloat16, 3), (torch.float32, 5)], ids=str
+)
 @pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('shape', [(16, 40, 4, 4), (6, 24, 33, 30), (2, 24, 33, 300)], ids=str)
-def test_threads_change_no_bit(shape, layout, dtype):
+@pytest.mark.parametrize('shape', [(33, 125, 8, 6), (6, 24, 33, 30), (2, 24, 33, 300)], ids=str)
+def test_threads_change_no_bit(shape, layout, dtype, k):
     x = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
     dy = torch.randn_like(x)
-    given = random_parameters(shape[1], 3, torch.float32)
+    given = random_parameters(shape[1], k, torch.float32)
     threads = torch.get_num_threads()
     results = []
     try:

@@ -954,13 +954,15 @@ class BackwardSums {
 
  private:
   // Of `channels` channels from c on; the sums of a P and of dY over all images, (KK + 1, pitch).
+  // How many channels come at once depends on the threads. With fma they all round alike: left to
+  // the compiler, only some products are rounded before they are added.
   void write_parameter_gradients(int64_t c, int64_t channels, const A* sums, int64_t pitch) const {
     for (int64_t i = 0; i < channels; i++, c++) {
       out.bias[c] = sums[KK * pitch + i];
       if (out.kernel) {
         A along = 0;
         for (int t = 0; t < KK; t++) {
-          along += sums[t * pitch + i] * l.kernel[c * KK + t];
+          along = std::fma(sums[t * pitch + i], l.kernel[c * KK + t], along);
           out.kernel[c * KK + t] = sums[t * pitch + i] * l.weight[c];
         }
         out.weight[c] = along;
