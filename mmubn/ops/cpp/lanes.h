@@ -80,8 +80,8 @@ struct Lanes {
           const V move = part[b] - old;
           // Infinity stays infinity, as in a sum.
           store<A>(mean + c + b * N, old * 0 == 0 ? old + move * weight : old + part[b]);
-          if constexpr (squared) {  // Chan's update
-            about[b] += move * move * (A(seen + q) * weight);
+          if constexpr (squared) {  // Chan's update; of the first chunk 0, whatever move is
+            about[b] += move * (move * (A(seen + q) * weight));
             store<A>(squares + c + b * N, load<A>(squares + c + b * N) + about[b]);
           }
         }
