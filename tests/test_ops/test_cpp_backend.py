@@ -284,6 +284,22 @@ def test_a_variance_that_overflows_is_infinite(shape, layout):
         torch.testing.assert_close(made[name], expected[name])
 
 
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('shape', [(2, 20, 4, 5), (2, 5, 9, 10)], ids=str)
+def test_a_scaling_that_is_shut_is_0(shape, layout):
+    """As torch's sigmoid: values so large would show what is left of it."""
+    ones = torch.ones(shape[1])
+    given = Parameters(weight=ones, bias=ones, scale_weight=-ones, scale_bias=ones)
+    x = torch.full(shape, 1e36).contiguous(memory_format=layout)
+    made, _ = both(x, torch.ones_like(x), given, Settings(training=False))
+    assert (made['y'] == 1).all()
+    assert (made['d_scale_weight'] == 0).all()
+    for z in (-88, -80):  # and shortly before that it is not
+        given = given._replace(scale_bias=z * ones, scale_weight=0 * ones, bias=0 * ones)
+        made, expected = both(x, torch.ones_like(x), given, Settings(training=False))
+        torch.testing.assert_close(made['y'], expected['y'])
+
+
 NO_MEMORY = """
 import resource
 import torch

@@ -313,7 +313,7 @@ inline typename Vec<A>::type spread(A value) {
 inline double sigmoid(double z) { return 1 / (1 + std::exp(-z)); }
 inline float sigmoid(float z) {
   float x = -z;  // NaN passes both comparisons
-  x = x > 88.0f ? 88.0f : x;
+  x = x > 89.0f ? 89.0f : x;  // its power is infinite, so the result is 0
   x = x < -87.0f ? -87.0f : x;
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const float shifted = x * 1.44269504f + magic;
