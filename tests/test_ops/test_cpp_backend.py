@@ -284,6 +284,15 @@ def test_a_variance_that_overflows_is_infinite(shape, layout):
         torch.testing.assert_close(made[name], expected[name])
 
 
+@pytest.mark.parametrize('batch', [1, 3])
+def test_a_constant_has_no_variance(batch):
+    """Also where its mean is large and centred by a weight."""
+    x, weight = torch.full((batch, 20, 4, 4), 1e4), torch.randn(20)
+    _, row = CPP.measure(x, weight, 0)
+    torch.testing.assert_close(row[3 : 3 + 20], 1e4 * (1 + weight))
+    assert row[3 + 20 :].abs().max() < 1e-12
+
+
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('shape', [(2, 20, 4, 5), (2, 5, 9, 10)], ids=str)
 def test_a_scaling_that_is_shut_is_0(shape, layout):

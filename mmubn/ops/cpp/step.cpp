@@ -238,6 +238,9 @@ struct Sums {
   typedef double Wide __attribute__((vector_size(N * sizeof(double))));
   Wide all[M] = {};
   void add(int b, V v) { all[b] += __builtin_convertvector(v, Wide); }
+  void add_product(int b, V v, V w) {
+    all[b] += __builtin_convertvector(v, Wide) * __builtin_convertvector(w, Wide);
+  }
   double& operator[](int64_t i) { return reinterpret_cast<double*>(all)[i]; }
 };
 
@@ -713,7 +716,7 @@ void measure(const Layer& l, const T* x, bool similar, A* image_mean, A* row) {
           const V v = lanes.load(squares + n * Cp + i) / A(p.hw);
           lanes.store(image_mean + n * C + i, m);
           norms[n * vectors + i / N] = sum<A>(v + m * m);
-          pooled.add(b, m * growth[b]);
+          pooled.add_product(b, m, growth[b]);  // not rounded, as it is not below with fma
           inner.add(b, v);
         }
       V high[M], low[M];  // of mu: their sum is as exact as a double
