@@ -608,15 +608,24 @@ def test_two_processes_build_at_once(tmp_path):
     assert len(list((tmp_path / 'cache').iterdir())) == 1
 
 
-@pytest.mark.parametrize(('dtype', 'kernel_size'), [('float', 3), ('ubn::bf16', 7)])
-def test_nothing_outside_of_a_tensor_is_touched(dtype, kernel_size, tmp_path):
-    source = Path(__file__).with_name('memory_check.cpp')
+def run_with_sanitizer(source, dtype, kernel_size, tmp_path):
     program = str(tmp_path / 'check')
     flags = ['-O1', '-std=c++17', '-march=native', '-fsanitize=address', f'-I{cpp_build._SOURCES}']
     command = [*cpp_build._compiler(), *flags, f'-DUBN_T={dtype}', f'-DUBN_K={kernel_size}']
-    built = subprocess.run([*command, str(source), '-o', program], capture_output=True, text=True)
+    command += [str(Path(__file__).with_name(source)), '-o', program]
+    built = subprocess.run(command, capture_output=True, text=True)
     if 'asan' in built.stderr:
         pytest.skip('the compiler has no address sanitizer')
     assert built.returncode == 0, built.stderr
     run = subprocess.run([program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[:2000]
+
+
+@pytest.mark.parametrize(('dtype', 'kernel_size'), [('float', 3), ('ubn::bf16', 7)])
+def test_nothing_outside_of_a_tensor_is_touched(dtype, kernel_size, tmp_path):
+    run_with_sanitizer('memory_check.cpp', dtype, kernel_size, tmp_path)
+
+
+def test_tiles_after_memory_ran_out(tmp_path):
+    """What is allocated anew at the old place has no zeros around it."""
+    run_with_sanitizer('tile_check.cpp', 'float', 3, tmp_path)

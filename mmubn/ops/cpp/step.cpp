@@ -7,6 +7,7 @@
 // of two formats: NCHW or, `pixels`, NHWC. Sums are added up in an order that the shape alone
 // decides: one thread and many give the same bits.
 #include <array>
+#include <utility>
 
 #include "lanes.h"
 #include "planes.h"
@@ -220,8 +221,9 @@ struct Plan {
       int64_t H = 0, W = 0;
     } kept;
     const int64_t size = Tile<A, K>::size(H, W);
+    const A* before = std::exchange(kept.memory, nullptr);  // what get() frees, even if it throws
     A* memory = kept.buffer.template get<A>(count * size);
-    const bool clear = kept.memory != memory || kept.H != H || kept.W != W;
+    const bool clear = before != memory || kept.H != H || kept.W != W;
     std::array<Tile<A, K>, count> tiles;
     for (int i = 0; i < count; i++) {
       tiles[i] = Tile<A, K>(memory + i * size, H, W);
