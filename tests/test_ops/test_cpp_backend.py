@@ -277,7 +277,7 @@ def test_a_tap_that_sees_nothing_has_no_gradient(shape, layout):
 def test_a_variance_that_overflows_is_infinite(shape, layout):
     """And Y is the bias, not NaN."""
     x = (1e30 * torch.randn(shape)).contiguous(memory_format=layout)
-    given = parameters(shape[1], dtype=torch.float32)
+    given = random_parameters(shape[1], 3, torch.float32)
     made, expected = both(x, torch.randn_like(x), given, Settings())
     assert (made['row'][3 + shape[1] :] == float('inf')).all()
     for name in ('row', 'statistics', 'y'):
