@@ -36,20 +36,6 @@ struct Lanes {
     if (c < c1) f(c, Fixed<1>{}, FirstLanes<A>{c1 - c});
   }
 
-  // Adds f(i, b) over i < n to sums[b], in so many chains of additions for each b.
-  template <int chains, int B, class F>
-  static inline void in_chains(int64_t n, V (&sums)[B], F f) {
-    V more[chains][B] = {};
-    int64_t i = 0;
-    for (; i + chains <= n; i += chains)
-      for (int chain = 0; chain < chains; chain++)
-        for (int b = 0; b < B; b++) more[chain][b] += f(i + chain, b);
-    for (; i < n; i++)
-      for (int b = 0; b < B; b++) more[0][b] += f(i, b);
-    for (int chain = 0; chain < chains; chain++)
-      for (int b = 0; b < B; b++) sums[b] += more[chain][b];
-  }
-
   // Adds pixels to the means of `count` channels and, if wanted, to the sums of squared distances
   // from them, in which `seen` pixels are already. Pixels lie `step` apart.
   template <bool squared>
@@ -61,20 +47,18 @@ struct Lanes {
       each_blocks<4>(0, count, [&](int64_t c, auto blocks, auto lanes) {
         constexpr int B = blocks;
         const T *from = x + q * step + c, *ahead = x + (q + n) * step + c * n;
-        // A block alone has four chains of additions, as four blocks have.
-        constexpr int CHAINS = 4 / B;
         V part[B] = {}, about[B] = {};
-        in_chains<CHAINS>(n, part,
-                          [&](int64_t i, int b) { return lanes.load(from + i * step + b * N); });
+        for (int64_t i = 0; i < n; i++)
+          for (int b = 0; b < B; b++) part[b] += lanes.load(from + i * step + b * N);
         for (V& sum : part) sum /= A(n);
-        in_chains<CHAINS>(n, about, [&](int64_t i, int b) {
-          UBN_PREFETCH(ahead + (i * B + b) * N);
-          if constexpr (squared) {
-            const V d = lanes.load(from + i * step + b * N) - part[b];
-            return d * d;
+        for (int64_t i = 0; i < n; i++)
+          for (int b = 0; b < B; b++) {
+            UBN_PREFETCH(ahead + (i * B + b) * N);
+            if constexpr (squared) {
+              const V d = lanes.load(from + i * step + b * N) - part[b];
+              about[b] += d * d;
+            }
           }
-          return V{};
-        });
         for (int b = 0; b < B; b++) {
           const V old = load<A>(mean + c + b * N);
           const V move = part[b] - old;
@@ -310,25 +294,19 @@ inline void small_plane_moments(const T* planes, Size hw, Count count, A* mean, 
   typedef typename Vec<A>::type V;
   const int64_t full = hw / N * N;
   const auto is_there = lane_numbers<A>() < int(hw - full);
-  V sums[N];
-  // To sums[c]: f(numbers of plane c, which lanes of a last vector there are).
-  const auto add = [&](int64_t c, auto f) {
-    const T* x = planes + c * hw;
-    V sum{};
-    for (int64_t q = 0; q < full; q += N) sum += f(load_as<A>(x + q));
-    if (full < hw) sum += only<A>(is_there, f(load_some<A>(x + full, hw - full)));
-    sums[c] = sum;
+  // The sum of f(c, numbers of plane c) in lane c.
+  const auto sum_of = [&](auto f) {
+    V sums[N] = {};
+    for (int64_t c = 0; c < count; c++) {
+      const T* x = planes + c * hw;
+      for (int64_t q = 0; q < full; q += N) sums[c] += f(c, load_as<A>(x + q));
+      if (full < hw) sums[c] += only<A>(is_there, f(c, load_some<A>(x + full, hw - full)));
+    }
+    return sum_each<A>(sums);
   };
-  for (int64_t c = count; c < N; c++) sums[c] = V{};
-  for (int64_t c = 0; c < count; c++) add(c, [](V v) { return v; });
-  const V means = sum_each<A>(sums) / A(hw);
-  store<A>(mean, means);
-  if constexpr (squared) {
-    for (int64_t c = count; c < N; c++) sums[c] = V{};
-    for (int64_t c = 0; c < count; c++)
-      add(c, [m = mean[c]](V v) { return (v - m) * (v - m); });
-    store<A>(squares, sum_each<A>(sums));
-  }
+  store<A>(mean, sum_of([](int64_t, V v) { return v; }) / A(hw));
+  if constexpr (squared)
+    store<A>(squares, sum_of([=](int64_t c, V v) { return (v - mean[c]) * (v - mean[c]); }));
 }
 
 // Calls put(v) for each pixel, in order, of planes of `count` channels, hw numbers each: the N

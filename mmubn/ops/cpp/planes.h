@@ -48,12 +48,11 @@ A plane_mean(const T* x, int64_t hw) {
   return sum<A>((s[0] + s[1]) + (s[2] + s[3]) + load_some<A>(x + q, hw - q)) / A(hw);
 }
 
-// H rows of W numbers, before and behind which others can be read. What is read after them lies
-// `next` numbers from where they begin.
+// H rows of W numbers, before and behind which others can be read.
 template <class T>
 struct Plane {
   const T* pixels;
-  int64_t H, W, next;
+  int64_t H, W;
 
   // How many: a chunk, which may be two vectors, a column shift away from the last column.
   template <class A, int K>
@@ -65,10 +64,9 @@ struct Plane {
     const int64_t rows = std::max<int64_t>(1, 16384 / int64_t(sizeof(T)) / W);
     for (int64_t i = 0; i < H; i += rows) f(i, std::min(rows, H - i));
   }
-  // How far behind row 0 lies what the strip after this one adds, to be prefetched while this is
-  // worked on: rows from `first` + `count` on, of which those up to p more are read already.
-  int64_t after(int64_t first, int64_t count, int64_t p) const {
-    return first + count < H ? std::min(H, first + count + p) * W : next;
+  // What the strip after this one adds begins here, to be prefetched while this is worked on.
+  const T* after(int64_t first, int64_t count, int64_t p) const {
+    return pixels + std::min(H, first + count + p) * W;
   }
 };
 
@@ -183,13 +181,12 @@ inline void convolve(const Plane<T>& plane, const A (&taps)[K * K], F f, Store s
   with_chunk<T, A>(W, [&](auto vectors) {
     constexpr int M = vectors;
     plane.each_strip([&](int64_t first, int64_t count) {
-      const int64_t ahead = plane.after(first, count, 0) - first * W;
-      const T* after = plane.pixels + plane.after(first, count, K / 2) - first * W;
+      const T* after = plane.after(first, count, K / 2) - first * W;
       march<K, M>(plane, taps, first, count, f,
                   [=](int64_t i, int64_t j, int b, const Chunk<A, M>& value, auto n) {
                     const bool line = starts_line<T, Chunk<A, M>::size>(b);
                     if (line) UBN_PREFETCH(after + i * W + j);
-                    store(i * W + j, value, n, line ? ahead : 0);
+                    store(i * W + j, value, n, line ? count * W : 0);
                   });
     });
   });
@@ -251,10 +248,10 @@ void exact_sums(const T* x, const T* dy, A shift, const A (&taps)[K * K], int64_
 }
 
 // Adds up a chunk of columns of a strip: products of each tap; K times dY where the tap is inside
-// of the plane; dY. `ahead_x`, `ahead_dy`: of the strip after this one.
+// of the plane; dY. `ahead`: X of the strip after this one.
 template <int K, int M, class A, class T, class Inside, class Count>
-inline void march_sums(const Plane<T>& plane, const T* dy, const T* ahead_x, const T* ahead_dy,
-                       A shift, const A (&taps)[K * K], int64_t q, int64_t first, int64_t count,
+inline void march_sums(const Plane<T>& plane, const T* dy, const T* ahead, A shift,
+                       const A (&taps)[K * K], int64_t q, int64_t first, int64_t count,
                        Inside inside, Count n, typename Vec<A>::type (&products)[K * K],
                        typename Vec<A>::type& d, typename Vec<A>::type& total) {
   constexpr int P = K / 2;
@@ -268,8 +265,8 @@ inline void march_sums(const Plane<T>& plane, const T* dy, const T* ahead_x, con
   if constexpr (K == 3) {    // dY of the k outputs that a row touches stays in registers
     Chunk<A, M> g[K] = {};
     for (int64_t i = first - P; i < end + P; i++) {
-      UBN_PREFETCH(ahead_x + (i - first) * W + q);
-      UBN_PREFETCH(ahead_dy + (i - first) * W + q);
+      UBN_PREFETCH(ahead + (i - first) * W + q);
+      UBN_PREFETCH(dy + (i + count) * W + q);
       for (int t = 0; t + 1 < K; t++) g[t] = g[t + 1];
       g[K - 1] = {};
       if (i + P < end) g[K - 1] = load_chunk<A, M>(dy + (i + P) * W + q, n);
@@ -313,12 +310,11 @@ void plane_sums(const Plane<T>& plane, const T* dy, A shift, const A (&taps)[K *
   with_chunk<T, A>(plane.W, [&](auto vectors) {
     constexpr int M = vectors, size = Chunk<A, M>::size;
     plane.each_strip([&](int64_t first, int64_t count) {
-      const T* ahead_x = plane.pixels + plane.after(first, count, K / 2);
-      const T* ahead_dy = dy + plane.after(first, count, 0);
+      const T* ahead = plane.after(first, count, K / 2);
       each_columns<A, K, M>(plane.W, [&](int64_t q, auto chunks, auto inside, auto n) {
         for (int b = 0; b < chunks; b++)
-          march_sums<K, M>(plane, dy, ahead_x, ahead_dy, shift, taps, q + b * size, first, count,
-                           inside, n, products, sum_d, sum_dy);
+          march_sums<K, M>(plane, dy, ahead, shift, taps, q + b * size, first, count, inside, n,
+                           products, sum_d, sum_dy);
       });
     });
   });

@@ -109,12 +109,10 @@ struct Plan {
   }
   T* image(T* x, int64_t n, int64_t c) const { return x + n * C * hw + (pixels ? c : c * hw); }
 
-  // Plane c of a piece, whose last one is followed by the next image. Copied where what is read
-  // around it could leave the tensor. Without a kernel, one row.
-  Plane<T> plane(const T* x, int64_t n, int64_t c, const Piece& piece) const {
+  // Copied where what is read around it could leave the tensor. Without a kernel, one row.
+  Plane<T> plane(const T* x, int64_t n, int64_t c) const {
     constexpr int64_t margin = Plane<T>::template margin<A, K>;
     const T *pixels = image(x, n, c), *end = x + B * C * hw;
-    const int64_t next = hw * (c + 1 < piece.c1 ? 1 : C + piece.c0 - c);
     if (pixels - x < margin || end - (pixels + hw) < margin) {
       static thread_local Buffer buffer;
       T* copy = buffer.get<T>(hw + 2 * margin) + margin;
@@ -122,7 +120,7 @@ struct Plan {
       pixels = copy;
     }
     const bool row = K == 1 && hw < int64_t(1) << 30;  // columns are counted in 32 bits
-    return row ? Plane<T>{pixels, 1, hw, next} : Plane<T>{pixels, H, W, next};
+    return row ? Plane<T>{pixels, 1, hw} : Plane<T>{pixels, H, W};
   }
 
   int64_t pieces() const { return blocks * parts; }
@@ -534,8 +532,7 @@ void forward(const Plan& p, const T* x, T* y, int64_t n, const Piece& piece, con
     for (int64_t c = c0; c < c1; c++) {
       A scaled[KK];
       for (int t = 0; t < KK; t++) scaled[t] = taps[t * p.Cp + c] * scale[c - c0];
-      plane_forward<A, K>(p.plane(x, n, c, piece), p.image(y, n, c), shift[c - c0], scaled,
-                          bias[c]);
+      plane_forward<A, K>(p.plane(x, n, c), p.image(y, n, c), shift[c - c0], scaled, bias[c]);
     }
   }
 }
@@ -602,7 +599,7 @@ void image_sums(const Plan& p, const T* x, const T* dy, int64_t n, const Piece& 
   if (!p.lanes) {
     for (int64_t c = c0; c < c1; c++) {
       read_taps(c);
-      plane_sums<A, K>(p.plane(x, n, c, piece), p.image(dy, n, c), shift[c - c0], own_taps, sums,
+      plane_sums<A, K>(p.plane(x, n, c), p.image(dy, n, c), shift[c - c0], own_taps, sums,
                        d_sum[c - c0], products[KK * pitch + c - c0]);
       write_products(c);
     }
@@ -678,7 +675,7 @@ void input(const Plan& p, const T* x, const T* dy, T* dx, int64_t n, const Piece
     for (int64_t c = c0; c < c1; c++) {
       A scaled[KK];
       for (int t = 0; t < KK; t++) scaled[t] = taps[(KK - 1 - t) * p.Cp + c] * scale[c - c0];
-      plane_input<A, K>(p.plane(dy, n, c, piece), p.image(x, n, c), p.image(dx, n, c), scaled,
+      plane_input<A, K>(p.plane(dy, n, c), p.image(x, n, c), p.image(dx, n, c), scaled,
                         mean[c - c0], slope[c], level[c - c0]);
     }
   }
@@ -874,7 +871,7 @@ class BackwardSums {
   // The sums of a block of channels over a group of images.
   void add_up(int64_t group, int64_t block) const {
     static thread_local Buffer buffer;
-    const int64_t pitch = padded(g.block), c0 = block * g.block, c1 = std::min(p.C, c0 + g.block);
+    const int64_t pitch = g.block, c0 = block * pitch, c1 = std::min(p.C, c0 + pitch);
     A *products = buffer.get<A>((KK + 2) * pitch), *d_sum = products + (KK + 1) * pitch;
     std::memset(products, 0, (KK + 2) * pitch * sizeof(A));  // the lanes behind C, too
     A* total = totals + group * (KK + 1) * p.Cp;
