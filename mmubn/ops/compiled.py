@@ -33,7 +33,7 @@ _COMMON = ', '.join(
 _COMMON += ', str backend'
 
 # torch 2.4 and newer.
-available = hasattr(torch.library, 'custom_op')
+available = hasattr(torch.library, 'register_autograd')
 # Export, whose graph may hold no operator of ours, is told from compilation since torch 2.7;
 # before, evaluation is left to torch's own operations.
 _tells_export = hasattr(torch.compiler, '_is_exporting_flag')
@@ -108,12 +108,16 @@ def _dense(x: Tensor) -> Tensor:
 
 
 if available:
+    # With flexible_layout, Inductor hands over X in the memory format that it has there. Without it,
+    # Inductor copies the output of a convolution, in channels_last, into the format of eager mode.
+    # Not custom_op, to which torch 2.7 can give no tag.
+    _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
-    @torch.library.custom_op(
-        'mmubn::step',
-        mutates_args=(),
-        schema=f'(Tensor x, {_COMMON}) -> (Tensor, Tensor, Tensor, Tensor[])',
+    torch.library.define(
+        'mmubn::step', f'(Tensor x, {_COMMON}) -> (Tensor, Tensor, Tensor, Tensor[])', tags=_TAGS
     )
+
+    @torch.library.impl('mmubn::step', 'default')
     def _step(x, *common):
         x = _dense(x)
         parameters, buffers, settings, backend = _split(common)
@@ -123,7 +127,7 @@ if available:
         kept = image_mean if keeps(image_mean, x) else None
         return y, _some(kept, statistics), statistics, _present(moved)
 
-    @_step.register_fake
+    @torch.library.register_fake('mmubn::step')
     def _(x, *common):
         parameters, buffers, settings, _ = _split(common)
         dtype = statistics_dtype(x.dtype)
@@ -136,12 +140,13 @@ if available:
             [torch.empty_like(value) for value in _present(buffers)],
         )
 
-    @torch.library.custom_op(
+    torch.library.define(
         'mmubn::step_backward',
-        mutates_args=(),
-        schema='(Tensor dy, Tensor x, Tensor image_mean, Tensor statistics, '
-        f'{_COMMON}) -> Tensor[]',
+        f'(Tensor dy, Tensor x, Tensor image_mean, Tensor statistics, {_COMMON}) -> Tensor[]',
+        tags=_TAGS,
     )
+
+    @torch.library.impl('mmubn::step_backward', 'default')
     def _step_backward(dy, x, image_mean, statistics, *common):
         x = _dense(x)
         parameters, buffers, settings, backend = _split(common)
@@ -151,7 +156,7 @@ if available:
         # Some backends give the parameters' dtype, others that of the statistics.
         return [dx, *[gradient.to(statistics.dtype) for gradient in _present(gradients)]]
 
-    @_step_backward.register_fake
+    @torch.library.register_fake('mmubn::step_backward')
     def _(dy, x, image_mean, statistics, *common):
         # There is always a gradient of the bias.
         parameters = _split(common)[0]._replace(bias=x.new_empty(x.shape[1]))
@@ -178,4 +183,4 @@ if available:
             del gradients['bias']
         return (dx, *[gradients.get(name) for name in _NAMES])
 
-    _step.register_autograd(_backward, setup_context=_setup_context)
+    torch.library.register_autograd('mmubn::step', _backward, setup_context=_setup_context)

@@ -9,6 +9,8 @@ from against_reference import randomize
 from torch import nn
 
 from mmubn.layers import UBN
+from mmubn.ops import compiled as operators
+from mmubn.ops.backend import CPP
 
 
 def make_network(layer):
@@ -46,6 +48,46 @@ def test_compiled_training_equals_eager(network):
     network.eval()
     compiled.eval()
     torch.testing.assert_close(compiled(x), network(x))
+
+
+@pytest.mark.newer_torch('a step is an operator of the graph from torch 2.4 on', than='2.3')
+@pytest.mark.filterwarnings('ignore')
+def test_inductor_hands_over_its_own_memory_format(monkeypatch, tmp_path):
+    """Its convolutions are in channels_last on a CPU. Each norm cost four copies."""
+    if CPP.why_not(torch.zeros(1, 1, 1, 1), 3):
+        pytest.skip('Inductor needs a C++ compiler')
+    torch._dynamo.reset()
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path))  # which does not see such a change
+    network = nn.Sequential(*make_network(UBN), nn.Conv2d(4, 4, 3))
+    copied = copy.deepcopy(network)
+    formats = []
+
+    def recorded(name):
+        function = getattr(operators, name)
+
+        def call(*arguments):
+            formats.extend(
+                value.is_contiguous(memory_format=torch.channels_last)
+                for value in arguments
+                if isinstance(value, torch.Tensor) and value.dim() == 4
+            )
+            return function(*arguments)
+
+        return call
+
+    x = torch.randn(4, 3, 12, 14)
+    expected, upstream = network(x), torch.randn(4, 4, 6, 8)
+    expected.backward(upstream)
+    for name in ('step_forward', 'step_backward'):
+        monkeypatch.setattr(operators, name, recorded(name))
+    actual = torch.compile(copied, fullgraph=True)(x)
+    actual.backward(upstream)
+    assert formats == [True] * 6  # X twice, dY; of two norms
+    torch.testing.assert_close(actual, expected)
+    for (name, parameter), other in zip(network.named_parameters(), copied.parameters()):
+        torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-4, atol=1e-4, msg=name)
+    for (name, buffer), other in zip(network.named_buffers(), copied.buffers()):
+        torch.testing.assert_close(other, buffer, msg=name)
 
 
 @pytest.mark.newer_torch('a step is an operator of the graph from torch 2.4 on')
