@@ -108,8 +108,8 @@ def _dense(x: Tensor) -> Tensor:
 
 
 if available:
-    # With flexible_layout, Inductor hands over X in the memory format that it has there. Without it,
-    # Inductor copies the output of a convolution, in channels_last, into the format of eager mode.
+    # With flexible_layout, Inductor hands over X in the memory format that it has there. Else it
+    # copies the output of a convolution, in channels_last, into the format of eager mode.
     # Not custom_op, to which torch 2.7 can give no tag.
     _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
