@@ -109,15 +109,20 @@ def convert_norm(
         _take_hooks(norms[name], new)
         if requires_grad is not None:
             new.requires_grad_(requires_grad)
-    if '' in replaced:
-        return replaced['']
-    # A module registered under several names is replaced under each of them.
-    by_module = {id(norms[name]): new for name, new in replaced.items()}
+    return put_in_place(model, {id(norms[name]): new for name, new in replaced.items()})
+
+
+def put_in_place(model: nn.Module, new: Dict[int, nn.Module]) -> nn.Module:
+    """Puts modules in the place of those with these ids, under each of their names.
+
+    Returns:
+        nn.Module: The model, or what takes its own place.
+    """
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children() skips repeats
-            if id(child) in by_module:
-                setattr(parent, name, by_module[id(child)])
-    return model
+            if id(child) in new:
+                setattr(parent, name, new[id(child)])
+    return new.get(id(model), model)
 
 
 _NOT_CHOSEN = 'not chosen by include and exclude'

@@ -81,13 +81,15 @@ def _twin(model: nn.Module) -> nn.Module:
 class _Tracer(torch.fx.Tracer):
     """Does not look into modules that have neither a convolution nor a norm inside.
 
-    Raises a ValueError at such a module that can reach one which is registered elsewhere.
+    Raises a ValueError at such a module that can reach one which is registered elsewhere. What it
+    is given is that of ``model``, of which a copy is traced.
     """
 
-    def __init__(self, norms: Sequence[nn.Module], aside: Aside) -> None:
+    def __init__(self, model: nn.Module, norms: Sequence[nn.Module], aside: Aside) -> None:
         super().__init__()
-        self.norms = {id(norm) for norm in norms}
-        self.aside = aside
+        self._model = model
+        self._norms = {id(norm) for norm in norms}
+        self._aside = aside
         self._proxies: List[weakref.ref] = []
 
     def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
@@ -100,24 +102,26 @@ class _Tracer(torch.fx.Tracer):
         return {proxy().node for proxy in self._proxies if proxy() is not None}
 
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-        alone = self._concerns(m) or super().is_leaf_module(m, qualified_name)
-        if not alone and any(map(self._concerns, m.modules())):
+        module = self._model.get_submodule(qualified_name)
+        alone = self._concerns(module) or super().is_leaf_module(m, qualified_name)
+        if not alone and any(map(self._concerns, module.modules())):
             return False
-        for other in self.aside.within_reach(m).values():
-            if other is not m and self._concerns(other):
+        for other in self._aside.within_reach(module).values():
+            if other is not module and self._concerns(other):
                 raise ValueError(f'{qualified_name} may call or read {type(other).__name__} unseen')
         return True
 
     def _concerns(self, module: nn.Module) -> bool:
-        return id(module) in self.norms or isinstance(module, CONVOLUTIONS)
+        return id(module) in self._norms or isinstance(module, CONVOLUTIONS)
 
 
-def read_forward(model: nn.Module, norms: Sequence[nn.Module]) -> Calls:
+def read_forward(model: nn.Module, norms: Sequence[nn.Module], aside: Aside) -> Calls:
     """The calls that ``model.forward`` makes, its optional arguments left at their defaults.
 
     Args:
         model (nn.Module): In evaluation mode.
         norms (Sequence[nn.Module]): The layers to find convolutions for.
+        aside (Aside): Of the model.
 
     Returns:
         Calls: Those of ``norms`` and of all convolutions.
@@ -135,9 +139,8 @@ def read_forward(model: nn.Module, norms: Sequence[nn.Module]) -> Calls:
             raise ValueError(f'{name or "the model"} has hooks')
     parameters = inspect.signature(model.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    names = {id(module): name for name, module in model.named_modules()}
     twin = _twin(model)
-    tracer = _Tracer([twin.get_submodule(names[id(norm)]) for norm in norms], Aside(twin))
+    tracer = _Tracer(model, norms, aside)
     graph = tracer.trace(twin, defaults)
     kept = tracer.kept()
     calls = Calls()
@@ -239,13 +242,17 @@ class _Watcher(TorchDispatchMode):
 
 
 def watch_run(
-    model: nn.Module, norms: Sequence[nn.Module], example_inputs: Optional[Tuple] = None
+    model: nn.Module,
+    norms: Sequence[nn.Module],
+    aside: Aside,
+    example_inputs: Optional[Tuple] = None,
 ) -> Calls:
     """The calls of one run of a copy.
 
     Args:
         model (nn.Module): In evaluation mode.
         norms (Sequence[nn.Module]): The layers to find convolutions for.
+        aside (Aside): Of the model.
         example_inputs (tuple, optional): Positional arguments of the model. Without them it
             runs on an image of noise, 1×C×224×224, with C that of its first convolution.
             Where it cannot, and has ``extract_feat`` as OpenMMLab's models do, that runs.
@@ -265,7 +272,7 @@ def watch_run(
         if not hasattr(model, 'extract_feat'):
             raise
     calls = _watch_call(model, norms, 'extract_feat', (noise,))
-    calls.weights_read.update(Aside(model).within_reach_of_any())  # what did not run may read them
+    calls.weights_read.update(aside.within_reach_of_any())  # what did not run may read them
     return calls
 
 

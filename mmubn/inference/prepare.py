@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from .. import layers
-from ..convert import drop_and_activate, own_forward
+from ..convert import drop_and_activate, own_forward, put_in_place
 from ..layers.base import RectifiedBatchNorm
 from .aside import Aside
 from .graph import Calls, read_forward, watch_run
@@ -86,9 +86,9 @@ def prepare_for_inference(
     _check(model, example_inputs)
     prepared = copy.deepcopy(model).requires_grad_(False)
     norms = dict(_norms(prepared))
-    calls, unread = _calls(prepared, list(norms.values()), example_inputs)
-    names = {id(module): name for name, module in prepared.named_modules()}
     aside = Aside(prepared)
+    calls, unread = _calls(prepared, list(norms.values()), aside, example_inputs)
+    names = {id(module): name for name, module in prepared.named_modules()}
     report, by_module, all_gone = [], {}, set()
     for name, norm in norms.items():
         conv, new, left, reason = None, norm, 'the layer as it was', _obstacle(norm, aside)
@@ -103,11 +103,7 @@ def prepare_for_inference(
         all_gone.update(f'{name}.{key}' for key in gone)
         conv_name = '' if conv is None else names[id(conv)]
         report.append(PreparedLayer(name, type(norm).__name__, conv_name, left, reason))
-    prepared = by_module.get(id(prepared), prepared)  # a model that is a layer itself
-    for parent in list(prepared.modules()):
-        for name, child in list(parent._modules.items()):  # one module may have several names
-            if id(child) in by_module:
-                setattr(parent, name, by_module[id(child)])
+    prepared = put_in_place(prepared, by_module)
     # Before anything is loaded; the hooks of the layers are for parts of the model.
     hook = partial(_refuse_unprepared, frozenset(all_gone))
     prepared._register_load_state_dict_pre_hook(hook)
@@ -180,17 +176,20 @@ def _check(model: nn.Module, example_inputs: Optional[Tuple[Any, ...]]) -> None:
 
 
 def _calls(
-    model: nn.Module, norms: List[nn.Module], example_inputs: Optional[Tuple[Any, ...]]
+    model: nn.Module,
+    norms: List[nn.Module],
+    aside: Aside,
+    example_inputs: Optional[Tuple[Any, ...]],
 ) -> Tuple[Optional[Calls], str]:
     """The calls of the layers, or None and why they are not known."""
     if example_inputs is not None:
-        return watch_run(model, norms, example_inputs), ''
+        return watch_run(model, norms, aside, example_inputs), ''
     try:
-        return read_forward(model, norms), ''
+        return read_forward(model, norms, aside), ''
     except Exception as error:  # whatever the forward of a model does with torch.fx's proxies
         logger.info('torch.fx cannot read the forward of the model: %s', error)
     try:
-        return watch_run(model, norms), ''
+        return watch_run(model, norms, aside), ''
     except Exception as error:  # whatever a model raises that wants another input
         logger.info('the model does not run on an image of noise: %s', error)
     return None, 'the order of the layers is not known: pass example_inputs'
