@@ -12,7 +12,7 @@ from mmengine.registry import DefaultScope, Registry
 
 from ..walk import walk
 from .config_check import RUNNER_KEYS, Arguments, did_you_mean, find_class
-from .errors import CommandError, warn
+from .errors import CommandError, one_line, warn
 
 # In a config or in Python.
 _DICT = re.compile(r"""\s*(\[?\s*dict\(|\{\s*(['"].*:.*)?\}\s*$)""", re.DOTALL)
@@ -142,7 +142,7 @@ def merge_options(cfg: Config, options: Dict[str, Any]) -> None:
     try:
         cfg.merge_from_dict(merged)
     except (KeyError, TypeError, AttributeError) as error:
-        raise CommandError(f'--cfg-options: {error.args[0]}') from error
+        raise CommandError(f'--cfg-options: {one_line(error)}') from error
     for key in options:
         _check_added(before, cfg, key)
 

@@ -15,7 +15,7 @@ from mmengine.utils import is_seq_of
 from ..walk import type_name, walk
 from .coco_check import CocoFile, check_coco, check_evaluated
 from .config_check import HOSTS, did_you_mean, find_class
-from .errors import CommandError, warn
+from .errors import CommandError, one_line, warn
 from .folder_check import (
     Folders,
     Numbered,
@@ -67,7 +67,7 @@ class Data:
         try:
             return DATASETS.build({**self.node, 'pipeline': [], 'lazy_init': True})
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CommandError(f'{self.path}: {self.kind.__name__}: {error}') from error
+            raise CommandError(f'{self.path}: {self.kind.__name__}: {one_line(error)}') from error
 
     @cached_property
     def folders(self) -> Optional[Folders]:

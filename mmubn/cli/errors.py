@@ -20,6 +20,12 @@ def listed(names: Sequence[str], most: int = 6) -> str:
     return text + (f' and {len(names) - most} more' if len(names) > most else '') or 'none'
 
 
+def one_line(error: BaseException) -> str:
+    """What an exception says, in one line and without the quotes of a KeyError."""
+    said = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return ' '.join(str(said).split())
+
+
 def warn(text: str) -> None:
     """Prints ``warning: ...`` on stderr; of several processes the first one speaks."""
     if _is_first_process():

@@ -12,7 +12,7 @@ from torch import nn
 from ..condensation import CondensationRecorder
 from ..hooks import CondensationHook
 from .config_check import find_class, hook_nodes
-from .errors import CommandError
+from .errors import CommandError, one_line
 
 _OTHERS = (CheckpointHook, LoggerHook)  # every config has them, and they only keep their arguments
 
@@ -51,5 +51,4 @@ def check_hooks(cfg: Config, model: nn.Module) -> None:
             reason = f'is no regular expression: {error}'
             raise CommandError(f'{path}: layers={node["layers"]!r} {reason}') from error
         except (AssertionError, KeyError, TypeError, ValueError) as error:
-            reason = ' '.join(str(error.args[0] if error.args else error).split())
-            raise CommandError(f'{path}: {reason}') from error
+            raise CommandError(f'{path}: {one_line(error)}') from error

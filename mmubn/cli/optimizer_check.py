@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .config_check import HOSTS, find_class
-from .errors import CommandError
+from .errors import CommandError, one_line
 
 
 def check_optimizer(cfg: Config, model: nn.Module) -> None:
@@ -63,5 +63,4 @@ def _build(path: str, kind: type, registry: Any, node: dict, given: dict) -> Any
     try:
         return registry.build(dict(node), default_args=given)
     except (AssertionError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        reason = ' '.join(str(error).split())
-        raise CommandError(f'{path}: {kind.__name__}: {reason}') from error
+        raise CommandError(f'{path}: {kind.__name__}: {one_line(error)}') from error

@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 from .cfg_options import OptionAction, merge_options
 from .config_check import check_config
 from .data_root import evaluate_on_train, set_data_root
-from .errors import CommandError
+from .errors import CommandError, one_line
 
 
 def make_parser(description: str, starts_runner: bool = True) -> argparse.ArgumentParser:
@@ -146,8 +146,7 @@ def read_config(file: Union[str, Path]) -> Config:
     except Exception as error:  # a config is Python, which may raise anything
         # Of custom_imports mmengine gives a page of paths; the cause names the module.
         cause = (isinstance(error, ImportError) and error.__cause__) or error
-        reason = cause.args[0] if isinstance(cause, KeyError) and cause.args else cause
-        reason = ' '.join(str(reason).split()) or 'no reason is given'
+        reason = one_line(cause) or 'no reason is given'
         raise CommandError(f'config {file}: {type(error).__name__}: {reason}') from error
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from .checkpoint_check import build_model, check_pretrained, check_start, check_weights
 from .class_check import check_classes
 from .data_check import check_data
-from .errors import CommandError, warn
+from .errors import CommandError, one_line, warn
 from .hook_check import check_hooks
 from .metric_check import check_metrics
 from .norm_check import check_norms
@@ -64,8 +64,7 @@ def preflight(cfg: Config, work: str) -> None:
         except CommandError:
             raise
         except Exception as error:
-            reason = ' '.join(str(error).split())
             warn(
                 f'the check {check.__name__.lstrip("_")} cannot judge this config, and is left out '
-                f'({type(error).__name__}: {reason})'
+                f'({type(error).__name__}: {one_line(error)})'
             )

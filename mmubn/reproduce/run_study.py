@@ -15,7 +15,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 from mmengine.registry import DefaultScope
 
 from ..cli.data_root import set_data_root
-from ..cli.errors import CommandError
+from ..cli.errors import CommandError, one_line
 from ..cli.options import read_config
 from ..markdown import table
 from .logs import read_run
@@ -157,8 +157,7 @@ def training_images(config: Path, data: Path) -> int:
         with DefaultScope.overwrite_default_scope('mmpretrain'):
             return len(DATASETS.build(dataset).load_data_list())
     except Exception as error:  # the datasets raise anything for data that is not there
-        reason = ' '.join(str(error).split())
-        raise CommandError(f'--data-root: {data}: {reason}') from error
+        raise CommandError(f'--data-root: {data}: {one_line(error)}') from error
 
 
 def _jobs(
