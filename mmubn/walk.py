@@ -28,6 +28,17 @@ def walk(node: Any, path: str) -> Iterator[Tuple[str, dict]]:
         yield from walk(value, f'{path}.{key}')
 
 
+def each(node: Any, path: str) -> Iterator[Tuple[str, Any]]:
+    """Yields what stands where a config may have one of something or a list of them, with its path.
+
+    Nothing of None and of an empty dict.
+    """
+    if isinstance(node, (list, tuple)):
+        yield from ((f'{path}.{index}', child) for index, child in enumerate(node))
+    elif node is not None and node != {}:
+        yield path, node
+
+
 def type_name(node: dict) -> str:
     """What a dict of a config is to become: the name of its ``type``, without a scope.
 

@@ -37,6 +37,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.utils.data import DataLoader
 
 from .. import registration
+from ..walk import each, type_name
 from .errors import CommandError, warn
 
 # What else the tools and mmengine read from the top of a config.
@@ -160,7 +161,7 @@ def _parts(cfg: Config, splits: Collection[str]) -> Iterator[Part]:
         evaluator = cfg.get(key)
         if isinstance(evaluator, dict) and 'type' not in evaluator and 'metrics' in evaluator:
             evaluator, key = evaluator['metrics'], f'{key}.metrics'
-        for path, node in _items(evaluator, key):
+        for path, node in each(evaluator, key):
             if not isinstance(node, dict) or 'metrics' not in node:  # an Evaluator by its type
                 yield Part(path, node, roots.METRICS)
         key = f'{split}_cfg'
@@ -182,7 +183,7 @@ def _parts(cfg: Config, splits: Collection[str]) -> Iterator[Part]:
         yield Part('visualizer', cfg.visualizer, roots.VISUALIZERS, Visualizer, given=('name',))
         backends = cfg.visualizer.get('vis_backends')
         _check_kind('visualizer.vis_backends', backends, [list])
-        for path, node in _items(backends, 'visualizer.vis_backends'):
+        for path, node in each(backends, 'visualizer.vis_backends'):
             yield Part(path, node, roots.VISBACKENDS, given=('save_dir',))
     if cfg.get('log_processor') is not None:
         yield Part('log_processor', cfg.log_processor, roots.LOG_PROCESSORS, LogProcessor)
@@ -197,7 +198,7 @@ def hook_nodes(cfg: Config) -> Iterator[Tuple[str, Any]]:
     for name, node in (cfg.get('default_hooks') or {}).items():
         if node is not None:
             yield f'default_hooks.{name}', node
-    yield from _items(cfg.get('custom_hooks'), 'custom_hooks')
+    yield from each(cfg.get('custom_hooks'), 'custom_hooks')
 
 
 def _env_cfg(cudnn_benchmark=False, mp_cfg=None, dist_cfg=None, resource_limit=4096) -> None:
@@ -225,26 +226,26 @@ def _dataset_parts(node: Any, path: str) -> Iterator[Part]:
     if 'dataset' in node:
         yield from _dataset_parts(node['dataset'], f'{path}.dataset')
     _check_kind(f'{path}.datasets', node.get('datasets'), [list])
-    for child, dataset in _items(node.get('datasets'), f'{path}.datasets'):
+    for child, dataset in each(node.get('datasets'), f'{path}.datasets'):
         yield from _dataset_parts(dataset, child)
     yield from _transform_parts(node.get('pipeline'), f'{path}.pipeline')
 
 
 def _transform_parts(pipeline: Any, path: str) -> Iterator[Part]:
     _check_kind(path, pipeline, [list])
-    for child, node in _items(pipeline, path):
+    for child, node in each(pipeline, path):
         if isinstance(node, (list, tuple)):  # RandomChoice picks one of several pipelines
             yield from _transform_parts(node, child)
             continue
         yield Part(child, node, roots.TRANSFORMS)
-        nested = node.get('transforms') if isinstance(node, dict) else None
-        if isinstance(nested, (list, tuple)) and _own(node):
-            yield from _transform_parts(nested, f'{child}.transforms')
+        # Under the same key others have what is not registered, such as Albu.
+        if isinstance(node, dict) and type_name(node) in _OF_TRANSFORMS:
+            nested = node.get('transforms')
+            if isinstance(nested, (list, tuple)):
+                yield from _transform_parts(nested, f'{child}.transforms')
 
 
-def _own(transform: dict) -> bool:
-    # Albu's and torchvision's transforms stand under the same key.
-    return transform.get('type') in ('RandomApply', 'RandomChoice', 'Compose', 'TestTimeAug')
+_OF_TRANSFORMS = ('RandomApply', 'RandomChoice', 'Compose', 'TestTimeAug')
 
 
 def _optimizer_parts(cfg: Config) -> Iterator[Part]:
@@ -257,19 +258,18 @@ def _optimizer_parts(cfg: Config) -> Iterator[Part]:
     if wrapper.get('optimizer') is not None:
         path = 'optim_wrapper.optimizer'
         yield Part(path, wrapper['optimizer'], roots.OPTIMIZERS, given=('params',))
-    if isinstance(cfg.get('param_scheduler'), (dict, list, tuple)):
-        schedulers = cfg.param_scheduler
-        if not isinstance(schedulers, dict) or 'type' in schedulers or not schedulers:
-            given = ('optimizer', 'convert_to_iter_based')
-            for path, node in _items(schedulers, 'param_scheduler'):
-                yield Part(path, node, roots.PARAM_SCHEDULERS, given=given)
+    schedulers = cfg.get('param_scheduler')
+    if not isinstance(schedulers, dict) or 'type' in schedulers:  # else those of several optimizers
+        given = ('optimizer', 'convert_to_iter_based')
+        for path, node in each(schedulers, 'param_scheduler'):
+            yield Part(path, node, roots.PARAM_SCHEDULERS, given=given)
 
 
 def _wrapper_parts(wrapper: dict) -> Iterator[Part]:
-    path = 'optim_wrapper.paramwise_cfg'
-    own = wrapper.get('constructor', _CONSTRUCTOR) != _CONSTRUCTOR  # it may read other keys
-    if wrapper.get('paramwise_cfg') is not None and not own:
-        yield Part(path, wrapper.paramwise_cfg, None, _paramwise_cfg, strict=False)
+    path, settings = 'optim_wrapper.paramwise_cfg', wrapper.get('paramwise_cfg')
+    # Another constructor may read other keys.
+    if settings is not None and wrapper.get('constructor', _CONSTRUCTOR) == _CONSTRUCTOR:
+        yield Part(path, settings, None, _paramwise_cfg, strict=False)
     path, clip = 'optim_wrapper.clip_grad', wrapper.get('clip_grad')
     if clip is not None:
         _check_kind(path, clip, [dict])
@@ -294,14 +294,6 @@ def _paramwise_cfg(
     bypass_duplicate=False,
 ) -> None:
     """What mmengine's DefaultOptimWrapperConstructor reads of it."""
-
-
-def _items(node: Any, path: str) -> Iterator[Tuple[str, Any]]:
-    """One of something, or a list of them."""
-    if isinstance(node, (list, tuple)):
-        yield from ((f'{path}.{index}', child) for index, child in enumerate(node))
-    elif node is not None and node != {}:
-        yield path, node
 
 
 def _check_part(part: Part) -> None:

@@ -7,6 +7,7 @@ from mmengine.config import Config
 from mmengine.registry import METRICS
 from torch import nn
 
+from ..walk import each
 from .config_check import did_you_mean, find_class, hook_nodes
 from .errors import CommandError, listed
 
@@ -52,8 +53,7 @@ def check_metrics(cfg: Config, model: nn.Module) -> None:
 
 def _reported(cfg: Config) -> Iterator[Optional[Reported]]:
     """Of each evaluator; None of one that cannot be seen through."""
-    evaluators = cfg.get('val_evaluator') or []
-    for node in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
+    for _, node in each(cfg.get('val_evaluator'), 'val_evaluator'):
         kind = find_class(node, METRICS) if isinstance(node, dict) else None
         prefix = inspect.isclass(kind) and (node.get('prefix') or kind.default_prefix)
         names = _NAMES.get(getattr(kind, '__name__', ''), lambda **_: None)

@@ -9,6 +9,7 @@ from mmengine.registry import OPTIMIZERS, PARAM_SCHEDULERS
 from torch import nn
 from torch.optim import Optimizer
 
+from ..walk import each
 from .config_check import HOSTS, find_class
 from .errors import CommandError, one_line
 
@@ -38,12 +39,8 @@ def check_optimizer(cfg: Config, model: nn.Module) -> None:
     optimizer = _build(
         'optim_wrapper.optimizer', kind, OPTIMIZERS, settings, dict(params=[parameter])
     )
-    schedulers = cfg.get('param_scheduler') or ()
-    if isinstance(schedulers, (list, tuple)):
-        for number, node in enumerate(schedulers):
-            _check_scheduler(f'param_scheduler.{number}', node, cfg, optimizer)
-    elif 'type' in schedulers:  # else those of several optimizers
-        _check_scheduler('param_scheduler', schedulers, cfg, optimizer)
+    for path, node in each(cfg.get('param_scheduler'), 'param_scheduler'):
+        _check_scheduler(path, node, cfg, optimizer)
 
 
 def _check_scheduler(path: str, node: Any, cfg: Config, optimizer: Optimizer) -> None:

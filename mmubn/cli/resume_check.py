@@ -11,7 +11,7 @@ from mmengine.dist import get_world_size
 from mmengine.optim import build_optim_wrapper
 from torch import nn
 
-from ..walk import type_name
+from ..walk import each, type_name
 from .cfg_options import option
 from .errors import CommandError, warn
 
@@ -136,14 +136,12 @@ def _saved_type(checkpoint: dict) -> str:
 
 
 def _schedule_differences(cfg: Config, checkpoint: dict) -> List[str]:
-    schedulers, saved = cfg.get('param_scheduler') or [], checkpoint.get('param_schedulers') or []
-    single = isinstance(schedulers, dict)
-    schedulers = [schedulers] if single else schedulers
+    schedulers = list(each(cfg.get('param_scheduler'), 'param_scheduler'))
+    saved = checkpoint.get('param_schedulers') or []
     if not isinstance(saved, list) or len(schedulers) != len(saved):
         return [f'param_scheduler has {len(saved)} parts there, {len(schedulers)} in the config']
     differences = []
-    for number, (scheduler, state) in enumerate(zip(schedulers, saved)):
-        path = 'param_scheduler' if single else f'param_scheduler.{number}'
+    for (path, scheduler), state in zip(schedulers, saved):
         for name, value in scheduler.items():
             # Epochs that mmengine turned into iterations cannot be compared.
             if name not in state or scheduler.get('convert_to_iter_based'):

@@ -21,6 +21,7 @@ from ..cli.errors import CommandError, warn
 from ..cli.options import read_config
 from ..paths import ROOT
 from ..runs import checkpoints, replace_text
+from ..walk import each, type_name
 from .logs import EPOCH_LOSS, METRICS, SETTINGS, read_run
 from .rows import BATCH_NORMS, Row
 
@@ -113,17 +114,9 @@ def scaled_schedule(cfg: Config, epochs: int) -> Dict[str, Any]:
         return max(1, round(value * ratio)) if value else value
 
     options: Dict[str, Any] = {'train_cfg.max_epochs': epochs}
-    schedulers = cfg.get('param_scheduler') or []
-    if isinstance(schedulers, dict):
-        named = [('param_scheduler', schedulers)]
-    else:
-        named = [(f'param_scheduler.{i}', item) for i, item in enumerate(schedulers)]
-    for name, scheduler in named:
-        kind = str(getattr(scheduler['type'], '__name__', scheduler['type']))
-        if (
-            ratio != 1
-            and re.sub(r'^.*\.|(LR|Momentum|ParamScheduler)$', '', kind) not in SCHEDULERS
-        ):
+    for name, scheduler in each(cfg.get('param_scheduler'), 'param_scheduler'):
+        kind = type_name(scheduler)
+        if ratio != 1 and re.sub('(LR|Momentum|ParamScheduler)$', '', kind) not in SCHEDULERS:
             raise CommandError(
                 f'{name}.type: how to shorten {kind} is not known; train the whole length, '
                 f'{cfg.train_cfg.max_epochs} epochs, or give a config without it by --config'
@@ -297,7 +290,7 @@ def _log_options(cfg: Config) -> Dict[str, Any]:
 
 def _condensation_options(cfg: Config, norm: str, wanted: bool) -> Dict[str, Any]:
     hooks = cfg.get('custom_hooks') or []
-    others = [dict(hook) for hook in hooks if hook.get('type') != 'CondensationHook']
+    others = [dict(hook) for hook in hooks if type_name(hook) != 'CondensationHook']
     wanted = wanted and norm in BATCH_NORMS  # the hook refuses a network without any
     if wanted and len(others) == len(hooks):
         return {'default_hooks.condensation.type': 'CondensationHook'}
