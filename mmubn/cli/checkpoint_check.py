@@ -1,12 +1,10 @@
 """Checks that the checkpoints can be read, and fit the model."""
 
-import contextlib
 import copy
-import logging
 import os
 import re
 import traceback
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 from mmengine.config import Config
@@ -21,7 +19,7 @@ from .class_check import dataset_classes
 from .config_check import find_class
 from .errors import CommandError
 from .folder_check import first_shift
-from .resume_check import check_resumed
+from .resume_check import check_resumed, no_log
 
 # Keys of the state dict by the way in which they do not fit.
 Differences = Dict[str, List[str]]
@@ -321,7 +319,7 @@ def check_fit(key: str, source: str, checkpoint: dict, cfg: Config, model: nn.Mo
 def _differences(module: nn.Module, weights: Dict[str, Tensor]) -> Differences:
     """Loads the weights, which lets the layers complete them."""
     sizes: List[str] = []
-    with _silent_layers():
+    with no_log():
         try:
             missing, unknown = module.load_state_dict(weights, strict=False)
         except RuntimeError:  # another shape is refused even so
@@ -336,18 +334,6 @@ def _differences(module: nn.Module, weights: Dict[str, Tensor]) -> Differences:
         'unknown to the model': unknown,
         'missing': [key for key in missing if key not in sizes],
     }
-
-
-@contextlib.contextmanager
-def _silent_layers() -> Iterator[None]:
-    # What they say of BatchNorm checkpoints belongs to the load that counts.
-    logger = logging.getLogger('mmubn')
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _norm_differences(module: nn.Module, weights: Dict[str, Tensor]) -> Differences:

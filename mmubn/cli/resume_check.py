@@ -102,7 +102,7 @@ def _groups(cfg: Config, model: nn.Module) -> List[Dict[str, Any]]:
     """The parameter groups that the config gives, with the learning rate as mmengine scales it."""
     wanted = ('optimizer', 'constructor', 'paramwise_cfg')  # nothing that needs a GPU
     settings = {key: value for key, value in cfg.optim_wrapper.items() if key in wanted}
-    with _no_log():  # mmengine tells the settings of every parameter
+    with no_log():  # mmengine tells the settings of every parameter
         wrapper = build_optim_wrapper(model, copy.deepcopy(settings))
     groups = wrapper.optimizer.param_groups
     scaling = cfg.get('auto_scale_lr') or {}
@@ -114,7 +114,8 @@ def _groups(cfg: Config, model: nn.Module) -> List[Dict[str, Any]]:
 
 
 @contextmanager
-def _no_log() -> Iterator[None]:
+def no_log() -> Iterator[None]:
+    """In which nobody logs, up to warnings: what a check builds or loads, Runner will again."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
