@@ -1,7 +1,7 @@
 """Checks that every norm layer a config asks for can be built."""
 
 import difflib
-from typing import Iterator, Tuple, Union
+from typing import Iterator, Tuple
 
 from mmcv.cnn import build_norm_layer
 from mmengine.config import Config
@@ -11,6 +11,7 @@ from torch import nn
 from .. import layers
 from ..layers import SYNCHRONISED
 from ..walk import walk
+from .config_check import find_class
 from .errors import CommandError
 
 
@@ -28,9 +29,10 @@ def check_norms(cfg: Config) -> None:
         if layer and node and 'type' not in node:
             raise CommandError(f"{path}: type is left out; write dict(type='UBN', ...)")
     for path, norm in norm_cfgs(cfg):
-        layer = layer_class(norm)
+        layer = find_class(norm, MODELS)
         if layer is None:
-            raise CommandError(_unknown_type_message(path, norm['type']))
+            kind = norm['type']
+            raise CommandError(f"{path}: no norm layer is registered as '{kind}'; {_hint(kind)}")
         if layer is nn.GroupNorm and 'num_groups' not in norm:
             raise CommandError(f'{path}: num_groups is left out; {norm["type"]} needs it')
         try:
@@ -44,19 +46,6 @@ def norm_cfgs(cfg: Config) -> Iterator[Tuple[str, dict]]:
     for path, node in walk(cfg.model, 'model'):
         if path.endswith('norm_cfg') and 'type' in node:
             yield path, node
-
-
-def layer_class(norm: dict) -> Union[type, None]:
-    """What the registry builds for a ``norm_cfg``; None where it knows no such type."""
-    kind = norm['type']
-    if not isinstance(kind, str):
-        return kind
-    with MODELS.switch_scope_and_registry(None) as registry:  # as build_norm_layer looks
-        return registry.get(kind)
-
-
-def _unknown_type_message(path: str, kind: str) -> str:
-    return f"{path}: no norm layer is registered as '{kind}'; {_hint(kind)}"
 
 
 def _hint(kind: str) -> str:

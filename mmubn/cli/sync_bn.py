@@ -1,13 +1,15 @@
 """Gives ``sync_bn`` of a config its meaning for UBN."""
 
 from mmengine.config import Config
+from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import SYNCHRONISED
 from ..layers.base import RectifiedBatchNorm
+from .config_check import find_class
 from .errors import CommandError
-from .norm_check import layer_class, norm_cfgs
+from .norm_check import norm_cfgs
 
 _BATCH_NORMS = dict(torch='SyncBN', mmcv='MMSyncBN')
 
@@ -26,7 +28,7 @@ def replace_sync_bn(cfg: Config) -> None:
         CommandError: A layer that has no synchronised version, or an unknown ``sync_bn``.
     """
     kind = cfg.get('sync_bn')
-    norms = [(path, norm, layer_class(norm)) for path, norm in norm_cfgs(cfg)]
+    norms = [(path, norm, find_class(norm, MODELS)) for path, norm in norm_cfgs(cfg)]
     norms = [entry for entry in norms if isinstance(entry[2], type)]
     if kind is None or not any(issubclass(layer, RectifiedBatchNorm) for *_, layer in norms):
         return
