@@ -26,6 +26,7 @@ from .folder_check import (
     lines_of,
     read_folders,
     read_labels,
+    skips_foreign,
 )
 
 _REMEDY = '--data-root DIR points every dataset and evaluator at another folder'
@@ -153,8 +154,7 @@ def is_coco(kind: type) -> bool:
 
 def is_custom(kind: type) -> bool:
     """Whether mmpretrain reads it from class folders or a list of files and labels."""
-    cached = any(base.__name__ == 'CachedImageFolder' for base in kind.__mro__)
-    return cached or _loads_as(kind, 'CustomDataset')
+    return skips_foreign(kind) or _loads_as(kind, 'CustomDataset')
 
 
 def _loads_as(kind: type, name: str) -> bool:

@@ -52,7 +52,7 @@ def read_folders(path: str, node: dict, dataset: Any) -> Optional[Folders]:
     for name in os.listdir(root):
         _check_link(path, osp.join(root, name))
     foreign = foreign_folders(root)
-    if foreign and not _skips_foreign(dataset):
+    if foreign and not skips_foreign(type(dataset)):
         raise CommandError(
             f'{path}: {node["type"]} takes the folder {osp.join(root, foreign[0])} for a class, '
             'and numbers all later classes wrongly; delete it'
@@ -66,8 +66,9 @@ def read_folders(path: str, node: dict, dataset: Any) -> Optional[Folders]:
     return Folders(path, root, names)
 
 
-def _skips_foreign(dataset: Any) -> bool:
-    return any(base.__name__ == 'CachedImageFolder' for base in type(dataset).__mro__)
+def skips_foreign(kind: type) -> bool:
+    """Whether it is CachedImageFolder, which is not imported for this: mmpretrain would be too."""
+    return any(base.__name__ == 'CachedImageFolder' for base in kind.__mro__)
 
 
 def _check_named(path: str, root: str, names: List[str], classes: List[str]) -> None:
@@ -135,9 +136,10 @@ def check_images(folders: Folders, dataset: Any) -> int:
     number, suffixes = 0, tuple(sorted(dataset.extensions))
     readable = f'the suffixes that are read are {", ".join(suffixes)}'
     unread, example = 0, ''
+    skips = skips_foreign(type(dataset))
     for name in folders.names:
         place, before, others = osp.join(folders.root, name), number, []
-        for file, foreign in _files(folders.path, place, _skips_foreign(dataset)):
+        for file, foreign in _files(folders.path, place, skips):
             if not file.lower().endswith(suffixes):
                 _check_link(folders.path, file)
                 others += [] if foreign else [file]
@@ -173,7 +175,7 @@ def check_images(folders: Folders, dataset: Any) -> int:
             f'{folders.path}: {unread} files in the class folders of {folders.root} are not read, '
             f'such as {example}; {readable}: set {folders.path}.extensions where others are images'
         )
-    if _skips_foreign(dataset):
+    if skips:
         _tell_skipped(folders, suffixes)
     return number
 
@@ -195,13 +197,13 @@ def _tell_skipped(folders: Folders, suffixes: Tuple[str, ...]) -> None:
 
 def _holds_images(folder: str, suffixes: Tuple[str, ...]) -> bool:
     try:
-        files = _files('', folder, skips_foreign=True)
+        files = _files('', folder, skip_foreign=True)
         return any(file.lower().endswith(suffixes) for file, _ in files)
     except CommandError:  # what is skipped may have links of any kind
         return False
 
 
-def _files(path: str, folder: str, skips_foreign: bool) -> Iterator[Tuple[str, bool]]:
+def _files(path: str, folder: str, skip_foreign: bool) -> Iterator[Tuple[str, bool]]:
     """The files that are not hidden, and whether they lie in a folder that a program made.
 
     Raises:
@@ -221,7 +223,7 @@ def _files(path: str, folder: str, skips_foreign: bool) -> Iterator[Tuple[str, b
         if real in before:
             _refuse_link(path, place)
         above[place] = (*before, real)
-        if skips_foreign:
+        if skip_foreign:
             inner[:] = [name for name in inner if not is_foreign(name)]
         # Told once for each folder: there may be millions of files.
         foreign = place != folder and any(map(is_foreign, osp.relpath(place, folder).split(os.sep)))
