@@ -77,11 +77,11 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         action='store_true',
         help='train without CondensationHook: a little faster, no condensation curves',
     )
-    for name in ('--data-root', '--cfg-options'):
-        nargs = '+' if name == '--cfg-options' else None
-        run.add_argument(name, nargs=nargs, help='as of train.py, for every run')
+    as_there = dict(help='as of train.py, for every run')
+    run.add_argument('--data-root', **as_there)
+    run.add_argument('--cfg-options', nargs='+', action='extend', default=[], **as_there)
     for name in ('--amp', '--auto-scale-lr', '--eval-on-train'):
-        run.add_argument(name, action='store_true', help='as of train.py, for every run')
+        run.add_argument(name, action='store_true', **as_there)
     commands.add_parser(
         'report', parents=[shared, outputs], help='tables and pictures of the finished runs'
     )

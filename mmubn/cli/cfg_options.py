@@ -4,7 +4,7 @@ import argparse
 import ast
 import re
 import shlex
-from typing import Any, Collection, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Collection, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from mmengine import registry as roots
 from mmengine.config import Config, DictAction
@@ -36,38 +36,41 @@ class OptionAction(DictAction):
         """Adds the values to those given before."""
         options = dict(getattr(namespace, self.dest, None) or {})
         for text in values:
-            key, equals, value = text.partition('=')
-            if not equals or not key.strip():
-                raise CommandError(
-                    f'--cfg-options: {text!r} is not KEY=VALUE; put quotes around a value with '
-                    f"spaces, as in 'KEY=a b'"
-                )
-            _check_brackets(key, value)
-            _check_dict(key.strip(), value)
-            options[key.strip()] = parse_value(value)
+            key, value = split_option(text)
+            options[key] = parse_value(value)
         setattr(namespace, self.dest, options)
+
+
+def split_option(text: str) -> Tuple[str, str]:
+    """The key and the value of ``KEY=VALUE``.
+
+    Raises:
+        CommandError: The text is something else, or the value would not arrive as it is meant.
+    """
+    key, equals, value = text.partition('=')
+    key = key.strip()
+    if not equals or not key:
+        raise CommandError(
+            f'--cfg-options: {text!r} is not KEY=VALUE; put quotes around a value with '
+            f"spaces, as in 'KEY=a b'"
+        )
+    if _half_open(value):
+        raise CommandError(
+            f'--cfg-options {key}: {value} has a bracket without its other half; text with '
+            f"""brackets is written in quotes, as '{key}="{value}"'"""
+        )
+    if _DICT.match(value):
+        raise CommandError(
+            f'--cfg-options {key}: {value} is a dict, which would arrive as text; set its keys, as '
+            f"{key}.NAME=VALUE, or write a list of dicts as \"{key}=[{{'type': 'NAME'}}]\""
+        )
+    return key, value
 
 
 def _half_open(text: str) -> bool:
     """Whether it begins as a list does, and has a bracket without its other half."""
     text = text.strip()
     return text[:1] in ('[', '(') and any(text.count(a) != text.count(b) for a, b in ('[]', '()'))
-
-
-def _check_brackets(key: str, text: str) -> None:
-    if _half_open(text):
-        raise CommandError(
-            f'--cfg-options {key}: {text} has a bracket without its other half; text with brackets '
-            f"""is written in quotes, as '{key}="{text}"'"""
-        )
-
-
-def _check_dict(key: str, text: str) -> None:
-    if _DICT.match(text):
-        raise CommandError(
-            f'--cfg-options {key}: {text} is a dict, which would arrive as text; set its keys, as '
-            f"{key}.NAME=VALUE, or write a list of dicts as \"{key}=[{{'type': 'NAME'}}]\""
-        )
 
 
 def parse_value(text: str) -> Any:

@@ -9,6 +9,7 @@ from typing import Dict, List, Optional
 from mmengine.config import Config
 from torch import nn
 
+from ..cli.cfg_options import split_option
 from ..cli.errors import CommandError
 from ..cli.optimizer_check import check_optimizer
 from ..cli.options import load_config, make_parser
@@ -21,14 +22,14 @@ from .plot import draw
 from .report import Line, write_tables
 from .rows import Row
 from .run import (
-    Setting,
+    Options,
     as_arguments,
     make_jobs,
     make_setting,
     run_jobs,
     work_dirs,
 )
-from .run_study import Options, run_study, write_tuning
+from .run_study import run_study, write_tuning
 from .study import LEARNING_RATE, Study
 
 
@@ -60,7 +61,7 @@ def find_lines(args: argparse.Namespace) -> Dict[str, List[Line]]:
     for row in _rows(args):
         setting = make_setting(row, args.config)
         root = work_root(args, row.experiment)
-        runs = {int(d.name[4:]): read_run(d) for d in work_dirs(root, setting)}
+        runs = {seed: read_run(folder) for seed, folder in work_dirs(root, setting).items()}
         found.setdefault(row.experiment, []).append(Line(row, setting, runs))
     return found
 
@@ -103,9 +104,6 @@ def run_rows(args: argparse.Namespace) -> None:
     root = work_root(args, rows[0].experiment)
     check_folder('--work-dir', root)
     _report_folder(args, root)
-    for option in args.cfg_options or []:
-        if '=' not in option:
-            raise CommandError(f'--cfg-options {option}: must be KEY=VALUE')
     if args.config is not None:
         detects = _sound_config(args.config).get('default_scope') == 'mmdet'
         for row in rows:
@@ -130,20 +128,23 @@ def run_rows(args: argparse.Namespace) -> None:
                 '--eval-on-train: a study tunes on its validation split and compares on its test '
                 'split; leave it out'
             )
-        options = Options(
-            root=root,
-            data_root=args.data_root,
-            seeds=args.seeds or study.seeds,
-            budget=args.budget or 1,
-            options=args.cfg_options or [],
-            flags=flags,
-            condensation=not args.no_condensation,
-            parallel=args.jobs,
-            gpus=args.gpus,
-        )
-        jobs, failed = run_study(study, rows, EXPERIMENTS[rows[0].experiment].rows, options)
+    told = Options(
+        seeds=args.seeds or (3 if study is None else study.seeds),
+        budget=args.budget or 1,
+        epochs=args.epochs,
+        user_options=args.cfg_options,
+        flags=flags,
+        data_root=args.data_root,
+        gpus=args.gpus,
+        condensation=not args.no_condensation,
+    )
+    if study is not None:
+        every_row = EXPERIMENTS[rows[0].experiment].rows
+        jobs, failed = run_study(study, rows, every_row, root, told, args.jobs)
     else:
-        jobs, failed = _run_plain(rows, root, args, flags)
+        settings = (make_setting(row, args.config) for row in rows)
+        jobs = make_jobs(list({s.name: s for s in settings}.values()), root, told)
+        failed = run_jobs(jobs, args.jobs)
     if failed:
         print(f'{len(failed)} of {len(jobs)} runs failed:', *failed, sep='\n  ', file=sys.stderr)
     lines = find_lines(args)
@@ -174,9 +175,9 @@ def _check_learning_rates(args: argparse.Namespace, rows: List[Row]) -> None:
         return
     sets = f'{(own or rows)[0].experiment} sets the learning rate itself'
     scaled = ['--auto-scale-lr'] if args.auto_scale_lr else []
-    for option in args.cfg_options or []:
-        key, _, value = option.partition('=')
-        if key.strip() == 'auto_scale_lr.enable' and value.strip().lower() != 'false':
+    for option in args.cfg_options:
+        key, value = split_option(option)
+        if key == 'auto_scale_lr.enable' and value.strip().lower() != 'false':
             scaled.append('--cfg-options auto_scale_lr.enable')
     if scaled:
         raise CommandError(f'{scaled[0]}: {sets}, which would be scaled once more; leave it out')
@@ -188,27 +189,6 @@ def _check_learning_rates(args: argparse.Namespace, rows: List[Row]) -> None:
     for row in own:
         if args.config and args.config.resolve() != (ROOT / 'configs' / row.network).resolve():
             raise CommandError(f'--config: {sets}, for {Path(row.network).name}; leave it out')
-
-
-def _run_plain(rows: List[Row], root: Path, args: argparse.Namespace, flags: List[str]) -> tuple:
-    """Trains rows as their configs say; the jobs, and what failed."""
-    settings: Dict[str, Setting] = {}
-    for row in rows:
-        setting = make_setting(row, args.config)
-        settings[setting.name] = setting
-    jobs = make_jobs(
-        list(settings.values()),
-        root,
-        args.seeds or 3,
-        args.budget,
-        args.epochs,
-        args.cfg_options or [],
-        flags,
-        args.data_root,
-        args.gpus,
-        condensation=not args.no_condensation,
-    )
-    return jobs, run_jobs(jobs, args.jobs)
 
 
 def report(args: argparse.Namespace) -> None:

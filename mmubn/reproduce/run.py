@@ -10,13 +10,14 @@ import time
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Collection, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Collection, Dict, List, Optional, Sequence
 
 import torch
 from mmengine.config import Config
 from tqdm import tqdm
 
 from ..benchmark.rows import describe_run
+from ..cli.cfg_options import split_option
 from ..cli.errors import CommandError, warn
 from ..cli.options import read_config
 from ..paths import ROOT
@@ -118,8 +119,9 @@ def scaled_schedule(cfg: Config, epochs: int) -> Dict[str, Any]:
         kind = type_name(scheduler)
         if ratio != 1 and re.sub('(LR|Momentum|ParamScheduler)$', '', kind) not in SCHEDULERS:
             raise CommandError(
-                f'{name}.type: how to shorten {kind} is not known; train the whole length, '
-                f'{cfg.train_cfg.max_epochs} epochs, or give a config without it by --config'
+                f'{name}.type: how to shorten {scheduler.get("type")} is not known; train the '
+                f'whole length, {cfg.train_cfg.max_epochs} epochs, or give a config without it by '
+                '--config'
             )
         for key in SCALED:
             if scheduler.get(key) is not None:
@@ -151,17 +153,44 @@ def refuse_varied(
         tuned (Collection[str]): Keys that a study chooses.
 
     Raises:
-        CommandError: A key is one of those, is part of one, or has one in it.
+        CommandError: It is not ``KEY=VALUE``, or its key is one of those, is part of one, or has
+            one in it.
     """
     varied = (SEED, f'{NORM}.type', *schedule, *tuned, *setting.options)
     for option in user_options:
-        key = option.split('=')[0].strip()
+        key, _ = split_option(option)
         for own in varied:
             if f'{own}.'.startswith(f'{key}.') or f'{key}.'.startswith(f'{own}.'):
                 raise CommandError(
                     f'--cfg-options {key}: {own} is set for each run by reproduce.py; leave it '
                     'out (--seeds, --budget, --epochs and --rows choose what is trained)'
                 )
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``reproduce.py run`` was told of the trainings.
+
+    Attributes:
+        seeds (int): How many, from 0.
+        budget (float): Length by that of the config.
+        epochs (int, optional): Length, in place of that.
+        user_options (Sequence[str]): ``KEY=VALUE`` laid over all, of none of the keys that
+            the trainings differ in.
+        flags (Sequence[str]): Others of train.py, such as ``--amp``.
+        data_root (str, optional): Folder of the data.
+        gpus (int): Processes of each, through dist_train.sh; 0 for train.py.
+        condensation (bool): Whether to record it, where there is a batch norm.
+    """
+
+    seeds: int
+    budget: float
+    epochs: Optional[int]
+    user_options: Sequence[str]
+    flags: Sequence[str]
+    data_root: Optional[str]
+    gpus: int
+    condensation: bool
 
 
 @dataclass
@@ -180,32 +209,14 @@ class Job:
 
 
 def make_jobs(
-    settings: Sequence[Setting],
-    root: Path,
-    seeds: int,
-    budget: Optional[float],
-    epochs: Optional[int],
-    user_options: Sequence[str],
-    flags: Sequence[str],
-    data_root: Optional[str],
-    gpus: int,
-    condensation: bool,
-    chosen: Sequence[str] = (),
+    settings: Sequence[Setting], root: Path, told: Options, chosen: Sequence[str] = ()
 ) -> List[Job]:
     """The jobs of all settings, seed by seed, so that a broken-off series has whole pairs.
 
     Args:
         settings (Sequence[Setting]): What to train.
         root (Path): Holds ``<setting>/seed<number>``.
-        seeds (int): How many, from 0.
-        budget (float, optional): Length by that of the config; 1 without both.
-        epochs (int, optional): Length.
-        user_options (Sequence[str]): ``KEY=VALUE`` laid over all, of none of the keys that
-            the trainings differ in.
-        flags (Sequence[str]): Others of train.py, such as ``--amp``.
-        data_root (str, optional): Folder of the data.
-        gpus (int): Processes of each, through dist_train.sh; 0 for train.py.
-        condensation (bool): Whether to record it, where there is a batch norm.
+        told (Options): How.
         chosen (Sequence[str]): ``KEY=VALUE`` that a study's tuning chose.
 
     Raises:
@@ -213,15 +224,16 @@ def make_jobs(
             iterations, or cannot be shortened; an option of the user is refused; a work dir
             holds a run with other settings or on other data.
     """
-    if data_root is not None and not Path(data_root).is_dir():
-        raise CommandError(f'--data-root: {data_root} is not a folder')
+    data = Path(told.data_root) if told.data_root else None
+    if data and not data.is_dir():
+        raise CommandError(f'--data-root: {data} is not a folder')
     jobs = []
     lengths = {}
     shared = dict(
-        flags=list(flags),
-        data=Path(data_root).resolve().name if data_root else None,
-        data_root=str(Path(data_root).resolve()) if data_root else None,
-        gpus=gpus,
+        flags=list(told.flags),
+        data=data.resolve().name if data else None,
+        data_root=str(data.resolve()) if data else None,
+        gpus=told.gpus,
     )
     for setting in settings:
         cfg = read_config(setting.config)
@@ -229,22 +241,22 @@ def make_jobs(
         if total is None:
             raise CommandError(f'{setting.config}: trains by iterations, no epochs to scale')
         _check_evaluator(cfg, setting.config)
-        length = epochs or max(1, round((budget or 1) * total))
+        length = told.epochs or max(1, round(told.budget * total))
         schedule = scaled_schedule(cfg, length)
-        tuned = [option.split('=')[0] for option in chosen]
-        refuse_varied(user_options, setting, schedule, tuned)
+        tuned = [split_option(option)[0] for option in chosen]
+        refuse_varied(told.user_options, setting, schedule, tuned)
         options = {**setting.options, **schedule, **_log_options(cfg)}
         saving = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
         if saving.get('max_keep_ckpts') == 1:
             # A run that is killed before its last validation goes on from the one before.
             options.update({'default_hooks.checkpoint.max_keep_ckpts': 2})
-        options.update(_condensation_options(cfg, setting.norm, condensation))
+        options.update(_condensation_options(cfg, setting.norm, told.condensation))
         lengths[setting.name] = length, options, _digest(cfg)
-    for seed in range(seeds):
+    for seed in range(told.seeds):
         for setting in settings:
             length, options, digest = lengths[setting.name]
             folder = root / setting.name / f'seed{seed}'
-            common = [*user_options, *chosen]
+            common = [*told.user_options, *chosen]
             listed = [*as_arguments({**options, SEED: seed}), *common]
             # The reports take names from it, so that they tell no path of a machine.
             record = dict(
@@ -256,9 +268,9 @@ def make_jobs(
                 **shared,
             )
             _check_same(folder, record)
-            arguments = [str(setting.config), '--work-dir', str(folder), '--resume', *flags]
-            if data_root is not None:
-                arguments += ['--data-root', data_root]
+            arguments = [str(setting.config), '--work-dir', str(folder), '--resume', *told.flags]
+            if data:
+                arguments += ['--data-root', str(data)]
             arguments += ['--cfg-options', *listed]
             jobs.append(Job(setting, folder, arguments, record))
     return jobs
@@ -428,8 +440,8 @@ def _last_line(folder: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), 'no output')
 
 
-def work_dirs(root: Path, setting: Setting) -> Iterator[Path]:
-    """The folders of a setting's seeds, in their order."""
-    found = (root / setting.name).glob('seed*')
-    folders = [d for d in found if re.fullmatch(r'seed\d+', d.name) and d.is_dir()]
-    return iter(sorted(folders, key=lambda path: int(path.name[4:])))
+def work_dirs(root: Path, setting: Setting) -> Dict[int, Path]:
+    """The folder of each seed of a setting, in their order."""
+    folders = (path for path in (root / setting.name).glob('seed*') if path.is_dir())
+    found = ((re.fullmatch(r'seed(\d+)', path.name), path) for path in folders)
+    return dict(sorted((int(match[1]), path) for match, path in found if match))

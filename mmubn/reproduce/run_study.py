@@ -8,7 +8,7 @@ What is tuned, and how the results are read, is written in docs/evidence.md.
 
 import csv
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -22,6 +22,7 @@ from .logs import read_run
 from .rows import Row
 from .run import (
     Job,
+    Options,
     Setting,
     as_arguments,
     make_jobs,
@@ -36,23 +37,13 @@ TUNING, PRETRAINING, SCENES = 'tuning', 'pretraining', 'scenes'
 COLUMNS = ('row', 'setting', 'metric', 'value', 'chosen', 'at_edge')
 
 
-@dataclass(frozen=True)
-class Options:
-    """What ``reproduce.py run`` was told, for every stage."""
-
-    root: Path
-    data_root: Optional[str]
-    seeds: int
-    budget: float
-    options: Sequence[str]
-    flags: Sequence[str]
-    condensation: bool
-    parallel: int
-    gpus: int
-
-
 def run_study(
-    study: Study, rows: Sequence[Row], every_row: Sequence[Row], run: Options
+    study: Study,
+    rows: Sequence[Row],
+    every_row: Sequence[Row],
+    root: Path,
+    told: Options,
+    parallel: int,
 ) -> Tuple[List[Job], List[str]]:
     """Goes through the stages.
 
@@ -60,7 +51,9 @@ def run_study(
         study (Study): The study.
         rows (Sequence[Row]): What to train.
         every_row (Sequence[Row]): Of the experiment, among them the one tuned for all.
-        run (Options): Of the command line.
+        root (Path): Of all work dirs.
+        told (Options): Of the trainings of ``rows``, as far as the study does not say.
+        parallel (int): Trainings at a time.
 
     Returns:
         tuple[list[Job], list[str]]: The jobs of all stages, and a line for each that
@@ -70,19 +63,24 @@ def run_study(
         CommandError: Data is missing or too little, an option of the user is one that the
             study chooses, or a pretraining or a whole grid failed.
     """
-    if run.data_root is None:
+    if told.data_root is None:
         raise CommandError('run: a study needs --data-root')
-    given = Path(run.data_root)
+    given = Path(told.data_root)
     # Before hours of pretraining and tuning.
-    _refuse_varied(study, rows, run.options)
+    _refuse_varied(study, rows, told.user_options)
     _check_split(study, make_setting(rows[0]).config, given)
-    data = study.prepare(given, run.root / SCENES) if study.prepare else given
+    data = study.prepare(given, root / SCENES) if study.prepare else given
+    told = replace(told, data_root=str(data))
+    once = replace(told, seeds=1, condensation=False)
     jobs: List[Job] = []
     started: Dict[str, Path] = {}
     if study.pretraining:
-        jobs = _pretraining_jobs(study, rows, given / study.folder, run)
+        kinds = dict.fromkeys(row.pretrained for row in rows if row.pretrained)
+        settings = [pretraining_setting(study, kind) for kind in kinds]
+        of_backbones = replace(once, data_root=str(given / study.folder))
+        jobs = make_jobs(settings, root / PRETRAINING, of_backbones)
         print(f'pretraining {len(jobs)} backbones', flush=True)
-        failed = run_jobs(jobs, run.parallel)
+        failed = run_jobs(jobs, parallel)
         if failed:
             raise CommandError(f'the pretraining failed: {failed[0]}')
         started = {job.setting.norm: _last_checkpoint(job) for job in jobs}
@@ -90,32 +88,21 @@ def run_study(
     tuned = tuned or list(rows)
     print(f'tuning {len(tuned)} rows at {len(study.points)} points', flush=True)
     tuning = []
+    shorter = replace(once, budget=told.budget * study.tuning_budget)
     for row in tuned:
         settings = [_at(make_setting(row), point, study.validation) for point in study.points]
-        budget = run.budget * study.tuning_budget
-        tuning += _jobs(settings, row, run.root / TUNING, 1, budget, data, started, run)
-    failed = run_jobs(tuning, run.parallel)
+        tuning += _jobs(row, settings, root / TUNING, shorter, started)
+    failed = run_jobs(tuning, parallel)
     training = []
     for row in rows:
-        choice = choose(study, tuned[0] if study.tuned_for else row, run.root)
+        choice = choose(study, tuned[0] if study.tuned_for else row, root)
         if choice is None:
-            raise CommandError(f'{row.label}: no run of its grid ended; see {run.root / TUNING}')
-        training += _jobs(
-            [make_setting(row)],
-            row,
-            run.root,
-            run.seeds,
-            run.budget,
-            data,
-            started,
-            run,
-            chosen=as_arguments(choice),
-            condensation=run.condensation,
-        )
+            raise CommandError(f'{row.label}: no run of its grid ended; see {root / TUNING}')
+        training += _jobs(row, [make_setting(row)], root, told, started, as_arguments(choice))
     # Whole pairs first.
     training.sort(key=lambda job: job.settings['seed'])
-    print(f'training {len(rows)} rows, {run.seeds} seeds', flush=True)
-    failed += run_jobs(training, run.parallel)
+    print(f'training {len(rows)} rows, {told.seeds} seeds', flush=True)
+    failed += run_jobs(training, parallel)
     return [*jobs, *tuning, *training], failed
 
 
@@ -161,43 +148,22 @@ def training_images(config: Path, data: Path) -> int:
 
 
 def _jobs(
+    row: Row,
     settings: Sequence[Setting],
-    row: Optional[Row],
     root: Path,
-    seeds: int,
-    budget: float,
-    data: Path,
+    told: Options,
     started: Dict[str, Path],
-    run: Options,
     chosen: Sequence[str] = (),
-    condensation: bool = False,
 ) -> List[Job]:
-    jobs = make_jobs(
-        settings,
-        root,
-        seeds,
-        budget,
-        None,
-        run.options,
-        run.flags,
-        str(data),
-        run.gpus,
-        condensation=condensation,
-        chosen=chosen,
-    )
-    if row is not None and row.pretrained:
+    """Those of a row, which start from its backbone."""
+    jobs = make_jobs(settings, root, told, chosen)
+    if row.pretrained:
         checkpoint = repr(str(started[row.pretrained]))  # a comma would make a list of it
         init_cfg = dict(type='Pretrained', checkpoint=checkpoint, prefix='backbone.')
         # Not among the settings of the record, where no path belongs.
         for job in jobs:
             job.arguments += [f'model.backbone.init_cfg.{k}={v}' for k, v in init_cfg.items()]
     return jobs
-
-
-def _pretraining_jobs(study: Study, rows: Sequence[Row], data: Path, run: Options) -> List[Job]:
-    kinds = dict.fromkeys(row.pretrained for row in rows if row.pretrained)
-    settings = [pretraining_setting(study, kind) for kind in kinds]
-    return _jobs(settings, None, run.root / PRETRAINING, 1, run.budget, data, {}, run)
 
 
 def _last_checkpoint(job: Job) -> Path:

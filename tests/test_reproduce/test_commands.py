@@ -38,7 +38,7 @@ def test_settings_cut_short_are_one_line(logs, capsys):
         (('list', 'table3', '--config', '.'), 'config: no file .; the project has'),
         (('list', 'table3', '--config', LICENSE), f'config {LICENSE}: '),
         (('run', 'table5', '--config', SMALL), f'{SMALL} is for classif'),
-        (('run', 'table3', '--cfg-options', 'a'), '--cfg-options a: must be KEY=VALUE'),
+        (('run', 'table3', '--cfg-options', 'a'), "--cfg-options: 'a' is not KEY=VALUE"),
         (
             ('run', 'table3', 'small-batches', '--auto-scale-lr'),
             '--auto-scale-lr: small-batches sets the learning rate itself, which would be scaled',
@@ -113,6 +113,16 @@ def test_learning_rates_that_nothing_else_sets(tmp_path, monkeypatch, argv):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(commands, 'run_jobs', lambda found, parallel: jobs.extend(found) or [])
     run_tool('reproduce', 'run', *argv)
+    assert jobs
+
+
+def test_options_that_are_given_twice_add_up(tmp_path, monkeypatch):
+    jobs = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(commands, 'run_jobs', lambda found, parallel: jobs.extend(found) or [])
+    options = '--cfg-options', 'model.a=1', 'model.b=2', '--cfg-options', 'model.c=3'
+    run_tool('reproduce', 'run', 'table7', '--small', *options)
+    assert all(job.settings['options'][-3:] == [*options[1:3], options[4]] for job in jobs)
     assert jobs
 
 

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from mmubn.paths import ROOT
 from mmubn.reproduce import run
 from mmubn.reproduce.experiments import select
 from mmubn.reproduce.logs import SETTINGS, read_run
-from mmubn.reproduce.run import make_jobs, make_setting, scaled_schedule, work_dirs
+from mmubn.reproduce.run import Options, make_jobs, make_setting, scaled_schedule, work_dirs
 
 
 def test_the_schedule_is_scaled_with_the_length():
@@ -36,15 +37,25 @@ def test_the_schedule_is_scaled_with_the_length():
     assert cfg.param_scheduler.milestones == [10, 15]
 
 
-def jobs(**changes):
+TOLD = Options(
+    seeds=1,
+    budget=1,
+    epochs=3,
+    user_options=[],
+    flags=[],
+    data_root='one',
+    gpus=0,
+    condensation=False,
+)
+
+
+def jobs(work_dir='runs', chosen=(), **changes):
     rows = select(['table3'], ['BN'], one_network=True)
     settings = [make_setting(row, Path('net.py')) for row in rows]
-    given = dict(seeds=1, budget=None, epochs=3, user_options=[], flags=[], data_root='one', gpus=0)
-    given.update(changes)
-    root = Path(given.pop('work_dir', 'runs'))
-    if given['data_root'] is not None:
-        Path(given['data_root']).mkdir(parents=True, exist_ok=True)
-    return make_jobs(settings, root, condensation=False, **given)
+    told = replace(TOLD, **changes)
+    if told.data_root is not None:
+        Path(told.data_root).mkdir(parents=True, exist_ok=True)
+    return make_jobs(settings, Path(work_dir), told, chosen)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +150,7 @@ def test_the_data_root_is_checked_before_the_work_dirs(logs):
     write_run(job.folder, 3, [[(1, 0.1, 10.0)]])
     (job.folder / SETTINGS).write_text(json.dumps(job.settings))
     with pytest.raises(CommandError, match='--data-root: nodata is not a folder'):
-        make_jobs([job.setting], Path('others'), 1, None, 3, [], [], 'nodata', 0, False)
+        make_jobs([job.setting], Path('others'), replace(TOLD, data_root='nodata'))
 
 
 def test_what_failed_before_it_trained_is_no_run(logs):
@@ -159,8 +170,8 @@ def test_only_seeds_are_runs(logs):
     Path('runs/net-BN/seed3').touch()
     Path('runs/net-BN/seed10').mkdir()
     (job,) = jobs(work_dir='others')
-    found = [folder.name for folder in work_dirs(Path('runs'), job.setting)]
-    assert found == ['seed0', 'seed1', 'seed2', 'seed10']
+    found = {seed: folder.name for seed, folder in work_dirs(Path('runs'), job.setting).items()}
+    assert found == {seed: f'seed{seed}' for seed in (0, 1, 2, 10)}
 
 
 def test_what_an_older_version_did_not_write_is_not_compared(logs):
