@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 from ..cli.errors import CommandError
-from ..runs import read_scalars
+from ..runs import TABLE, read_condensation, read_scalars
 
 SETTINGS = 'run.json'
 EPOCH_LOSS = 'epoch_loss'  # in a line of the log: the mean since the start of the epoch
@@ -54,6 +55,21 @@ class Run:
     def final(self, metric: str) -> Optional[float]:
         """The value after the last epoch, which is not the best one; None where it has none."""
         return self.curves.get(metric, {}).get(self.settings['epochs'])
+
+    @cached_property
+    def last_condensation(self) -> List[Dict[str, Any]]:
+        """The rows of its condensation table after the last epoch; none where it has none.
+
+        Raises:
+            CommandError: The file is no condensation table.
+        """
+        if not (self.folder / TABLE).is_file():
+            return []
+        try:
+            rows = read_condensation(self.folder)
+        except ValueError as error:
+            raise CommandError(f'{error}; move it away for a report without it') from error
+        return [row for row in rows if row['epoch'] == self.settings['epochs']]
 
     def epoch_reaching(self, metric: str, value: float) -> int:
         """The first epoch with at least this value; 0 for none."""

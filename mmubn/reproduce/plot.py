@@ -15,8 +15,8 @@ from .report import (
     Line,
     difference,
     finals_of,
-    last_epoch,
     mean_sd,
+    of_fixed_batch,
     several,
     with_baselines,
 )
@@ -171,7 +171,7 @@ def _condensation(lines: Sequence[Line], one_network: bool) -> Dict[str, Optiona
     shown = FIXED_BATCH, 0.3
     runs = []
     for line in lines:
-        first = next((run for run in line.done.values() if last_epoch(run, FIXED_BATCH)), None)
+        first = next((run for run in line.done.values() if of_fixed_batch(run)), None)
         if first is not None:
             run = plot_condensation.Run(first.folder)
             run.name = _name(line, lines)

@@ -10,9 +10,8 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tupl
 
 from scipy.stats import t as student
 
-from ..cli.errors import CommandError
 from ..markdown import table
-from ..runs import TABLE, as_written, read_condensation
+from ..runs import as_written
 from .experiments import EXPERIMENTS
 from .logs import Run
 from .rows import Row
@@ -336,11 +335,16 @@ def _similarities(line: Line) -> Dict[int, float]:
     """Seed -> mean over the layers in the last epoch, times 100."""
     found = {}
     for seed, run in line.done.items():
-        rows = last_epoch(run, FIXED_BATCH)
+        rows = of_fixed_batch(run)
         values = [row['similarity'] for row in rows if row['similarity'] is not None]
         if values:
             found[seed] = 100 * statistics.fmean(values)
     return found
+
+
+def of_fixed_batch(run: Run) -> List[Dict[str, Any]]:
+    """The rows of the condensation table that the report goes by."""
+    return [row for row in run.last_condensation if row['where'] == FIXED_BATCH]
 
 
 def zoo_notes(lines: Sequence[Line]) -> List[str]:
@@ -438,29 +442,6 @@ def write_tables(by_experiment: Dict[str, List[Line]], out: Path, one_network: b
         writer = csv.DictWriter(file, LAYER_COLUMNS, lineterminator='\n', extrasaction='ignore')
         writer.writeheader()
         for names, run in named.values():
-            for layer in last_epoch(run) if run.state == 'done' else ():
+            for layer in run.last_condensation if run.state == 'done' else ():
                 writer.writerow({**dict(zip(LAYER_COLUMNS, names)), **as_written(layer)})
     return [out / name for name in ('report.md', 'report.csv', 'curves.csv', 'layers.csv')]
-
-
-def last_epoch(run: Run, where: str = '') -> List[Dict[str, Any]]:
-    """The rows of a condensation table after the last epoch, of one place or of all.
-
-    Args:
-        run (Run): A finished run; no row where it recorded none then.
-        where (str): The place; empty for all.
-
-    Raises:
-        CommandError: The file is no condensation table.
-    """
-    if not (run.folder / TABLE).is_file():
-        return []
-    try:
-        rows = read_condensation(run.folder)
-    except ValueError as error:
-        raise CommandError(f'{error}; move it away for a report without it') from error
-    return [
-        row
-        for row in rows
-        if row['epoch'] == run.settings['epochs'] and where in ('', row['where'])
-    ]
