@@ -94,7 +94,7 @@ class _Training:
         counts_epochs (bool): Whether its loop is known to be epoch-based.
     """
 
-    def __init__(self, counts_epochs: bool = False) -> None:
+    def __init__(self, counts_epochs: bool) -> None:
         self.scalars = Scalars()
         self._counts_epochs = counts_epochs
         self._iteration = 0  # of the last line that counts iterations, of condensation too

@@ -248,7 +248,8 @@ def build_model(cfg: Config) -> nn.Module:
         with torch.random.fork_rng(devices=[]):  # by default it wakes every GPU
             return MODELS.build(settings)
     except TypeError as error:
-        empty = [path for path, node in walk(settings, 'model') if _lacks_norm(node)]
+        parts = walk(settings, 'model')
+        empty = [path for path, node in parts if node.get('norm_cfg', '') is None]
         if empty and 'cfg must be a dict' in str(error):
             raise CommandError(
                 f"{empty[0]}.norm_cfg: None is no norm layer; write dict(type='UBN', ...)"
@@ -271,17 +272,9 @@ def _raised_in(error: Exception, cfg: Config) -> Tuple[str, str]:
         place = f'{"/".join(frame.f_code.co_filename.split(os.sep)[-2:])}, line {line}'
         kind = type(frame.f_locals.get('self'))
         if issubclass(kind, nn.Module):
-            found = (where for where, node in walk(cfg.model, 'model') if _is_of(node, kind))
-            path = next(found, path)
+            parts = walk(cfg.model, 'model')
+            path = next((at for at, node in parts if find_class(node, MODELS) is kind), path)
     return path, place
-
-
-def _is_of(node: dict, kind: type) -> bool:
-    return 'type' in node and find_class(node, MODELS) is kind
-
-
-def _lacks_norm(node: dict) -> bool:
-    return 'norm_cfg' in node and node['norm_cfg'] is None
 
 
 def _refusing(cfg: Config, message: str) -> str:

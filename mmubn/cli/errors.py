@@ -14,10 +14,10 @@ class CommandError(Exception):
     """Bad input: the message names the key or file and says what to do."""
 
 
-def listed(names: Sequence[str], most: int = 6) -> str:
-    """Names in a message: ``'a', 'b' and 78 more``."""
-    text = ', '.join(repr(name) for name in names[:most])
-    return text + (f' and {len(names) - most} more' if len(names) > most else '') or 'none'
+def listed(names: Sequence[str]) -> str:
+    """Names in a message, at most six: ``'a', 'b', 'c', 'd', 'e', 'f' and 78 more``."""
+    text = ', '.join(map(repr, names[:6]))
+    return text + (f' and {len(names) - 6} more' if len(names) > 6 else '') or 'none'
 
 
 def one_line(error: BaseException) -> str:

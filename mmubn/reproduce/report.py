@@ -365,11 +365,8 @@ def contrasts(lines: Sequence[Line]) -> List[str]:
     for line in lines:
         row = line.row
         wanted = [b for a, b in EXPERIMENTS[row.experiment].contrasts if a == row.norm]
-        others = [other for other in lines if other.row.differs_in_norm(row)]
-        for other in sorted(
-            (other for other in others if other.row.norm in wanted),
-            key=lambda other: wanted.index(other.row.norm),
-        ):
+        others = {other.row.norm: other for other in lines if other.row.differs_in_norm(row)}
+        for other in (others[norm] for norm in wanted if norm in others):
             metric = line.metrics[0]
             shown = _difference(*_interval(line, other, finals_of(metric))[:3])
             label = row.label if several(lines) else row.name
