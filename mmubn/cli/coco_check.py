@@ -13,19 +13,15 @@ from mmengine.utils import is_seq_of
 from .config_check import did_you_mean
 from .errors import CommandError, listed, warn
 
-_LISTS = ('images', 'annotations', 'categories')
-_KEYS = dict(
-    images=('id', 'file_name', 'width', 'height'),
-    annotations=('id', 'image_id', 'category_id', 'bbox', 'area'),
-    categories=('id', 'name'),
-)
 _ID = (int, float, str), 'a number or a text'
 _NUMBER = (int, float), 'a number'
 _TEXT = str, 'a text'
-_VALUES = dict(
-    **dict.fromkeys(('id', 'image_id', 'category_id'), _ID),
-    **dict.fromkeys(('width', 'height', 'area'), _NUMBER),
-    **dict.fromkeys(('file_name', 'name'), _TEXT),
+_ANYTHING = object, ''  # a box of what is used is looked at later
+# What mmdet reads of each entry of a list, and of which types it must be.
+_LISTS = dict(
+    images=dict(id=_ID, file_name=_TEXT, width=_NUMBER, height=_NUMBER),
+    annotations=dict(id=_ID, image_id=_ID, category_id=_ID, bbox=_ANYTHING, area=_NUMBER),
+    categories=dict(id=_ID, name=_TEXT),
 )
 _LARGE = 100e6  # bytes; takes some seconds to read
 # Files that are asked for more than their names: of a million on a network it takes minutes.
@@ -87,11 +83,10 @@ class CocoFile:
 
     def _check_entries(self, name: str, entries: list) -> None:
         for index, entry in enumerate(entries):
-            absent = [k for k in _KEYS[name] if not isinstance(entry, dict) or k not in entry]
+            absent = [k for k in _LISTS[name] if not isinstance(entry, dict) or k not in entry]
             if absent:
                 self.fail(f"has no '{absent[0]}' in {name}[{index}]; mmdet needs it in each")
-            for key in _KEYS[name]:
-                kinds, wanted = _VALUES.get(key, (object, ''))
+            for key, (kinds, wanted) in _LISTS[name].items():
                 if not isinstance(entry[key], kinds):
                     self.fail(f'has {key}={entry[key]!r} in {name}[{index}]; it must be {wanted}')
             crowd = entry.get('iscrowd')
@@ -144,14 +139,9 @@ class CocoFile:
             fits, wanted = value.get('size') == size and 'counts' in value, f'size={size}, counts'
         else:
             wanted = 'a list of polygons [x1, y1, x2, y2, ...] of at least 3 points'
-            fits = (
-                bool(value)
-                and is_seq_of(value, list)
-                and all(
-                    is_seq_of(polygon, (int, float)) and len(polygon) >= 2 * points
-                    for polygon in value
-                )
-            )
+            polygons = value if is_seq_of(value, list) else []
+            sound = [is_seq_of(p, (int, float)) and len(p) >= 2 * points for p in polygons]
+            fits = any(sound) and all(sound)
         if not fits:
             shown = repr(value) if len(repr(value)) < 60 else f'{repr(value)[:56]} ...'
             self.fail(
@@ -302,10 +292,9 @@ def _is_read(coco: CocoFile, annotation: dict) -> bool:
             '[x, y, width, height]'
         )
     x, y, width, height = box
-    inside = min(x + width, image['width']) > max(x, 0) and min(y + height, image['height']) > max(
-        y, 0
-    )
-    return inside and min(width, height) >= 1 and annotation['area'] > 0
+    overlaps_x = min(x + width, image['width']) > max(x, 0)
+    overlaps_y = min(y + height, image['height']) > max(y, 0)
+    return overlaps_x and overlaps_y and min(width, height) >= 1 and annotation['area'] > 0
 
 
 def _check_masks(path: str, node: dict, coco: CocoFile, annotations: List[dict]) -> None:
@@ -338,12 +327,12 @@ def _read_images(dataset: Any, coco: CocoFile, used: Collection) -> List[dict]:
     indices = getattr(dataset, '_indices', None)
     if isinstance(indices, int):
         return images[:indices] if indices >= 0 else images[indices:]
-    if indices is not None:
-        beyond = [index for index in indices if not -len(images) <= index < len(images)]
-        if beyond:
-            coco.fail(f'has {len(images)} images that are read, and indices names {beyond[0]}')
-        return [images[index] for index in indices]
-    return images
+    if indices is None:
+        return images
+    beyond = [index for index in indices if not -len(images) <= index < len(images)]
+    if beyond:
+        coco.fail(f'has {len(images)} images that are read, and indices names {beyond[0]}')
+    return [images[index] for index in indices]
 
 
 def missing_files(prefix: str, names: Iterable[str]) -> List[str]:
