@@ -112,32 +112,10 @@ def run_rows(args: argparse.Namespace) -> None:
                 one, other = kinds if detects else reversed(kinds)
                 raise CommandError(f'{args.config} is for {one}, {row.experiment} is {other}')
     _check_learning_rates(args, rows)
-    flags = [
-        f'--{flag.replace("_", "-")}'
-        for flag in ('amp', 'auto_scale_lr', 'eval_on_train')
-        if getattr(args, flag)
-    ]
+    study = study_of(args)
+    told = _told(args, study)
     # Ended by a signal, it ends its trainings too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    study = study_of(args)
-    if study is not None:
-        if args.epochs:
-            raise CommandError('--epochs: a study has several trainings, scale them by --budget')
-        if args.eval_on_train:
-            raise CommandError(
-                '--eval-on-train: a study tunes on its validation split and compares on its test '
-                'split; leave it out'
-            )
-    told = Options(
-        seeds=args.seeds or (3 if study is None else study.seeds),
-        budget=args.budget or 1,
-        epochs=args.epochs,
-        user_options=args.cfg_options,
-        flags=flags,
-        data_root=args.data_root,
-        gpus=args.gpus,
-        condensation=not args.no_condensation,
-    )
     if study is not None:
         every_row = EXPERIMENTS[rows[0].experiment].rows
         jobs, failed = run_study(study, rows, every_row, root, told, args.jobs)
@@ -189,6 +167,36 @@ def _check_learning_rates(args: argparse.Namespace, rows: List[Row]) -> None:
     for row in own:
         if args.config and args.config.resolve() != (ROOT / 'configs' / row.network).resolve():
             raise CommandError(f'--config: {sets}, for {Path(row.network).name}; leave it out')
+
+
+def _told(args: argparse.Namespace, study: Optional[Study]) -> Options:
+    """What the command line says of the trainings.
+
+    Raises:
+        CommandError: A study cannot have it.
+    """
+    if study is not None and args.epochs:
+        raise CommandError('--epochs: a study has several trainings, scale them by --budget')
+    if study is not None and args.eval_on_train:
+        raise CommandError(
+            '--eval-on-train: a study tunes on its validation split and compares on its test '
+            'split; leave it out'
+        )
+    flags = [
+        f'--{flag.replace("_", "-")}'
+        for flag in ('amp', 'auto_scale_lr', 'eval_on_train')
+        if getattr(args, flag)
+    ]
+    return Options(
+        seeds=args.seeds or (3 if study is None else study.seeds),
+        budget=args.budget or 1,
+        epochs=args.epochs,
+        user_options=args.cfg_options,
+        flags=flags,
+        data_root=args.data_root,
+        gpus=args.gpus,
+        condensation=not args.no_condensation,
+    )
 
 
 def report(args: argparse.Namespace) -> None:
