@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import re
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List
@@ -159,7 +160,7 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, (int, float)) and isinstance(b, (int, float)):
-        return a == b or abs(a - b) <= 1e-9 * max(abs(a), abs(b))
+        return math.isclose(a, b)
     return a == b
 
 
