@@ -146,6 +146,8 @@ def _in_containers(model: nn.Module) -> Dict[int, str]:
     """Attributes, by the ids of the modules in them, that hold modules and register none.
 
     They are lists, tuples, sets and dicts, in one another too, as in ``self.steps = [conv, norm]``.
+    :class:`mmubn.inference.aside.Aside` looks into any object, but it copies the model, and a layer
+    with a process group cannot be copied.
     """
     found: Dict[int, str] = {}
     for name, module in model.named_modules():

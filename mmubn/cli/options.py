@@ -1,4 +1,4 @@
-"""The options that both tools have, and the config they make."""
+"""The options that the tools share, and the config they make."""
 
 import argparse
 import math

@@ -19,8 +19,8 @@ def pictures(count=6):
     return Pictures([red, green], [0, 1], [blue, grey], count)
 
 
-def scenes(count=40):
-    for seed in range(count):
+def scenes():
+    for seed in range(40):
         yield paste_scene(np.random.default_rng(seed), pictures(), 96)
 
 

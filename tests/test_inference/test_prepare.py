@@ -21,8 +21,8 @@ from mmubn.inference.layer import InferenceNorm
 HALF = pytest.param(torch.float16, marks=pytest.mark.newer_torch('no float16 on a CPU'))
 
 
-def network(kind: str = 'UBN', name: str = 'resnet18') -> nn.Module:
-    model = torchvision.models.get_model(name)
+def network(kind: str = 'UBN') -> nn.Module:
+    model = torchvision.models.resnet18()
     if kind != 'BN':
         mmubn.convert_norm(model, dict(type=kind))
     return trained(model, 0.1)
