@@ -6,7 +6,7 @@ from types import MethodType
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
-from mmengine.dist import all_reduce
+from mmengine.dist import all_reduce, get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import Tensor, nn
@@ -143,9 +143,11 @@ class NonFiniteHook(Hook):
         return False
 
     def _act(self, runner) -> None:
-        report = f'iteration {runner.iter + 1}: ' + '; '.join(
-            _describe(runner, batch, state) for batch, state in self._batches
-        )
+        told = [_describe(runner, batch, state) for batch, state in self._batches]
+        # Of accumulated batches those at fault, if there are any.
+        shown = [text for at_fault, text in told if at_fault] or [text for _, text in told]
+        process = f', process {get_rank()}' if get_world_size() > 1 else ''
+        report = f'iteration {runner.iter + 1}{process}: ' + '; '.join(shown)
         self._skips += not self._skipped  # of several optimizers, too, one a step
         self._skipped = True
         if self.action == 'stop':
@@ -163,8 +165,8 @@ def _wrappers(runner) -> List[OptimWrapper]:
     return list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]
 
 
-def _describe(runner, batch: Any, state: RandomState) -> str:
-    """Runs a batch through the model once more and tells where it ceases to be finite."""
+def _describe(runner, batch: Any, state: RandomState) -> Tuple[bool, str]:
+    """Runs a batch once more: whether it ceases to be finite before the gradient, and where."""
     model = unwrapped(runner.model)
     found: List[str] = []
     mixed_precision = _wrappers(runner)[0].optim_context(model)
@@ -173,13 +175,15 @@ def _describe(runner, batch: Any, state: RandomState) -> str:
         data = model.data_preprocessor(batch, True)
         losses = model._run_forward(data, mode='loss')
     where = found[0] if found else 'every layer gives finite output, so it began after them'
+    if not found and get_world_size() > 1:
+        where += ' or in the batch of another process, which says so'
     bad = [
         name
         for name, loss in losses.items()
         if not all(part.isfinite().all() for part in _tensors(loss))
     ]
     told = f'the losses {", ".join(bad)} are' if bad else 'every loss is finite, the gradient is'
-    return f'{told} not finite: {where}{_images(batch)}'
+    return bool(bad or found), f'{told} not finite: {where}{_images(batch)}'
 
 
 @contextmanager

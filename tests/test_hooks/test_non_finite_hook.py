@@ -3,13 +3,16 @@
 import copy
 import random
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from mmengine.hooks import Hook
+from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS, OPTIM_WRAPPERS
+from processes import in_processes
 from torch import nn
 from toy_runner import ToyImages, ToyNet, loader, log_of, make_runner
 
@@ -146,9 +149,32 @@ def test_accumulated_batches_are_all_looked_at(tmp_path):
     wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1), accumulative_counts=2)
     with pytest.raises(FloatingPointError) as caught:
         run(tmp_path, ubn_net(), spoilt=[17], optim_wrapper=wrapper)
-    spoilt, whole = str(caught.value).split('; ')
-    assert spoilt.startswith('iteration 4: the losses loss are not finite: the first layer')
-    assert whole.startswith('every loss is finite')
+    assert str(caught.value).startswith('iteration 4: the losses loss are not finite: the first la')
+    # Of the other batch there is nothing to tell.
+    assert 'every loss is finite' not in str(caught.value)
+
+
+def test_without_a_batch_at_fault_all_accumulated_are_told(tmp_path):
+    model = ubn_net()
+    model.dropout = BrokenBackward()
+    wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1), accumulative_counts=2)
+    with pytest.raises(FloatingPointError) as caught:
+        run(tmp_path, model, optim_wrapper=wrapper)
+    assert str(caught.value).count('every loss is finite, the gradient is not') == 2
+
+
+def stopped_on_rank(folder, rank, world):
+    model = MMDistributedDataParallel(ubn_net(), device_ids=None, broadcast_buffers=False)
+    with pytest.raises(FloatingPointError) as caught:
+        run(folder / 'run', model, spoilt=[17])  # the second process has the odd images
+    return str(caught.value)
+
+
+def test_a_process_with_a_sound_batch_blames_no_gradient_of_its_own(tmp_path):
+    sound, spoilt = in_processes(partial(stopped_on_rank, tmp_path), 2, tmp_path)
+    assert spoilt.startswith('iteration 2, process 1: the losses loss are not finite: the first l')
+    assert sound.startswith('iteration 2, process 0: every loss is finite, the gradient is not fin')
+    assert 'or in the batch of another process, which says so' in sound
 
 
 class Scaled(OptimWrapper):
