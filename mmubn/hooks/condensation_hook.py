@@ -31,8 +31,8 @@ class CondensationHook(Hook):
       epoch, averaged over the epoch;
     - ``fixed``: one random batch that stays the same, in evaluation mode, before the
       first epoch and at the end of each, as in the paper's Appendix A. Its samples come
-      from the validation set if there is one, and otherwise from a copy of the training
-      set. All its images are padded to one size. If every layer is in the backbone or
+      from the validation set if there is just one, and otherwise from a copy of the
+      training set. All its images are padded to one size. If every layer is in the backbone or
       the neck, only these run.
 
     An iteration-based loop has no epochs. There, every ``val_interval``-th iteration and
@@ -189,9 +189,11 @@ class CondensationHook(Hook):
 
     def _draw_batch(self, runner) -> Any:
         """The fixed batch, collated and not yet preprocessed."""
-        loader = runner.train_dataloader if runner.val_loop is None else runner.val_loop.dataloader
+        # A loop of one's own may validate on several sets, and so have no one loader.
+        of_val = getattr(runner.val_loop, 'dataloader', None)
+        loader = runner.train_dataloader if of_val is None else of_val
         dataset = loader.dataset
-        if runner.val_loop is None:
+        if of_val is None:
             # Transforms may keep a state, such as Mosaic's cache, that training must not lose.
             dataset = copy.deepcopy(dataset)
         generator = torch.Generator().manual_seed(self.seed)

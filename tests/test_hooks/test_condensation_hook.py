@@ -14,9 +14,22 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseDataPreprocessor, MMDistributedDataParallel, stack_batch
 from mmengine.optim import OptimWrapper
+from mmengine.registry import LOOPS
+from mmengine.runner import BaseLoop
 from processes import in_processes
 from torch import nn
-from toy_runner import HOOK, ToyImages, ToyNet, column, loader, log_of, make_runner, pairwise, table
+from toy_runner import (
+    HOOK,
+    Accuracy,
+    ToyImages,
+    ToyNet,
+    column,
+    loader,
+    log_of,
+    make_runner,
+    pairwise,
+    table,
+)
 
 from mmubn.hooks import CondensationHook, condensation_hook
 from mmubn.hooks.condensation_table import CondensationTable
@@ -327,6 +340,27 @@ def test_images_of_several_sizes_are_padded_where_the_model_can(tmp_path):
     hook = next(h for h in runner.hooks if isinstance(h, CondensationHook))
     hook.before_train(runner)
     assert None not in column(table(tmp_path / 'can'), layer='norm', where='fixed/input')
+
+
+class TwoSets(BaseLoop):
+    """Validates on two sets, each with a loader of its own."""
+
+    def __init__(self, runner, dataloader, evaluator):
+        self._runner = runner
+        self.dataloaders = [runner.build_dataloader(one) for one in dataloader]
+
+    def run(self):
+        pass
+
+
+def test_with_several_validation_sets_the_fixed_batch_is_of_the_training_set(tmp_path):
+    LOOPS.register_module(module=TwoSets, force=True)
+    options = dict(epochs=1, val=False)
+    make_runner(tmp_path / 'none', hooks=[HOOK], **options).train()
+    options['val_dataloader'] = [loader(ToyImages(seed=seed)) for seed in (1, 2)]
+    options.update(val_cfg=dict(type='TwoSets'), val_evaluator=[Accuracy()])
+    make_runner(tmp_path / 'two', hooks=[HOOK], **options).train()
+    assert table(tmp_path / 'two') == table(tmp_path / 'none')
 
 
 def test_a_single_image_has_no_similarity(tmp_path):
