@@ -89,7 +89,10 @@ class SimilaritySurvey:
             )
         unseen = [layer.layer for layer in self.layers if math.isnan(layer.similarity)]
         if unseen:
-            found.append(f'no similarity of {len(unseen)} layers, not called: {unseen[0]}, ...')
+            found.append(
+                f'no similarity of {len(unseen)} layers (not called, inside of torch.compile, or '
+                f'never with two finite images): {unseen[0]}, ...'
+            )
         return found
 
     def __str__(self) -> str:
@@ -197,7 +200,8 @@ def survey_similarity(
     seen: Dict[str, List[float]] = {}
     taken = 0
     run = forward or _run
-    copied = copy.deepcopy(model)
+    # A compiled model runs no hooks; this is the one that torch.compile was given.
+    copied = copy.deepcopy(getattr(model, '_orig_mod', model))
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     with (
         torch.random.fork_rng(devices),
@@ -217,13 +221,14 @@ def survey_similarity(
         raise ValueError('batches: there is none')
     if not seen:
         raise ValueError(
-            f'no similarity in {taken} batches: it compares pairs of images, so a batch needs two'
+            f'no similarity in {taken} batches: it compares pairs of images, so a batch needs two, '
+            'with finite features; layers inside of torch.compile are not seen'
         )
     measured = [
         _layer(name, type(module).__name__, seen.get(name, []))
         for name, module in recorder.layers.items()
     ]
-    source = f'{type(model).__name__}, {taken} training batches'
+    source = f'{type(copied).__name__}, {taken} training batches'
     return SimilaritySurvey(measured, source, sorted(thresholds), held)
 
 

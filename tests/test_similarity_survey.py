@@ -92,7 +92,10 @@ def test_table_and_counts():
     assert lines[7].split() == ['n4', '-', '-', '-', *'..........']
     assert lines[8].split() == ['shut,', 'of', '4', *'1123334444']
     assert lines[9].startswith('warning: from fct=0.2 on most gates would be shut (3 of 4)')
-    assert lines[10] == 'warning: no similarity of 1 layers, not called: n4, ...'
+    assert lines[10] == (
+        'warning: no similarity of 1 layers (not called, inside of torch.compile, or never with '
+        'two finite images): n4, ...'
+    )
     assert survey(0.9, 0.8).warnings() == []
 
 
@@ -117,6 +120,25 @@ def test_bad_input():
         mmubn.survey_similarity(Net(), [dict(image=torch.zeros(2, 3, 4, 4))])
     with pytest.raises(ValueError, match='Linear holds no batch norm to measure'):
         mmubn.survey_similarity(nn.Linear(3, 3), batches())
+
+
+def test_a_compiled_model_is_the_one_that_was_compiled():
+    torch.manual_seed(1)
+    net = Net()
+    torch.manual_seed(2)
+    expected = mmubn.survey_similarity(net, batches())
+    torch.manual_seed(2)
+    found = mmubn.survey_similarity(torch.compile(net, backend='eager'), batches())
+    assert str(found) == str(expected)
+
+
+def test_nothing_seen_names_what_hides_a_layer():
+    net = nn.Sequential(torch.compile(Net(), backend='eager'))
+    with pytest.raises(ValueError, match=r'layers inside of torch.compile are not seen'):
+        mmubn.survey_similarity(net, batches())
+    spoilt = [torch.full((4, 3, 6, 6), float('nan'))]
+    with pytest.raises(ValueError, match=r'a batch needs two, with finite features'):
+        mmubn.survey_similarity(Net(), spoilt)
 
 
 def test_own_forward():
