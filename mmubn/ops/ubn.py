@@ -76,7 +76,7 @@ def ubn(
         ValueError: There is no backend of that name.
         MemoryError: The C++ finds no memory for its sums.
     """
-    if compiling() and x.numel():
+    if compiling() and (x.numel() or group is not None):
         if group is not None or not compiled.available or compiled.loses(buffers):
             return _not_compiled(x, parameters, buffers, settings, group, backend)
         if compiled.serves(settings):

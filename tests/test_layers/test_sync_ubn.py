@@ -208,7 +208,21 @@ def ddp(rank, world):
     return dict(gradients={k: p.grad for k, p in net.named_parameters()}, state=net.state_dict())
 
 
-CASES = (steps, sizes, traffic, recomputed, corners, groups, ddp)
+def compiled(rank, world):
+    """Gradients of a network, compiled and not, of which one process gets no images."""
+    results = []
+    for make in (lambda net: net, functools.partial(torch.compile, backend='aot_eager')):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, C, 1), shaken(SyncUBN(C)))
+        model = make(net)
+        for step, images in enumerate((3, 0 if rank == 1 else 3)):
+            y = model(torch.randn(images, 3, 5, 5, generator=generator(rank, step)))
+            (y * torch.randn(y.shape, generator=generator(step))).sum().backward()
+        results.append([*(p.grad for p in net.parameters()), *net.state_dict().values()])
+    return results
+
+
+CASES = (steps, sizes, traffic, recomputed, corners, groups, ddp, compiled)
 
 
 def run_cases(rank, world):
@@ -379,6 +393,11 @@ def test_under_ddp(processes):
     for rank in ranks:
         close(rank['gradients'], expected['gradients'])
     assert same_state([rank['state'] for rank in ranks])
+
+
+def test_compiled_with_a_process_without_images(processes):
+    for eager, result in of(compiled, processes):
+        assert all(torch.equal(a, b) for a, b in zip(eager, result))
 
 
 @pytest.mark.parametrize('name', SETTINGS)
