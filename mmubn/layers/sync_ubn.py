@@ -39,8 +39,9 @@ class SyncUBN(UBN, _BatchNorm):
         process_group (torch.distributed.ProcessGroup, optional): As in
             ``nn.SyncBatchNorm``. Default: all processes.
 
-    The other arguments, the shapes and the errors are those of :class:`UBN`. In a group of
-    several processes a gradient of a gradient is a RuntimeError.
+    The other arguments, the shapes and the errors are those of :class:`UBN`. In training in a
+    group of several processes a gradient of a gradient, torch.func, forward mode, batched
+    gradients and traces are a RuntimeError.
 
     Source: ours; the paper does not say which statistics it uses on several GPUs. The
     combination of the variances is Chan et al., "Updating formulae and a pairwise

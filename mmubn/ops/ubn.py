@@ -71,8 +71,9 @@ def ubn(
         Tensor: Y, (N, C, H, W), in the dtype and memory format of ``x``.
 
     Raises:
-        RuntimeError: On double backward with a ``group``, which is not implemented; where
-            the backend cannot be had; where a CUDA graph is captured with an interval above 1.
+        RuntimeError: With a ``group``, on double backward, torch.func, forward mode, batched
+            gradients and traces, which are not implemented; where the backend cannot be had;
+            where a CUDA graph is captured with an interval above 1.
         ValueError: There is no backend of that name.
         MemoryError: The C++ finds no memory for its sums.
     """
@@ -89,6 +90,7 @@ def ubn(
     chosen = backends.choose(backend, x if x.numel() else an_image(x), parameters.kernel_size)
     step = Step(chosen, buffers, settings, group)
     if traced:
+        _refuse_processes(group)  # a collective has no derivative
         tau = buffers.running_similarity
         if tau is not None and is_vmapped(tau):  # a gate for each model, which ends with the call
             gate = torch.ones_like(tau, dtype=torch.bool)
@@ -141,11 +143,7 @@ def _differentiable_backward(ctx, dy: Tensor) -> _Gradients:
     """The gradients by autograd, which can be differentiated in turn."""
     x, _, statistics, *parameters = ctx.saved_tensors
     _, _, settings, group = ctx.step
-    if group is not None:
-        raise RuntimeError(
-            'no gradient of a gradient (create_graph=True) through statistics of several '
-            'processes: use UBN in place of SyncUBN there'
-        )
+    _refuse_processes(group)
     names = [name for name, value in zip(Parameters._fields, parameters) if value is not None]
 
     def y(x: Tensor, *values: Tensor) -> Tensor:
@@ -157,3 +155,12 @@ def _differentiable_backward(ctx, dy: Tensor) -> _Gradients:
     dx, *gradients = torch.func.vjp(y, x, *values)[1](dy)
     gradients = Parameters(**dict(zip(names, gradients)))
     return _Gradients(dx, *gradients._replace(bias=dy.sum((0, 2, 3)) if ctx.has_bias else None))
+
+
+def _refuse_processes(group: Optional[Any]) -> None:
+    if group is not None:
+        raise RuntimeError(
+            'no gradient of a gradient (create_graph=True), torch.func, forward mode, batched '
+            'gradient or trace through statistics of several processes: use UBN in place of '
+            'SyncUBN there'
+        )

@@ -222,7 +222,33 @@ def compiled(rank, world):
     return results
 
 
-CASES = (steps, sizes, traffic, recomputed, corners, groups, ddp, compiled)
+def derivatives(rank, world):
+    """What each kind of derivative says that a collective does not have."""
+    norm, x = SyncUBN(C), torch.randn(3, C, 5, 5, generator=generator(rank))
+    buffers = dict(norm.named_buffers())
+
+    def y(x):
+        return torch.func.functional_call(norm, buffers, (x,))
+
+    def dx(dy, **kind):
+        value = x.clone().requires_grad_()
+        return torch.autograd.grad(norm(value), value, dy, **kind)
+
+    told = []
+    for derivative in (
+        lambda: torch.func.grad(lambda x: y(x).square().sum())(x),
+        lambda: torch.func.jvp(y, (x,), (x,)),
+        lambda: torch.jit.trace(norm, (x,), check_trace=False),
+        lambda: dx(x, create_graph=True),
+        lambda: dx(torch.stack([x, x]), is_grads_batched=True),
+    ):
+        with pytest.raises(RuntimeError) as error:
+            derivative()
+        told.append(str(error.value))
+    return told
+
+
+CASES = (steps, sizes, traffic, recomputed, corners, groups, ddp, compiled, derivatives)
 
 
 def run_cases(rank, world):
@@ -398,6 +424,12 @@ def test_under_ddp(processes):
 def test_compiled_with_a_process_without_images(processes):
     for eager, result in of(compiled, processes):
         assert all(torch.equal(a, b) for a, b in zip(eager, result))
+
+
+def test_no_derivative_leaves_the_other_processes_out(processes):
+    for told in of(derivatives, processes):
+        assert len(told) == 5
+        assert all('through statistics of several processes: use UBN' in line for line in told)
 
 
 @pytest.mark.parametrize('name', SETTINGS)
