@@ -4,7 +4,7 @@ from functools import partial
 
 import numpy as np
 from mmengine.hooks import Hook
-from mmengine.runner import set_random_seed
+from mmengine.runner import IterBasedTrainLoop, set_random_seed
 
 
 class EpochSeedHook(Hook):
@@ -23,6 +23,10 @@ class EpochSeedHook(Hook):
 
     A run without ``randomness.seed`` is left as it is.
 
+    Where a run is resumed with epochs of another length, as on another number of processes, the
+    log says so: it cannot repeat the first run, and mmengine keeps schedules by iteration as
+    they were saved.
+
     An iteration-based loop is one long epoch. A resumed run then sees the same samples in
     the same order, and draws other augmentations.
 
@@ -33,6 +37,20 @@ class EpochSeedHook(Hook):
 
     # Before the hooks that draw something themselves.
     priority = 'VERY_HIGH'
+
+    def before_train(self, runner) -> None:
+        """Warns of a resumed run whose epochs have another length."""
+        if isinstance(runner.train_loop, IterBasedTrainLoop):
+            return
+        epoch, length = runner.epoch, len(runner.train_dataloader)
+        if not epoch * length <= runner.iter < (epoch + 1) * length:
+            runner.logger.warning(
+                f'resumed at epoch {epoch}, iteration {runner.iter}, but an epoch now has {length} '
+                'iterations: the number of processes, the batch size or the data is another. '
+                'Schedules by iteration (convert_to_iter_based, by_epoch=False) go on as they were '
+                'saved and end too early or too late; resume with the same numbers, or start from '
+                'the weights by load_from without resume'
+            )
 
     def before_train_epoch(self, runner) -> None:
         """Seeds this process and the workers to come."""

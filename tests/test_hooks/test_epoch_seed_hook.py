@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from toy_runner import ToyImages, ToyNet, loader, make_runner
+from toy_runner import ToyImages, ToyNet, loader, log_of, make_runner
 
 HOOK = dict(type='EpochSeedHook')
 
@@ -85,3 +85,21 @@ def test_a_run_without_a_seed_is_left_as_it_is(tmp_path):
         runners.append(runner.train_dataloader.worker_init_fn is init)
         runner.train_dataloader._iterator = None
     assert runners == [True, False]
+
+
+@pytest.mark.parametrize(('batch_size', 'length'), [(8, None), (4, 8), (16, 2)])
+def test_epochs_of_another_length_are_told(tmp_path, batch_size, length):
+    """As on another number of processes."""
+
+    def log(batch_size, **options):
+        data = loader(ToyImages(), batch_size=batch_size)
+        runner = make_runner(tmp_path, None, [HOOK], val=False, train_dataloader=data, **options)
+        runner.train()
+        return log_of(runner)
+
+    begun = log(8, epochs=2)
+    resumed = log(batch_size, epochs=4, resume=True)
+    told = f'resumed at epoch 2, iteration 8, but an epoch now has {length} iterations'
+    assert (told in resumed) == (length is not None)
+    assert ('Schedules by iteration' in resumed) == (length is not None)
+    assert 'Schedules by iteration' not in begun
