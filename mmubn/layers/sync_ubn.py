@@ -1,5 +1,6 @@
 """UBN whose statistics and similarity are those of all processes."""
 
+import copy
 from typing import Any, Optional
 
 from torch import Tensor, distributed
@@ -92,6 +93,13 @@ class SyncUBN(UBN, _BatchNorm):
             **unknown,
         )
         self.process_group = process_group
+
+    def __deepcopy__(self, memo: dict) -> 'SyncUBN':
+        """A copy in the same group, which itself cannot be copied."""
+        memo[id(self.process_group)] = self.process_group
+        memo[id(self)] = twin = self.__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def _group(self) -> Optional[Any]:
         """The group to synchronise over, None where there is nothing to synchronise."""

@@ -1,5 +1,6 @@
 """SyncUBN in 2 and 4 processes against one that has the whole batch."""
 
+import copy
 import functools
 import inspect
 from unittest import mock
@@ -185,7 +186,12 @@ def groups(rank, world):
     results = {}
     for name, group in (('pair', pairs[rank // 2]), ('alone', alone[rank])):
         norm = SyncUBN(C, fct_warmup=0, process_group=group)
+        twin = copy.deepcopy(norm)  # as EMA and prepare_for_inference make
         results[name] = dict(y=norm(x).detach(), state=norm.state_dict(), x=x)
+        assert twin.process_group is group
+        assert not any(norm.state_dict()[k].equal(v) for k, v in twin.named_buffers())
+        assert torch.equal(twin(x), results[name]['y'])
+        assert same_state([twin.state_dict(), norm.state_dict()])
     return results
 
 
