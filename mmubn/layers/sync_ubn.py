@@ -97,7 +97,7 @@ class SyncUBN(UBN, _BatchNorm):
     def __deepcopy__(self, memo: dict) -> 'SyncUBN':
         """A copy in the same group, which itself cannot be copied."""
         memo[id(self.process_group)] = self.process_group
-        memo[id(self)] = twin = self.__new__(type(self))
+        memo[id(self)] = twin = type(self).__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 

@@ -230,10 +230,11 @@ def compiled(rank, world):
 
 def derivatives(rank, world):
     """What each kind of derivative says that a collective does not have."""
-    norm, x = SyncUBN(C), torch.randn(3, C, 5, 5, generator=generator(rank))
-    buffers = dict(norm.named_buffers())
+    norm, x = SyncUBN(C, fct=None), torch.randn(3, C, 5, 5, generator=generator(rank))
 
     def y(x):
+        # Copies that belong to the transform, else it refuses to move them.
+        buffers = {name: buffer.clone() for name, buffer in norm.named_buffers()}
         return torch.func.functional_call(norm, buffers, (x,))
 
     def dx(dy, **kind):
