@@ -110,8 +110,10 @@ def _dense(x: Tensor) -> Tensor:
 if available:
     # With flexible_layout, Inductor hands over X in the memory format that it has there. Else it
     # copies the output of a convolution, in channels_last, into the format of eager mode.
-    # Not custom_op, to which torch 2.7 can give no tag.
-    _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+    # Not by custom_op, to which torch 2.7 can give no tag. In torch 2.4 that is so without a tag.
+    _TAGS = [torch.Tag.pt2_compliant_tag]
+    if hasattr(torch.Tag, 'flexible_layout'):
+        _TAGS.append(torch.Tag.flexible_layout)
 
     torch.library.define(
         'mmubn::step', f'(Tensor x, {_COMMON}) -> (Tensor, Tensor, Tensor, Tensor[])', tags=_TAGS
