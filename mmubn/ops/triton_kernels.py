@@ -137,7 +137,8 @@ def moments(
         mean = tl.sum(means * weights, 1)
         mean += tl.sum((means - mean[:, None]) * weights, 1)  # what the first sum rounded off
         step = means - mean[:, None]
-        square = tl.sum(squares + step * step * counts, 1)
+        # In this order: the square may overflow where the count is 0.
+        square = tl.sum(squares + step * (step * counts), 1)
         norm += tl.sum(norms, 1)
         out = (split * batch + n).to(tl.int64) * channels + c
         tl.store(mean_ptr + out, mean, mask=c < channels)
@@ -349,7 +350,7 @@ def finish_row(
                 weight = here.to(DTYPE) / (before + here)
                 image_mean += step * weight
                 within += tl.sum(squares + own * centred * centred, 0)
-                within += step * step * (before * weight)
+                within += step * (step * (before * weight))
             if image_mean_ptr is not None:
                 place = n[:, None].to(tl.int64) * channels + c[None, :]
                 tl.store(image_mean_ptr + place, image_mean, mask=mask)
@@ -360,7 +361,7 @@ def finish_row(
             centred = tl.where(mask, image_mean - here_mean[None, :], 0.0)
             step = here_mean - mean
             mean += step * weight
-            square += tl.sum(centred * centred, 0) + step * step * (first * weight)
+            square += tl.sum(centred * centred, 0) + step * (step * (first * weight))
         var = tl.sum(within, 0) / count + square / batch
         tl.store(row_ptr + 3 + c, mean, mask=c < channels)
         tl.store(row_ptr + 3 + channels + c, var, mask=c < channels)

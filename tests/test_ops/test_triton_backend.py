@@ -277,6 +277,17 @@ def test_huge_activations():
 
 
 @pytest.mark.usefixtures('_programs')
+@pytest.mark.parametrize('layout', LAYOUTS[:2])
+def test_a_mean_whose_square_overflows(layout):
+    """The variance does not; of more pixels than a block, and of places that see none."""
+    x = arrange(1e20 * (1 + 1e-3 * torch.randn(3, 2, 5, 210)), layout)
+    image_mean, row = TRITON.measure(x, None, 0)
+    expected_mean, expected = TORCH.measure(x.double(), None, 0)
+    torch.testing.assert_close(image_mean.double(), expected_mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(row.double(), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.usefixtures('_programs')
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 def test_error_is_at_most_twice_that_of_torch(dtype, kernel_device):
     """Both beside float64 on the same rounded input, over eight of them: rounding is luck."""
