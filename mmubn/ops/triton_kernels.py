@@ -178,7 +178,7 @@ def _image_weights(
     return weight
 
 
-@triton.jit(do_not_specialize=['height'])
+@triton.jit(do_not_specialize=['batch', 'height'])
 def squared_sums(
     x_ptr,
     norm_ptr,
