@@ -1,7 +1,10 @@
 """Time and memory are those of the steps."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 
 from mmubn.benchmark import measure
 
@@ -37,3 +40,23 @@ def test_saved_bytes_are_those_of_distinct_storages():
     linear = nn.Linear(10, 7)
     # The weight is a parameter; the output of tanh is kept.
     assert saved_bytes(lambda: linear(x).tanh(), linear) == 4 * (10 + 7)
+
+
+def test_spans_on_the_device_are_no_launches(monkeypatch):
+    """torch.compile names what it calls, and the profiler shows that beside the kernels."""
+
+    def event(name, device_type=DeviceType.CUDA, **more):
+        elapsed = SimpleNamespace(elapsed_us=lambda: 2.0)
+        return SimpleNamespace(name=name, device_type=device_type, time_range=elapsed, **more)
+
+    events = [
+        event('moments', is_user_annotation=False),
+        event('moments'),  # torch 2.1
+        event('## Call CompiledFxGraph ##', is_user_annotation=True),
+        event('aten::empty', DeviceType.CPU, is_user_annotation=False),
+    ]
+    monkeypatch.setattr(measure, '_profile', lambda step, device: events)
+    monkeypatch.setattr(torch, 'empty', lambda *arguments, **keywords: torch.zeros(1))
+    device = torch.device('cuda')
+    assert measure.launches(None, device) == 2
+    assert measure.kernel_us(None, device) == {'moments': 4.0}
