@@ -6,7 +6,8 @@
 It needs torch, triton, torchvision and pytest, and no installation of mmubn: its steps get the
 checkout by PYTHONPATH. With pytest-xdist the tests run side by side, on a GPU mostly compilations.
 They have half of the time at most. The benchmarks run in the order of BENCHMARKS; what the time
-does not reach is named. Exits with 1 where there is no GPU, a test failed or a step was not done.
+does not reach is named. Exits with 1 where there is no GPU, the kernels cannot run on it, a test
+failed or a step was not done.
 """
 
 import argparse
@@ -63,6 +64,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
     if not torch.cuda.is_available():
         print('gpu_check: torch sees no GPU, so there is nothing to check', file=sys.stderr)
+        sys.exit(1)
+    sys.path.insert(0, str(ROOT))
+    from mmubn.ops.backend import TRITON
+
+    reason = TRITON.why_not(torch.zeros(1, 1, 1, 1, device='cuda'), 3)
+    if reason:  # plain torch would be measured in their place
+        print(f'gpu_check: the kernels cannot run here: {reason}', file=sys.stderr)
         sys.exit(1)
     end = start + 60 * args.minutes - STOPPING
     # Verbose, so that what failed is named though the time ends.

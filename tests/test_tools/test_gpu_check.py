@@ -8,6 +8,8 @@ import pytest
 import torch
 from tool import ROOT, names_of
 
+from mmubn.ops.triton_backend import TritonBackend
+
 
 @pytest.fixture
 def tool():
@@ -17,6 +19,14 @@ def tool():
 def test_no_gpu(fails, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     assert fails('gpu_check') == 'gpu_check: torch sees no GPU, so there is nothing to check'
+
+
+def test_kernels_that_cannot_run(fails, monkeypatch):
+    """As on a machine without a C compiler: plain torch is not measured under their name."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch, 'zeros', lambda *shape, device: torch.ones(shape))
+    monkeypatch.setattr(TritonBackend, 'why_not', lambda self, x, kernel_size: 'no C compiler')
+    assert fails('gpu_check') == 'gpu_check: the kernels cannot run here: no C compiler'
 
 
 def test_benchmarks_are_ones_that_there_are(tool):
