@@ -132,17 +132,12 @@ struct Plan {
   // Where what is summed of part `part` of image n lies in (parts, N, Cp).
   int64_t at(int64_t part, int64_t n) const { return (part * B + n) * Cp; }
 
-  // f(n, piece) for all tasks; a thread that has some calls start() first.
-  template <class Start, class F>
-  void each(Start start, F f) const {
-    parallel(B * pieces(), threads, [&](int64_t begin, int64_t end) {
-      start();
-      for (int64_t task = begin; task < end; task++) f(task / pieces(), piece(task % pieces()));
-    });
-  }
+  // f(n, piece) for all tasks.
   template <class F>
   void each(F f) const {
-    each([] {}, f);
+    parallel(B * pieces(), threads, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; task++) f(task / pieces(), piece(task % pieces()));
+    });
   }
   // f(first channel, end) for all channels: the algebra on numbers an image and channel.
   template <class F>
@@ -783,26 +778,26 @@ void normalize(const Layer& l, const State& state, const T* x, A* image_mean, co
   // Of evaluation. Where an image is one task, it is read again while it is in the cache.
   const bool fresh = image_mean && !rows;
   if (fresh && p.parts > 1) image_means(p, x, image_mean, p.C);
-  static thread_local Buffer buffer;
-  p.each(
-      [&] {
-        A *taps = buffer.get<A>((KK + 4) * p.Cp), *bias = taps + KK * p.Cp;
-        effective_taps(p, l, 0, p.C, taps);
-        for (int64_t c = 0; c < p.Cp; c++) bias[c] = l.bias && c < p.C ? l.bias[c] : A(0);
-      },
-      [&](int64_t n, const Piece& piece) {
-        const int64_t c0 = piece.c0, count = piece.c1 - c0;
-        A *taps = buffer.get<A>((KK + 4) * p.Cp), *bias = taps + KK * p.Cp;
-        A *shift = bias + p.Cp, *scale = shift + p.Cp, *mean = scale + p.Cp;
-        for (int64_t c = count; c < padded(count); c++) shift[c] = scale[c] = 0;
-        A* known = image_mean ? image_mean + n * p.C + c0 : nullptr;
-        if (fresh && p.parts == 1) {
-          add_moments<false>(p, x, n, piece, mean, nullptr);
-          std::memcpy(known, mean, count * sizeof(A));
-        }
-        coefficients(l, known, mu, rstd, c0, count, shift, scale, nullptr);
-        forward(p, x, y, n, piece, shift, scale, taps, bias);
-      });
+  parallel(p.B * p.pieces(), p.threads, [&](int64_t begin, int64_t end) {
+    static thread_local Buffer buffer;
+    A *taps = buffer.get<A>((KK + 4) * p.Cp), *bias = taps + KK * p.Cp;
+    A *shift = bias + p.Cp, *scale = shift + p.Cp, *mean = scale + p.Cp;
+    effective_taps(p, l, 0, p.C, taps);
+    for (int64_t c = 0; c < p.Cp; c++) bias[c] = l.bias && c < p.C ? l.bias[c] : A(0);
+    for (int64_t task = begin; task < end; task++) {
+      const int64_t n = task / p.pieces();
+      const Piece piece = p.piece(task % p.pieces());
+      const int64_t c0 = piece.c0, count = piece.c1 - c0;
+      for (int64_t c = count; c < padded(count); c++) shift[c] = scale[c] = 0;
+      A* known = image_mean ? image_mean + n * p.C + c0 : nullptr;
+      if (fresh && p.parts == 1) {
+        add_moments<false>(p, x, n, piece, mean, nullptr);
+        std::memcpy(known, mean, count * sizeof(A));
+      }
+      coefficients(l, known, mu, rstd, c0, count, shift, scale, nullptr);
+      forward(p, x, y, n, piece, shift, scale, taps, bias);
+    }
+  });
 }
 
 // Where the gradients of the parameters go (those that the layer has, the bias always), and those
