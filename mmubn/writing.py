@@ -35,9 +35,9 @@ def check_folder(key: str, folder: Place, size: int = 1, remedy: str = OTHER_PLA
                 os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            needed = f' for a checkpoint of {size / 1e6:.1f} MB' if size > 1 else ''
             raise CommandError(
-                f'{key}: no room in {existing} for a checkpoint of {size / 1e6:.1f} MB '
-                f'({error.strerror}); {remedy}'
+                f'{key}: no room in {existing}{needed} ({error.strerror}); {remedy}'
             ) from error
         raise CommandError(
             f'{key}: cannot write to {existing} ({error.strerror}); {remedy}'

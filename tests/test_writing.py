@@ -1,5 +1,8 @@
 """Outputs that cannot be written are told in one line, and nothing is left behind."""
 
+import errno
+import os
+
 import pytest
 
 from mmubn.cli.errors import CommandError
@@ -25,6 +28,22 @@ def test_error_names_the_option_and_the_place(tmp_path):
         assert str(caught.value) == line
     with pytest.raises(CommandError, match=r'^--x: .* is a folder; name a file'):
         check_file('--x', tmp_path)
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    """What is no checkpoint is not called one."""
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr('os.posix_fallocate', full)
+    for size, needed in ((1, ''), (5_700_000, ' for a checkpoint of 5.7 MB')):
+        with pytest.raises(CommandError) as caught:
+            check_folder('--out', tmp_path, size)
+        reason = 'No space left on device'
+        assert str(caught.value) == (
+            f'--out: no room in {tmp_path}{needed} ({reason}); name another place'
+        )
 
 
 def test_system_that_reserves_no_room(tmp_path, monkeypatch):
