@@ -173,7 +173,8 @@ def survey_similarity(
 
     so its gate would be shut at every threshold that is not below this mean. Similarities
     move in training: those of a trained network, with any batch norm, tell more than those
-    of initial weights. Use the batch size of the training: smaller batches scatter more.
+    of initial weights. Use the batch size of the training: smaller batches scatter more, and
+    are less alike behind a norm layer.
 
     Args:
         model (nn.Module): With BatchNorm, UBN or any other ``_BatchNorm``.
