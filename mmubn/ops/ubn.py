@@ -14,7 +14,7 @@ from .utils import (
     compiling,
     differentiable,
     is_batched,
-    is_vmapped,
+    is_wrapped,
     tracing,
     unseen,
 )
@@ -92,15 +92,28 @@ def ubn(
     if traced:
         _refuse_processes(group)  # a collective has no derivative
         tau = buffers.running_similarity
-        if tau is not None and is_vmapped(tau):  # a gate for each model, which ends with the call
-            gate = torch.ones_like(tau, dtype=torch.bool)
-            step = step._replace(buffers=buffers._replace(gate=gate))
+        if tau is not None and is_wrapped(tau):
+            step = step._replace(buffers=_of_transform(buffers))
         return step_forward(x, parameters, step)[0]
     wanted = (x, *parameters)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted):
         return _UBNFunction.apply(x, *parameters, step)
     with torch.no_grad():
         return step_forward(x, parameters, step)[0]
+
+
+def _of_transform(buffers: Buffers) -> Buffers:
+    """The buffers inside a transform of torch.func, which moves nothing but what it was given.
+
+    The gate and the count of steps are none of its arguments, as they are no buffers of the layer.
+    """
+    gate = torch.ones_like(buffers.running_similarity, dtype=torch.bool)  # ends with the call
+    steps = buffers.steps
+    if steps is not None:
+        steps = steps.clone()
+        with torch._C._DisableFuncTorch():
+            buffers.steps.add_(1)
+    return buffers._replace(gate=gate, steps=steps)
 
 
 # A break in what is compiled: for collectives, for torch older than 2.4, which knows no operators,

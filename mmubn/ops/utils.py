@@ -73,14 +73,9 @@ is_batched = getattr(
 )
 
 
-def is_vmapped(x: Tensor) -> bool:
-    """Whether :func:`torch.func.vmap` has made ``x`` many in one, as of an ensemble of models."""
-    functorch = torch._C._functorch
-    while not compiling() and functorch.is_functorch_wrapped_tensor(x):
-        if functorch.is_batchedtensor(x):
-            return True
-        x = functorch.get_unwrapped(x)  # of grad, jvp and the like
-    return False
+def is_wrapped(x: Tensor) -> bool:
+    """Whether a transform of torch.func, such as ``grad`` or ``vmap``, was given ``x``."""
+    return not compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def differentiable() -> bool:

@@ -129,6 +129,30 @@ def test_ensembles_in_training(make_layer, differentiate):
             torch.testing.assert_close(value, member.get_buffer(name), msg=name)
 
 
+@pytest.mark.parametrize('interval', [1, 2])
+def test_grad_of_training_steps(make_layer, interval):
+    layer = trained(make_layer(3)).train()
+    if isinstance(layer, UBN):
+        layer.fct_interval = interval
+    twin = copy.deepcopy(layer)
+    x = torch.randn(4, 3, 5, 5)
+    upstream = torch.randn_like(x)
+
+    def loss(parameters, buffers):
+        y = functional_call(layer, (parameters, buffers), (x,))
+        return (y * upstream).sum(), buffers
+
+    parameters, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())
+    for _ in range(3):
+        found, buffers = grad(loss, has_aux=True)(parameters, buffers)
+        twin.zero_grad()
+        (twin(x) * upstream).sum().backward()
+        for name, value in twin.named_parameters():
+            torch.testing.assert_close(found[name], value.grad, msg=name)
+        for name, value in twin.named_buffers():
+            torch.testing.assert_close(buffers[name], value, msg=name)
+
+
 def test_forward_mode(make_layer):
     layer = trained(make_layer(3).double())
     x, tangent = torch.randn(2, 2, 3, 4, 4, dtype=torch.double)
