@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from .cli.errors import CommandError
 from .runs import TABLE, read_condensation, read_scalars
 
 METRICS = ('accuracy/top1', 'coco/segm_mAP', 'coco/bbox_mAP')
@@ -37,29 +38,28 @@ class Run:
     """One work dir: its condensation table and the metrics of its logs.
 
     Args:
-        folder (Path): The work dir.
+        path (Path): The work dir, or the table in it. A table that was put aside has no metrics:
+            the logs are those of the training after it.
 
     Raises:
-        SystemExit: There is no ``condensation.csv`` in it, or no row in that.
+        CommandError: There is no table, or no row in it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        path = folder / TABLE
-        if not path.is_file():
-            raise SystemExit(
-                f"{path}: no such file; train with custom_hooks=[dict(type='CondensationHook')]"
-            )
+    def __init__(self, path: Path) -> None:
         try:
             self.rows = read_condensation(path)
-        except ValueError as error:
-            raise SystemExit(str(error)) from error
+        except (FileNotFoundError, ValueError) as error:
+            raise CommandError(str(error)) from error
+        self.path = path
+        self.table_path = path / TABLE if path.is_dir() else path
+        self.folder = self.table_path.parent
         if not self.rows:
-            raise SystemExit(f'{path}: holds no record yet')
-        self.folder = folder
-        self.name = folder.resolve().name
+            raise CommandError(f'{self.table_path}: holds no record yet')
+        self.name = self.folder.resolve().name
         # An iteration-based loop counts no epochs.
         self.axis = 'epoch' if self.rows[-1]['epoch'] else 'iter'
-        self.metrics = read_scalars(folder).metrics
+        is_last = self.table_path.name == TABLE
+        self.metrics = read_scalars(self.folder).metrics if is_last else {}
 
     @property
     def label(self) -> str:
@@ -89,11 +89,11 @@ def choose_metric(runs: List[Run], wanted: Optional[str] = None) -> Optional[str
     """The metric to draw: the wanted one, else the first of the usual that a run has.
 
     Raises:
-        SystemExit: No run has the wanted one.
+        CommandError: No run has the wanted one.
     """
     found = {name for run in runs for name in run.metrics}
     if wanted is not None and wanted not in found:
-        raise SystemExit(
+        raise CommandError(
             f'--metric {wanted} is in no log; there is {", ".join(sorted(found)) or "none"}'
         )
     return wanted or next((name for name in METRICS if name in found), None)
@@ -193,8 +193,8 @@ def _shared_axis(runs: List[Run]) -> str:
     """What all runs count; one that has recorded nothing but its start may count either."""
     counting = {run.axis: run for run in runs if run.rows[-1]['iter']}
     if len(counting) > 1:
-        raise SystemExit(
-            f'{counting["epoch"].folder} counts epochs and {counting["iter"].folder} iterations: '
+        raise CommandError(
+            f'{counting["epoch"].path} counts epochs and {counting["iter"].path} iterations: '
             'draw them in two calls'
         )
     return next(iter(counting), runs[0].axis)

@@ -208,6 +208,10 @@ def read_condensation(path: PathLike) -> List[Dict[str, Any]]:
     path = Path(path)
     if path.is_dir():
         path = path / TABLE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; train with custom_hooks=[dict(type='CondensationHook')]"
+        )
     # Each line ends with a line end once it is whole.
     *lines, _ = path.read_bytes().decode(errors='replace').split('\n')
     if not lines:

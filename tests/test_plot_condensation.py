@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,12 +144,12 @@ def test_iteration_based_run_is_drawn_over_iterations(tmp_path):
     assert figure.axes[0].lines[0].get_xdata().tolist() == [0, 10, 20]
 
 
-def test_runs_of_both_kinds_of_loop_share_no_axis(runs, tmp_path):
+def test_runs_of_both_kinds_of_loop_share_no_axis(runs, tmp_path, capsys):
     iterations = write_run(tmp_path / 'iterations', 'UBN', by_epoch=False)
     expected = f'{runs[0]} counts epochs and {iterations} iterations: draw them in two calls'
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit, match='1'):
         run_tool('plot_condensation', iterations, runs[0], '--out', tmp_path)
-    assert str(caught.value) == expected
+    assert capsys.readouterr().err == f'error: {expected}\n'
     assert not list(tmp_path.glob('*.png'))
 
 
@@ -172,19 +174,41 @@ def test_a_killed_run_is_drawn(runs):
     assert plot_condensation.Run(ubn).table('fixed/input').times == [0, 1, 2]
 
 
-def test_errors_name_the_file_and_the_option(runs, tmp_path, capsys):
-    with pytest.raises(SystemExit, match=r'nowhere/condensation.csv: no such file'):
-        run_tool('plot_condensation', str(tmp_path / 'nowhere'))
-    with pytest.raises(SystemExit, match=r'--metric mAP is in no log; there is accuracy/top1$'):
-        run_tool('plot_condensation', str(runs[0]), '--metric', 'mAP')
-    with pytest.raises(
-        SystemExit, match=r'no rows of --where train/output; it has (fixed|train)/input'
-    ):
-        run_tool('plot_condensation', str(runs[0]), '--where', 'train/output')
-    (tmp_path / 'file').touch()
-    with pytest.raises(SystemExit):
-        run_tool('plot_condensation', str(runs[0]), '--out', str(tmp_path / 'file'))
-    assert f'error: --out: cannot write to {tmp_path / "file"} (Not a' in capsys.readouterr().err
-    (runs[0] / 'condensation.csv').write_text(','.join(COLUMNS) + '\n')
-    with pytest.raises(SystemExit, match=r'condensation.csv: holds no record yet'):
-        run_tool('plot_condensation', str(runs[0]))
+def test_a_table_is_drawn_as_its_work_dir(runs, monkeypatch, capsys):
+    """A table that was put aside is drawn too, without the accuracy of the training after it."""
+    monkeypatch.chdir(runs[0].parent)
+    table = Path('bn/condensation.csv')
+    run = plot_condensation.Run(table)
+    assert (run.name, run.metrics) == ('bn', plot_condensation.Run(runs[0]).metrics)
+    assert run.metrics
+    aside = table.with_name('condensation_20260101_000000.csv')
+    aside.write_text(table.read_text())
+    assert plot_condensation.Run(aside).metrics == {}
+    run_tool('plot_condensation', table, aside)
+    picture = Path('bn/condensation_curves.svg')
+    assert str(picture) in capsys.readouterr().out
+    assert all(str(path) in picture.read_text() for path in (table, aside))
+
+
+@pytest.mark.parametrize(
+    ('argv', 'message'),
+    [
+        (['nowhere'], r'nowhere: no such file; train with custom_hooks=\[dict\(type='),
+        (['.'], 'condensation.csv: no such file; train with custom_hooks='),
+        (['bn', '--metric', 'mAP'], '--metric mAP is in no log; there is accuracy/top1$'),
+        (
+            ['bn', '--where', 'train/output'],
+            'bn/condensation.csv: no rows of --where train/output; it has fixed/input, train/input',
+        ),
+        (['bn', '--out', 'file'], r'--out: cannot write to .*/file \(Not a'),
+        (['file'], 'file is no condensation table: its first line'),
+        (['begun.csv'], 'begun.csv: holds no record yet'),
+    ],
+)
+def test_errors_name_the_file_and_the_option(runs, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(runs[0].parent)
+    Path('file').write_text('epoch,loss\n')
+    Path('begun.csv').write_text(','.join(COLUMNS) + '\n')
+    with pytest.raises(SystemExit, match='1'):
+        run_tool('plot_condensation', *argv)
+    assert re.match(f'error: {message}', capsys.readouterr().err)

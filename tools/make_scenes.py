@@ -1,11 +1,14 @@
 """Draws the demo's data: synthetic detection scenes in COCO layout, without a download."""
 
 import argparse
+from typing import Optional, Sequence
 
+from mmubn.cli.errors import CommandError, command
 from mmubn.datasets.scenes import make_scenes
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -14,15 +17,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--num-val', type=int, default=150, help='held-out images')
     parser.add_argument('--size', type=int, default=128, help='width and height in pixels')
     parser.add_argument('--seed', type=int, default=0, help='the same seed draws the same bytes')
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+@command
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Draws, or leaves what is there."""
+    args = parse_args(argv)
     try:
         written = make_scenes(**vars(args))
-    except (FileExistsError, ValueError) as error:
-        raise SystemExit(f'make_scenes.py: {error}') from error
+    except (OSError, ValueError) as error:
+        raise CommandError(str(error)) from error
     if not written:
         print(f'{args.out_dir} holds these scenes already')
 

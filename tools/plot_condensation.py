@@ -22,7 +22,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from mmubn.cli.errors import command
+from mmubn.cli.errors import CommandError, command
 from mmubn.plot_condensation import Run, choose_metric, draw_curves, draw_gates, draw_layers
 from mmubn.runs import PLACES
 from mmubn.writing import check_folder
@@ -34,7 +34,9 @@ def main(arguments: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('work_dirs', type=Path, nargs='+', metavar='WORK_DIR')
+    parser.add_argument(
+        'work_dirs', type=Path, nargs='+', metavar='WORK_DIR', help='or its condensation.csv'
+    )
     parser.add_argument('--out', type=Path, help='folder of the pictures (first WORK_DIR)')
     parser.add_argument(
         '--where', choices=PLACES, default='fixed/input', help='what to draw (%(default)s)'
@@ -48,17 +50,17 @@ def main(arguments: Optional[List[str]] = None) -> None:
     )
     args = parser.parse_args(arguments)
 
-    out = args.out or args.work_dirs[0]
+    runs = [Run(path) for path in args.work_dirs]
+    out = args.out or runs[0].folder
     check_folder('--out', out)
-    runs = [Run(folder) for folder in args.work_dirs]
     if len({run.name for run in runs}) < len(runs):
         for run in runs:
-            run.name = str(run.folder)
+            run.name = str(run.path)
     for run in runs:
         if not run.table(args.where).layers:
             places = ', '.join(sorted({row['where'] for row in run.rows})) or 'none'
-            raise SystemExit(
-                f'{run.folder}/condensation.csv: no rows of --where {args.where}; it has {places}'
+            raise CommandError(
+                f'{run.table_path}: no rows of --where {args.where}; it has {places}'
             )
     out.mkdir(parents=True, exist_ok=True)
     metric = choose_metric(runs, args.metric)

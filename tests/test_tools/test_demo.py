@@ -1,6 +1,7 @@
-"""The summary of a demo that was killed."""
+"""The summary of a demo that was killed, and what its tools say of bad input."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -38,7 +39,24 @@ def test_rows_that_lack_are_left_out(work_dir, capsys):
 
 
 @pytest.mark.parametrize('name', ['condensation.csv', 'test/20260101_000000/metrics.json'])
-def test_a_file_cut_to_nothing_is_one_line(work_dir, name):
+def test_a_file_cut_to_nothing_is_one_line(work_dir, fails, name):
     (work_dir / name).write_text('')
-    with pytest.raises(SystemExit, match=r'^demo.py: .*: run `make demo` again$'):
-        run_tool('demo', work_dir)
+    line = fails('demo', work_dir)
+    assert re.match(f'error: {work_dir}: .*: run `make demo` again$', line)
+
+
+def test_before_make_demo(fails):
+    assert fails('demo', 'none') == 'error: none/test: no evaluation; run `make demo` first'
+
+
+@pytest.mark.parametrize(
+    ('argv', 'message'),
+    [
+        (['scenes', '--size', '8'], 'size must be at least 64, got 8'),
+        (['.'], "'.' holds no scenes.json of such scenes, so it was not made here and is left "),
+        (['mine.txt/scenes'], '[Errno 20] Not a directory: '),
+    ],
+)
+def test_bad_input_of_make_scenes_is_one_line(tmp_path, fails, argv, message):
+    (tmp_path / 'mine.txt').touch()
+    assert fails('make_scenes', *argv).startswith(f'error: {message}')
