@@ -22,7 +22,7 @@ from mmubn.benchmark.host import host_table, host_us
 from mmubn.benchmark.kernels import COLUMNS, OTHER_TILES, compile_all, table, time_kernels
 from mmubn.benchmark.norm import BASE_SHAPES, LAYOUTS, parse_shape
 from mmubn.benchmark.rows import append_csv, check_csv, describe_run
-from mmubn.cli.errors import command
+from mmubn.cli.errors import CommandError, command
 from mmubn.ops.triton_backend import Tiles
 from mmubn.writing import check_file
 
@@ -61,7 +61,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         print(host_table(host_us()))
         return
     if args.device.type != 'cuda' or not torch.cuda.is_available():
-        raise SystemExit(f'benchmark_kernels: torch sees no GPU {args.device}')
+        raise CommandError(f'--device: torch sees no GPU {args.device}')
     check_file('--csv', args.csv)
     check_csv(args.csv, COLUMNS)
     torch.cuda.set_device(args.device.index or 0)

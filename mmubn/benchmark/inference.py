@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import markdown
+from ..cli.errors import CommandError
 from ..convert import convert_norm
 from ..inference import prepare_for_inference
 from ..inference.runtimes import NEEDS, RUNTIMES, Run, export_onnx
@@ -137,7 +138,7 @@ class Bench:
             run = RUNTIMES[runtime](copy.deepcopy(model), images, self._file(norm))
             differences[norm] = _difference(run(images), expected)
             if differences[norm] > 1e-3:
-                raise SystemExit(f'{runtime}, {norm}: outputs differ by {differences[norm]:.1e}')
+                raise CommandError(f'{runtime}, {norm}: outputs differ by {differences[norm]:.1e}')
             steps[norm] = _step(run, images)
         # A line a round: the programs that are timed wait for nothing else.
         tell = partial(self._round, f'{runtime}, batch {batch}', next(iter(steps)))
@@ -256,8 +257,8 @@ def check_docs(page: Path) -> None:
     """Makes sure that :func:`write_docs` can write into a page.
 
     Raises:
-        SystemExit: The page has no marks.
+        CommandError: The page has no marks.
     """
     text = page.read_text(encoding='utf-8') if page.is_file() else ''
     if not all(mark in text for mark in MARKS):
-        raise SystemExit(f'{page}: there is no {MARKS[0]} … {MARKS[1]} in it')
+        raise CommandError(f'{page}: there is no {MARKS[0]} … {MARKS[1]} in it')

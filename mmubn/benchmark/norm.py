@@ -12,6 +12,7 @@ from typing import Callable, Dict, Iterator, List, Tuple
 import torch
 from torch import nn
 
+from ..cli.errors import CommandError
 from ..ops import mean_cosine_similarity, reference
 from . import measure
 from .report import RESNET50_LAYERS, table
@@ -225,6 +226,9 @@ def run_all(bench: Bench, csv_file: Path) -> Tuple[List[Row], int]:
     Returns:
         tuple: All rows, and the exit status: 1 where a setting failed, which is left out, 130 where
         Ctrl-C ended the run.
+
+    Raises:
+        CommandError: A package is missing.
     """
     rows: List[Row] = []
     settings, status = bench.settings(), 0
@@ -234,6 +238,8 @@ def run_all(bench: Bench, csv_file: Path) -> Tuple[List[Row], int]:
             bench.progress.start(f'[{number}/{len(settings)}] {shown}')
             try:
                 new = method(*choice)
+            except CommandError:
+                raise
             except Exception:  # whatever it is, the other settings may go well
                 bench.progress.clear()
                 traceback.print_exc()

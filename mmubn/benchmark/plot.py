@@ -26,8 +26,7 @@ def check_picture(option: str, path: Path) -> None:
         path (Path): Where the picture goes.
 
     Raises:
-        CommandError: It cannot save there.
-        SystemExit: There is no matplotlib.
+        CommandError: There is no matplotlib, or it cannot save there.
     """
     Figure, _ = _matplotlib()
     known = Figure().canvas.get_supported_filetypes()
@@ -43,7 +42,7 @@ def _matplotlib() -> Tuple[Any, Any]:
         from matplotlib import ticker
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise SystemExit(f'a plot needs matplotlib: pip install matplotlib ({error})') from error
+        raise CommandError(f'a plot needs matplotlib: pip install matplotlib ({error})') from error
     return Figure, ticker
 
 
@@ -57,12 +56,12 @@ def draw_ratios(rows: List[Row]) -> Any:
         matplotlib.figure.Figure: The figure.
 
     Raises:
-        SystemExit: There is no matplotlib, or no ratio to draw.
+        CommandError: There is no matplotlib, or no ratio to draw.
     """
     Figure, ticker = _matplotlib()
     rows = [r for r in rows if r['what'] in TOTALS and r['ratio_bn'] and r['norm'] != 'bn']
     if not rows:
-        raise SystemExit('nothing to plot: no row has a ratio to bn')
+        raise CommandError('nothing to plot: no row has a ratio to bn')
     labels = [' '.join(filter(None, (row[key] for key in SETTING))) for row in rows]
     places = {label: place for place, label in enumerate(dict.fromkeys(labels))}
     figure = Figure(figsize=(7, 1.6 + 0.24 * len(places)), layout='constrained')

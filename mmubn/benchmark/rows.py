@@ -8,6 +8,7 @@ from typing import Dict, List, Optional, Sequence
 
 import torch
 
+from ..cli.errors import CommandError
 from ..paths import ROOT
 from ..version import __version__
 
@@ -138,13 +139,13 @@ def check_csv(path: Path, columns: Sequence[str]) -> None:
     """Makes sure that rows can be appended.
 
     Raises:
-        SystemExit: The file has other columns.
+        CommandError: The file has other columns.
     """
     if path.exists():
         with path.open(newline='') as file:
             header = next(csv.reader(file), None)
         if header is not None and tuple(header) != tuple(columns):
-            raise SystemExit(
+            raise CommandError(
                 f'{path}: its columns are not those of this version ({",".join(columns)}); '
                 'rename it, or name another file by --csv'
             )
@@ -164,13 +165,13 @@ def read_last_run(path: Path) -> List[Row]:
     """The rows of the last run.
 
     Raises:
-        SystemExit: There is no such file, or no row in it.
+        CommandError: There is no such file, or no row in it.
     """
     if not path.is_file():
-        raise SystemExit(f'{path}: no such file')
+        raise CommandError(f'{path}: no such file')
     check_csv(path, COLUMNS)
     with path.open(newline='') as file:
         rows = list(csv.DictReader(file))
     if not rows:
-        raise SystemExit(f'{path}: holds no rows yet')
+        raise CommandError(f'{path}: holds no rows yet')
     return [row for row in rows if row['date'] == rows[-1]['date']]

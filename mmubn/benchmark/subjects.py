@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import layers
+from ..cli.errors import CommandError
 from ..convert import convert_norm
 from ..layers import UBN
 from ..ops import BACKENDS, reference
@@ -105,12 +106,12 @@ def make_model(
         one fixed batch of random images and targets.
 
     Raises:
-        SystemExit: There is no torchvision.
+        CommandError: There is no torchvision.
     """
     try:
         from torchvision import models
     except ImportError as error:
-        raise SystemExit(f'--model {kind} needs torchvision: {error}') from error
+        raise CommandError(f'--model {kind} needs torchvision: {error}') from error
     batch, _, height, width = shape
     torch.manual_seed(0)
     images = torch.rand(shape).to(device, memory_format=layout)

@@ -63,14 +63,14 @@ def test_goals():
     [
         (['--repeats', '0'], '--repeats and --batches begin at 1, --size at 32'),
         (['--norms', 'gn'], "invalid choice: 'gn'"),
-        (['--docs', 'none.md'], r'none.md: there is no <!-- benchmark: begin -->'),
+        (['--docs', 'none.md'], 'error: none.md: there is no <!-- benchmark: begin -->'),
         (['--csv', 'other.csv/x.csv'], 'error: --csv: cannot write to '),
-        (['--csv', 'other.csv'], r'other.csv: its columns are not those of this version'),
+        (['--csv', 'other.csv'], 'error: other.csv: its columns are not those of this version'),
     ],
 )
 def test_bad_options(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'other.csv').write_text('norm,ms\n')
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit):
         run_tool('benchmark_inference', *argv)
-    assert message in f'{caught.value} {capsys.readouterr().err}'
+    assert message in capsys.readouterr().err

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tool import ROOT, read_csv, run_tool
@@ -16,6 +17,7 @@ from mmubn.benchmark.plot import MARKERS, draw_ratios, plot
 from mmubn.benchmark.report import RESNET50_LAYERS, goals, resnet50_totals, table
 from mmubn.benchmark.rows import COLUMNS, append_csv, make_rows, read_last_run
 from mmubn.benchmark.subjects import NORMS
+from mmubn.cli.errors import CommandError
 
 TINY = ('--device', 'cpu', '--shapes', '4,3,8,8', '--repeats', '3')
 
@@ -89,10 +91,12 @@ def test_runs_are_appended_below_one_header(bench, tmp_path):
     assert (tmp_path / 'rows.csv').read_text().count('median_ms') == 1
 
 
-def test_other_columns_are_refused_before_measuring(bench, tmp_path):
+def test_other_columns_are_refused_before_measuring(bench, tmp_path, capsys):
     (tmp_path / 'rows.csv').write_text('norm,ms\nbn,1\n')
-    with pytest.raises(SystemExit, match=r'rows.csv: its columns are not those of this version'):
+    with pytest.raises(SystemExit, match='1'):
         bench(*TINY)
+    reason = 'rows.csv: its columns are not those of this version'
+    assert capsys.readouterr().err.startswith(f'error: {tmp_path}/{reason}')
     assert (tmp_path / 'rows.csv').read_text() == 'norm,ms\nbn,1\n'
 
 
@@ -283,10 +287,32 @@ def test_plot_has_every_norm():
     assert len(set(MARKERS)) >= len(NORMS)
 
 
+@pytest.mark.parametrize(
+    ('content', 'reason'),
+    [(None, 'no such file'), ('', 'holds no rows yet'), ('rows', 'nothing to plot: no row has')],
+)
+def test_nothing_to_plot(tmp_path, monkeypatch, capsys, content, reason):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        append_csv(Path('rows.csv'), rows_of({'bn': [1.0]}) if content else [], COLUMNS)
+    with pytest.raises(SystemExit, match='1'):
+        run_tool('benchmark_norm', '--plot-only', '--csv', 'rows.csv', '--plot', 'ratios.png')
+    start = 'error: ' if content else 'error: rows.csv: '
+    assert capsys.readouterr().err.startswith(start + reason)
+
+
+def test_a_model_without_torchvision(bench, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'torchvision', None)
+    with pytest.raises(SystemExit, match='1'):
+        bench('--device', 'cpu', '--model', 'resnet50', '--dtypes', 'float32', 'bfloat16')
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith('error: --model resnet50 needs torchvision: ')
+
+
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     rows = rows_of({'bn': [1.0], 'ubn': [1.5]})
-    with pytest.raises(SystemExit, match='a plot needs matplotlib: pip install matplotlib'):
+    with pytest.raises(CommandError, match='a plot needs matplotlib: pip install matplotlib'):
         plot(rows, 'ratios.png')
 
 
