@@ -34,6 +34,7 @@ from mmubn.benchmark.inference import (
     write_docs,
 )
 from mmubn.benchmark.rows import Row, append_csv, check_csv
+from mmubn.cli.argument_types import count
 from mmubn.cli.errors import command
 from mmubn.inference.runtimes import RUNTIMES
 from mmubn.writing import check_file
@@ -56,17 +57,15 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         metavar='RUNTIME',
         help=f'{", ".join(map(repr, RUNTIMES))}; by default those that are installed',
     )
-    parser.add_argument('--batches', nargs='+', type=int, default=[1, 8], metavar='N')
+    parser.add_argument('--batches', nargs='+', type=count, default=[1, 8], metavar='N')
     parser.add_argument('--size', type=int, default=224, help='side of the images (%(default)s)')
-    parser.add_argument('--threads', type=int, help="CPU threads (torch's default)")
-    parser.add_argument('--repeats', type=int, default=15, help='measured rounds (%(default)s)')
+    parser.add_argument('--threads', type=count, help="CPU threads (torch's default)")
+    parser.add_argument('--repeats', type=count, default=15, help='measured rounds (%(default)s)')
     parser.add_argument('--csv', type=Path, default=CSV)
     parser.add_argument('--docs', type=Path, help='page to write the tables into')
     args = parser.parse_args(argv)
-    if args.repeats < 1 or min(args.batches) < 1 or args.size < 32:
-        parser.error('--repeats and --batches begin at 1, --size at 32')
-    if args.threads is not None and args.threads < 1:
-        parser.error('--threads begins at 1')
+    if args.size < 32:
+        parser.error('--size begins at 32')
     if args.model not in torchvision.models.list_models(torchvision.models):
         parser.error(f'--model: torchvision has no classifier {args.model}')
     for runtime in args.runtimes:

@@ -28,6 +28,7 @@ from mmubn.benchmark.plot import check_picture, plot
 from mmubn.benchmark.report import goals, resnet50_totals
 from mmubn.benchmark.rows import COLUMNS, check_csv, read_last_run
 from mmubn.benchmark.subjects import MODELS, NORMS
+from mmubn.cli.argument_types import count
 from mmubn.cli.errors import command
 from mmubn.writing import check_file
 
@@ -65,8 +66,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--device', type=torch.device, default='cuda' if torch.cuda.is_available() else 'cpu'
     )
-    parser.add_argument('--threads', type=int, help="CPU threads (torch's default)")
-    parser.add_argument('--repeats', type=int, default=20, help='measured rounds (%(default)s)')
+    parser.add_argument('--threads', type=count, help="CPU threads (torch's default)")
+    parser.add_argument('--repeats', type=count, default=20, help='measured rounds (%(default)s)')
     parser.add_argument(
         '--csv',
         type=Path,
@@ -77,10 +78,6 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.plot_only and args.plot is None:
         parser.error('--plot-only needs --plot FILE.png')
-    if args.repeats < 1:
-        parser.error('--repeats: at least 1 round')
-    if args.threads is not None and args.threads < 1:
-        parser.error('--threads begins at 1')
     if args.device.type == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda: torch sees no CUDA device')
     fill_in(args)

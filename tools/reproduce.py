@@ -19,8 +19,9 @@ import matplotlib
 matplotlib.use('Agg')
 
 import mmubn  # noqa: F401  configs may have mmubn:: in their _base_
+from mmubn.cli.argument_types import count, positive
 from mmubn.cli.errors import command
-from mmubn.cli.options import count, positive, read_config
+from mmubn.cli.options import read_config
 from mmubn.paths import ROOT
 from mmubn.reproduce.commands import list_rows, report, run_rows
 from mmubn.reproduce.experiments import EXPERIMENTS

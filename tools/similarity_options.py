@@ -11,8 +11,9 @@ import csv
 from pathlib import Path
 from typing import Optional, Sequence
 
+from mmubn.cli.argument_types import count
 from mmubn.cli.errors import CommandError, command
-from mmubn.cli.options import build_runner, count, load_config, make_parser
+from mmubn.cli.options import build_runner, load_config, make_parser
 from mmubn.cli.preflight import preflight
 from mmubn.cli.work_dir_lock import locked
 from mmubn.similarity_options import COLUMNS, compare, record

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 import mmubn  # noqa: F401  registers UBN for configs without custom_imports
+from mmubn.cli.argument_types import count
 from mmubn.cli.errors import CommandError, command
 from mmubn.cli.options import load_config, make_parser
 from mmubn.cli.survey import survey_config, survey_run
@@ -33,7 +34,7 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument(
         '--checkpoint', help='weights to measure with (default: those that the config starts from)'
     )
-    parser.add_argument('--batches', type=int, help='number of batches (default: 20)')
+    parser.add_argument('--batches', type=count, help='number of batches (default: 20)')
     parser.add_argument('--layers', default='', help='regular expression of the layers (all)')
     parser.add_argument(
         '--thresholds',
@@ -46,8 +47,6 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         '--out', type=Path, default=Path(), help='folder of the CSV and picture (.)'
     )
     args = parser.parse_args(argv)
-    if args.batches is not None and args.batches < 1:
-        raise CommandError(f'--batches must be at least 1, got {args.batches}')
     try:
         re.compile(args.layers)
     except re.error as error:

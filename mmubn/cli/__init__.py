@@ -2,5 +2,5 @@
 
 mmengine builds and runs everything; this package stands before it, so that bad input
 costs one line and not a half-written work directory. It needs mmengine and mmcv;
-:mod:`mmubn.cli.errors` needs torch alone.
+:mod:`mmubn.cli.errors` and :mod:`mmubn.cli.argument_types` need torch alone.
 """

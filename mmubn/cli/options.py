@@ -1,7 +1,6 @@
 """The options that the tools share, and the config they make."""
 
 import argparse
-import math
 import os
 import os.path as osp
 from pathlib import Path
@@ -70,22 +69,6 @@ def _add_runner_options(parser: argparse.ArgumentParser) -> None:
     )
     # Some launchers pass it in place of the environment variable.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
-
-
-def positive(text: str) -> float:
-    """The type of an option that is a positive number."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f'must be positive and finite, got {text}')
-    return value
-
-
-def count(text: str) -> int:
-    """The type of an option that counts something."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'must be at least 1, got {text}')
-    return value
 
 
 def load_config(args: argparse.Namespace, work: Optional[str] = None) -> Config:

@@ -61,7 +61,8 @@ def test_goals():
 @pytest.mark.parametrize(
     ('argv', 'message'),
     [
-        (['--repeats', '0'], '--repeats and --batches begin at 1, --size at 32'),
+        (['--batches', '1', '0'], 'error: argument --batches: must be at least 1, got 0'),
+        (['--size', '8'], 'error: --size begins at 32'),
         (['--norms', 'gn'], "invalid choice: 'gn'"),
         (['--docs', 'none.md'], 'error: none.md: there is no <!-- benchmark: begin -->'),
         (['--csv', 'other.csv/x.csv'], 'error: --csv: cannot write to '),

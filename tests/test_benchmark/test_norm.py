@@ -161,7 +161,8 @@ def test_setting_that_fails_is_left_out(bench, tmp_path, monkeypatch, capsys):
         (['--shapes', '4,3,8'], "'4,3,8' is not N,C,H,W"),
         (['--norms', 'gn'], "invalid choice: 'gn'"),
         (['--plot-only'], '--plot-only needs --plot FILE.png'),
-        (['--repeats', '0'], '--repeats: at least 1 round'),
+        (['--repeats', '0'], 'error: argument --repeats: must be at least 1, got 0'),
+        (['--threads', '0'], 'error: argument --threads: must be at least 1, got 0'),
         (['--dtypes', 'float64'], "invalid choice: 'float64'"),
     ],
 )

@@ -88,6 +88,13 @@ def test_a_checkpoint_that_does_not_fit(project, fails, content, reason):
         assert line.startswith('error: load_from: x.pth does not fit the norm layers')
 
 
+def test_batches_are_counted_from_1(capsys):
+    with pytest.raises(SystemExit, match='2'):
+        run_tool('survey_similarity', 'tiny.py', '--batches', '0')
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith('error: argument --batches: must be at least 1, got 0')
+
+
 @pytest.mark.parametrize(
     ('argv', 'message'),
     [
@@ -96,7 +103,6 @@ def test_a_checkpoint_that_does_not_fit(project, fails, content, reason):
         (('images', '--batches', '2'), '--batches: needs a config; images has what a run recorded'),
         (('tiny.py', '--data-root', 'images', '--checkpoint', 'x.pth'), '--checkpoint: no file x'),
         (('tiny.py', '--data-root', 'images', '--layers', '('), "--layers: '(' is no regular exp"),
-        (('tiny.py', '--data-root', 'images', '--batches', '0'), '--batches must be at least 1'),
         (('tiny.py', '--data-root', 'images', '--layers', 'nothing'), "tiny.py: layers='nothing'"),
         (
             ('tiny.py', '--data-root', 'images', '--cfg-options', 'train_dataloader.batch_size=1'),
