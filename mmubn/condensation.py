@@ -43,7 +43,7 @@ def record_condensation(model: nn.Module, layers: str = '') -> Iterator['Condens
         CondensationRecorder: Holds what is seen, also after the context has ended.
 
     Raises:
-        ValueError: No layer to measure.
+        ValueError: No layer to measure, or ``layers`` is no regular expression.
 
     Examples:
         >>> with mmubn.record_condensation(model, 'layer4') as rec:
@@ -82,7 +82,7 @@ class CondensationRecorder:
         layers (str): As in :func:`record_condensation`.
 
     Raises:
-        ValueError: No layer to measure.
+        ValueError: No layer to measure, or ``layers`` is no regular expression.
 
     Source: UBN (arXiv 2311.15993), Definition 1 and Appendix A.
     """
@@ -91,8 +91,12 @@ class CondensationRecorder:
         norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
         if not norms:
             raise ValueError(f'{type(model).__name__} holds no batch norm to measure')
+        try:
+            pattern = re.compile(layers)
+        except (re.error, TypeError) as error:
+            raise ValueError(f'layers={layers!r} is no regular expression: {error}') from error
         self.layers: Dict[str, nn.Module] = {
-            name: module for name, module in norms.items() if re.search(layers, name)
+            name: module for name, module in norms.items() if pattern.search(name)
         }
         if not self.layers:
             raise ValueError(

@@ -155,6 +155,10 @@ def test_state_adds_up_over_processes():
 def test_errors_name_the_pattern_and_the_model():
     with pytest.raises(ValueError, match=r"layers='bn9' matches none of the 2 .* first .* '1'"):
         CondensationRecorder(small_net(), 'bn9')
+    with pytest.raises(ValueError, match=r"^layers='\[' is no regular expression: untermin"):
+        CondensationRecorder(small_net(), '[')
+    with pytest.raises(ValueError, match=r"^layers=\['bn'\] is no regular expression: "):
+        CondensationRecorder(small_net(), ['bn'])
     with pytest.raises(ValueError, match='Linear holds no batch norm'):
         CondensationRecorder(nn.Linear(2, 2))
 

@@ -1,7 +1,6 @@
 """Checks the arguments of hooks, which mmengine builds after the work directory."""
 
 import inspect
-import re
 from typing import Dict
 
 from mmengine.config import Config
@@ -47,8 +46,5 @@ def check_hooks(cfg: Config, model: nn.Module) -> None:
             hook = HOOKS.build({key: value for key, value in node.items() if key != 'priority'})
             if isinstance(hook, CondensationHook):
                 CondensationRecorder(model, hook.layers)
-        except re.error as error:
-            reason = f'is no regular expression: {error}'
-            raise CommandError(f'{path}: layers={node["layers"]!r} {reason}') from error
         except (AssertionError, KeyError, TypeError, ValueError) as error:
             raise CommandError(f'{path}: {one_line(error)}') from error

@@ -102,7 +102,10 @@ def test_batches_are_counted_from_1(capsys):
         (('images', '--checkpoint', 'x.pth'), '--checkpoint: needs a config; images has what a'),
         (('images', '--batches', '2'), '--batches: needs a config; images has what a run recorded'),
         (('tiny.py', '--data-root', 'images', '--checkpoint', 'x.pth'), '--checkpoint: no file x'),
-        (('tiny.py', '--data-root', 'images', '--layers', '('), "--layers: '(' is no regular exp"),
+        (
+            ('tiny.py', '--data-root', 'images', '--layers', '('),
+            "tiny.py: layers='(' is no regular",
+        ),
         (('tiny.py', '--data-root', 'images', '--layers', 'nothing'), "tiny.py: layers='nothing'"),
         (
             ('tiny.py', '--data-root', 'images', '--cfg-options', 'train_dataloader.batch_size=1'),
