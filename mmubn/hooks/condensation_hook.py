@@ -14,6 +14,7 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from ..condensation import QUANTITIES, CondensationRecorder, record_condensation
 from .condensation_table import CondensationTable
@@ -75,7 +76,8 @@ class CondensationHook(Hook):
 
     Raises:
         RuntimeError: In training; the fixed batch does not go through the model at once.
-        ValueError: A setting out of range, or no layer to measure.
+        ValueError: A setting out of range, no layer to measure, or no data set to draw the fixed
+            batch from by index.
 
     Source: UBN (arXiv 2311.15993), Definition 1, section 3.2 and Appendix A.
 
@@ -193,6 +195,12 @@ class CondensationHook(Hook):
         of_val = getattr(runner.val_loop, 'dataloader', None)
         loader = runner.train_dataloader if of_val is None else of_val
         dataset = loader.dataset
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(
+                'CondensationHook: its fixed batch is drawn by index, and '
+                f'{type(dataset).__name__} is an IterableDataset; set fixed_samples=0 to train '
+                'without one, or validate on a data set with indices'
+            )
         if of_val is None:
             # Transforms may keep a state, such as Mosaic's cache, that training must not lose.
             dataset = copy.deepcopy(dataset)

@@ -18,6 +18,7 @@ from mmengine.registry import LOOPS
 from mmengine.runner import BaseLoop
 from processes import in_processes
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 from toy_runner import (
     HOOK,
     Accuracy,
@@ -361,6 +362,31 @@ def test_with_several_validation_sets_the_fixed_batch_is_of_the_training_set(tmp
     options.update(val_cfg=dict(type='TwoSets'), val_evaluator=[Accuracy()])
     make_runner(tmp_path / 'two', hooks=[HOOK], **options).train()
     assert table(tmp_path / 'two') == table(tmp_path / 'none')
+
+
+class Stream(IterableDataset):
+    """Images as they come; mmengine's LoggerHook asks for their number."""
+
+    def __len__(self):
+        return 32
+
+    def __iter__(self):
+        return iter(ToyImages())
+
+
+def test_a_stream_of_images_has_no_fixed_batch(tmp_path):
+    stream = DataLoader(Stream(), batch_size=8)
+    options = dict(iters=4, val=False, train_dataloader=stream)
+    line = (
+        '^CondensationHook: its fixed batch is drawn by index, and Stream is an IterableDataset; '
+        'set fixed_samples=0 to train without one, or validate on a data set with indices$'
+    )
+    with pytest.raises(ValueError, match=line):
+        make_runner(tmp_path / 'fixed', hooks=[HOOK], **options).train()
+    make_runner(tmp_path / 'none', hooks=[dict(HOOK, fixed_samples=0)], **options).train()
+    assert column(table(tmp_path / 'none'), 'iter', layer='norm', where='train/input') == [4]
+    make_runner(tmp_path / 'val', hooks=[HOOK], **{**options, 'val': True}).train()
+    assert column(table(tmp_path / 'val'), 'iter', layer='norm', where='fixed/input') == [0, 4]
 
 
 def test_a_single_image_has_no_similarity(tmp_path):
