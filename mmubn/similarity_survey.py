@@ -190,7 +190,7 @@ def survey_similarity(
         SimilaritySurvey: ``print`` it for the table.
 
     Raises:
-        ValueError: No norm layer, no batch, or batches of single images.
+        ValueError: No norm layer, ``num_batches`` below 1, no batch, or batches of single images.
         TypeError: Batches that the default ``forward`` cannot take apart.
 
     Source: UBN (arXiv 2311.15993), Definition 1 and Eq. 3; the survey is ours.
@@ -198,6 +198,8 @@ def survey_similarity(
     Examples:
         >>> print(mmubn.survey_similarity(model, train_loader))
     """
+    if num_batches < 1:
+        raise ValueError(f'num_batches must be at least 1, got {num_batches}')
     seen: Dict[str, List[float]] = {}
     taken = 0
     run = forward or _run

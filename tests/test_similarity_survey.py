@@ -116,6 +116,8 @@ def test_bad_input():
         mmubn.survey_similarity(Net(), batches(images=1))
     with pytest.raises(ValueError, match='batches: there is none'):
         mmubn.survey_similarity(Net(), [])
+    with pytest.raises(ValueError, match=r'^num_batches must be at least 1, got 0$'):
+        mmubn.survey_similarity(Net(), batches(), num_batches=0)
     with pytest.raises(TypeError, match='a batch is of type dict, not images: pass forward='):
         mmubn.survey_similarity(Net(), [dict(image=torch.zeros(2, 3, 4, 4))])
     with pytest.raises(ValueError, match='Linear holds no batch norm to measure'):
