@@ -16,6 +16,10 @@ CONFIGS = ROOT / 'configs'
 def run_tool(name: str, *argv: object) -> None:
     """Runs tools/``name``.py with these arguments."""
     path = str(ROOT / 'tools' / f'{name}.py')
+    if 'mmengine.visualization' in sys.modules:  # mmdet's would write where the first of them did
+        base = sys.modules['mmengine.visualization'].Visualizer
+        for visualizer in (base, *base.__subclasses__()):
+            visualizer._instance_dict.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', [path, *map(str, argv)])
         runpy.run_path(path, run_name='__main__')
