@@ -107,7 +107,9 @@ def _dense(x: Tensor) -> Tensor:
     return x if is_dense(x) else x.contiguous()
 
 
-if available:
+# A second import of this file, after a reload or where sys.modules lost it, finds the operators of
+# the first; torch takes no other definition of them.
+if available and not hasattr(torch.ops.mmubn, 'step'):
     # With flexible_layout, Inductor hands over X in the memory format that it has there. Else it
     # copies the output of a convolution, in channels_last, into the format of eager mode.
     # Not by custom_op, to which torch 2.7 can give no tag. In torch 2.4 that is so without a tag.

@@ -1,11 +1,13 @@
 """The operators of compiled networks: they return what they promise to the compiler."""
 
+import importlib
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from mmubn.ops import Buffers, Parameters, Settings
+from mmubn.ops import Buffers, Parameters, Settings, compiled
 from mmubn.ops.backend import CPP
 from mmubn.ops.utils import statistics_dtype
 
@@ -78,3 +80,12 @@ def assert_as_promised(operator, *arguments):
     for own, fake in zip(tree_flatten(returned)[0], tree_flatten(promised)[0]):
         assert (own.dtype, own.shape, own.stride()) == (fake.dtype, fake.shape, fake.stride())
     return returned
+
+
+def test_a_second_import_finds_the_operators():
+    """As after %autoreload in a notebook: torch takes no second definition of an operator."""
+    x = torch.randn(2, 3, 4, 4)
+    given = (*Parameters(torch.rand(3)), *Buffers(), *Settings(), 'torch')
+    before = torch.ops.mmubn.step(x, *given)[0]
+    importlib.reload(compiled)
+    assert torch.equal(torch.ops.mmubn.step(x, *given)[0], before)
