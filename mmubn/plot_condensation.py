@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from .cli.errors import CommandError
-from .runs import TABLE, read_condensation, read_scalars
+from .runs import TABLE, read_condensation, read_scalars, table_of
 
 METRICS = ('accuracy/top1', 'coco/segm_mAP', 'coco/bbox_mAP')
 # Told apart without colour: by dashes and marker, in 20 combinations, and by shade.
@@ -51,7 +51,7 @@ class Run:
         except (FileNotFoundError, ValueError) as error:
             raise CommandError(str(error)) from error
         self.path = path
-        self.table_path = path / TABLE if path.is_dir() else path
+        self.table_path = table_of(path)
         self.folder = self.table_path.parent
         if not self.rows:
             raise CommandError(f'{self.table_path}: holds no record yet')

@@ -190,6 +190,12 @@ def _is_metric(name: str, value: Any) -> bool:
 # --- Condensation.
 
 
+def table_of(path: PathLike) -> Path:
+    """The condensation table of a work dir; a table itself stays what it is."""
+    path = Path(path)
+    return path / TABLE if path.is_dir() else path
+
+
 def read_condensation(path: PathLike) -> List[Dict[str, Any]]:
     """Reads the table that ``CondensationHook`` wrote.
 
@@ -205,9 +211,7 @@ def read_condensation(path: PathLike) -> List[Dict[str, Any]]:
         FileNotFoundError: There is none.
         ValueError: The file is no such table.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / TABLE
+    path = table_of(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such file; train with custom_hooks=[dict(type='CondensationHook')]"

@@ -112,7 +112,7 @@ def _dense(x: Tensor) -> Tensor:
 if available and not hasattr(torch.ops.mmubn, 'step'):
     # With flexible_layout, Inductor hands over X in the memory format that it has there. Else it
     # copies the output of a convolution, in channels_last, into the format of eager mode.
-    # Not by custom_op, to which torch 2.7 can give no tag. In torch 2.4 that is so without a tag.
+    # custom_op takes no tag in torch 2.7. torch 2.4 has no such tag, and copies nothing without it.
     _TAGS = [torch.Tag.pt2_compliant_tag]
     if hasattr(torch.Tag, 'flexible_layout'):
         _TAGS.append(torch.Tag.flexible_layout)

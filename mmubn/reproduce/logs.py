@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 from ..cli.errors import CommandError
-from ..runs import TABLE, read_condensation, read_scalars
+from ..runs import read_condensation, read_scalars
 
 SETTINGS = 'run.json'
 EPOCH_LOSS = 'epoch_loss'  # in a line of the log: the mean since the start of the epoch
@@ -63,10 +63,10 @@ class Run:
         Raises:
             CommandError: The file is no condensation table.
         """
-        if not (self.folder / TABLE).is_file():
-            return []
         try:
             rows = read_condensation(self.folder)
+        except FileNotFoundError:
+            return []
         except ValueError as error:
             raise CommandError(f'{error}; move it away for a report without it') from error
         return [row for row in rows if row['epoch'] == self.settings['epochs']]

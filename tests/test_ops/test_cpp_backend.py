@@ -111,10 +111,8 @@ def test_settings(settings, rectified, ranks):
 def test_one_call_is_the_parts(kernel_size, shape, layout, rectified):
     """Of one process; bit for bit."""
     x = torch.randn(shape).contiguous(memory_format=layout)
-    dy, given = (
-        torch.randn_like(x),
-        random_parameters(shape[1], kernel_size, torch.float32, RECTIFIED[rectified]),
-    )
+    dy = torch.randn_like(x)
+    given = random_parameters(shape[1], kernel_size, torch.float32, RECTIFIED[rectified])
     for settings in (Settings(fct=0.15), Settings(fct=0.99), Settings(stride=0)):
         made = []
         for forward, backward in (
