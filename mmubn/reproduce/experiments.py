@@ -167,6 +167,21 @@ def _batches_of_two() -> Iterator[Row]:
     yield Row(*place, NO_PRETRAINING, 'BN', options=everything, network=shared['network'])
 
 
+def _fine_tuning() -> Iterator[Row]:
+    place = 'CIFAR-10', 'small ResNet-18'
+    network = 'studies/resnet18_fine_tuning_cifar10.py'
+    shared = dict(network=network, pretrained='BN')
+    yield Row(*place, 'BN', 'BN', **shared)
+    yield Row(*place, 'UBN', 'UBN', **shared)
+    yield Row(*place, NO_GATE, 'UBN', dict(fct=None), **shared)
+    yield Row(*place, 'RBN', 'RBN', **shared)
+    yield Row(*place, 'BN', 'BN', batch_size=8, **shared)
+    yield Row(*place, NO_GATE, 'UBN', dict(fct=None), batch_size=8, **shared)
+    # What the option says is so in the others, too. It gives these runs a folder of their own.
+    everything = {'model.backbone.frozen_stages': -1}
+    yield Row(*place, NO_PRETRAINING, 'BN', options=everything, network=network)
+
+
 def _strong_recipe() -> Iterator[Row]:
     place = 'CIFAR-100', 'ResNet-18 of half the channels'
     network = 'studies/resnet18_strong_cifar100.py'
@@ -336,7 +351,28 @@ _EXPERIMENTS = (
             tuning_budget=0.5,
             pretraining='studies/resnet18_pretraining_cifar100.py',
             prepare=make_cifar_scenes,
-            folder='cifar100',
+            pretraining_folder='cifar100',
+        ),
+    ),
+    Experiment(
+        'fine-tuning',
+        'Not in the paper: fine-tuning a classifier',
+        _fine_tuning(),
+        ('curves', 'differences'),
+        contrasts=(_GATE, (NO_GATE, 'RBN'), ('BN', NO_PRETRAINING)),
+        study=Study(
+            seeds=5,
+            grid={LEARNING_RATE: (0.01, 0.03, 0.1, 0.3)},
+            metric='top1',
+            validation={
+                'train_dataloader.dataset.indices': 5000,
+                'val_dataloader.dataset.split': 'train',
+                'val_dataloader.dataset.indices': -5000,
+            },
+            tuning_budget=0.5,
+            pretraining='studies/resnet18_pretraining_cifar100.py',
+            folder='cifar10',
+            pretraining_folder='cifar100',
         ),
     ),
     Experiment(

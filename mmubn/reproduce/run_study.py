@@ -68,8 +68,8 @@ def run_study(
     given = Path(told.data_root)
     # Before hours of pretraining and tuning.
     _refuse_varied(study, rows, told.user_options)
-    _check_split(study, make_setting(rows[0]).config, given)
-    data = study.prepare(given, root / SCENES) if study.prepare else given
+    _check_split(study, make_setting(rows[0]).config, given / study.folder)
+    data = study.prepare(given, root / SCENES) if study.prepare else given / study.folder
     told = replace(told, data_root=str(data))
     once = replace(told, seeds=1, condensation=False)
     jobs: List[Job] = []
@@ -77,7 +77,7 @@ def run_study(
     if study.pretraining:
         kinds = dict.fromkeys(row.pretrained for row in rows if row.pretrained)
         settings = [pretraining_setting(study, kind) for kind in kinds]
-        of_backbones = replace(once, data_root=str(given / study.folder))
+        of_backbones = replace(once, data_root=str(given / study.pretraining_folder))
         jobs = make_jobs(settings, root / PRETRAINING, of_backbones)
         print(f'pretraining {len(jobs)} backbones', flush=True)
         failed = run_jobs(jobs, parallel)

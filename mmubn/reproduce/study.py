@@ -27,7 +27,9 @@ class Study:
         pretraining (str): Config in ``configs/`` of the backbone that rows start from.
         prepare (Callable, optional): Makes the data of the rows of the folders of
             ``--data-root``, in a folder of the work dir, which it returns.
-        folder (str): Of ``--data-root``, that with the pretraining's data.
+        folder (str): Of ``--data-root``, that with the data of the rows, where these are not
+            made; empty: it is ``--data-root`` itself.
+        pretraining_folder (str): That with the pretraining's data.
     """
 
     seeds: int
@@ -39,6 +41,7 @@ class Study:
     pretraining: str = ''
     prepare: Optional[Callable[[Path, Path], Path]] = None
     folder: str = ''
+    pretraining_folder: str = ''
 
     @property
     def points(self) -> List[Dict[str, float]]:
