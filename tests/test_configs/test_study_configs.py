@@ -68,8 +68,12 @@ def checkpoints(tmp_path_factory) -> dict:
     return found
 
 
-@pytest.mark.parametrize('row', rows('batches-of-two'), ids=lambda row: row.name)
-def test_a_detector_starts_from_the_pretrained_backbone(row, checkpoints):
+PRETRAINED = [*rows('batches-of-two'), *rows('fine-tuning')]
+
+
+@pytest.mark.parametrize('row', PRETRAINED, ids=lambda row: f'{row.experiment}, {row.name}')
+def test_a_network_starts_from_the_pretrained_backbone(row, checkpoints):
+    study = STUDIES[row.experiment]
     more = {}
     if row.pretrained:
         init_cfg = dict(
@@ -77,14 +81,17 @@ def test_a_detector_starts_from_the_pretrained_backbone(row, checkpoints):
         )
         more = {f'model.backbone.init_cfg.{key}': value for key, value in init_cfg.items()}
     cfg = config(make_setting(row), **more)
-    assert cfg.train_dataloader.batch_size == (row.batch_size or 2)
-    with DefaultScope.overwrite_default_scope('mmdet'):
+    assert cfg.train_dataloader.batch_size == (row.batch_size or (2 if row.detects else 64))
+    theirs = config(pretraining_setting(study, row.pretrained or 'BN'))
+    pixels = cfg.model.data_preprocessor if row.detects else cfg.data_preprocessor
+    for key in ('mean', 'std'):
+        assert pixels[key] == theirs.data_preprocessor[key]
+    with DefaultScope.overwrite_default_scope('mmdet' if row.detects else 'mmpretrain'):
         backbone = MODELS.build(cfg.model.backbone)
     backbone.init_weights()
     x = torch.randn(2, 3, 32, 32)
     if row.pretrained:
         original = torch.load(checkpoints[row.pretrained])['state_dict']
-        theirs = config(pretraining_setting(STUDIES['batches-of-two'], row.pretrained))
         with DefaultScope.overwrite_default_scope('mmpretrain'):
             other = MODELS.build(theirs.model)
         other.load_state_dict(original)
@@ -99,9 +106,11 @@ def test_a_detector_starts_from_the_pretrained_backbone(row, checkpoints):
     norms = [m for m in backbone.modules() if isinstance(m, _BatchNorm)]
     if 'frozen' in row.norm:
         assert kept == norms
-    elif row.pretrained and row.base != 'GN':
+    elif row.detects and row.pretrained and row.base != 'GN':
         assert len(kept) == 1 + 5  # the stem, and of the first stage 4 and a downsampling
-    assert bool(frozen) == bool(row.pretrained)
+    elif not row.detects:
+        assert not kept
+    assert bool(frozen) == (row.detects and bool(row.pretrained))
 
 
 @pytest.mark.parametrize('name', STUDIES)
@@ -116,8 +125,9 @@ def test_tuning_changes_the_split_and_what_is_tuned_alone(name):
     assert tuned.to_dict() == plain.to_dict()
 
 
-def test_the_tuning_of_the_strong_recipe_keeps_its_images_apart():
-    study = STUDIES['strong-recipe']
+@pytest.mark.parametrize('name', ['strong-recipe', 'fine-tuning'])
+def test_the_tuning_of_a_classifier_keeps_its_images_apart(name):
+    study = STUDIES[name]
     first, last = (study.validation[f'{s}_dataloader.dataset.indices'] for s in ('train', 'val'))
     images = list(range(50000))
     assert not {*images[:first]} & {*images[last:]}

@@ -61,7 +61,7 @@ def instant_runs(folder):
 
     run.value_of = value_of
     run.calls = calls
-    for data in ('data/cifar100', 'made/data'):
+    for data in ('data/cifar10', 'data/cifar100', 'made/data'):
         (folder / data).mkdir(parents=True)
     changed = replace(TWO_IMAGES.study, prepare=lambda given, out: Path('made') / given)
     with pytest.MonkeyPatch.context() as patch:
@@ -96,6 +96,10 @@ def run_two(*more):
     run_tool('reproduce', 'run', *TWO, '--seeds', '2', '--data-root', 'data', *more)
 
 
+def data_of(job) -> str:
+    return job.arguments[job.arguments.index('--data-root') + 1]
+
+
 BATCH = 'train_dataloader.batch_size'
 BEST = {'BN': 0.03, 'UBN': 0.01}
 
@@ -116,8 +120,7 @@ def test_each_row_is_tuned_then_trained_with_what_won(tuned):
     assert [job.folder for job in pretraining] == [
         Path('runs/pretraining/resnet18_pretraining_cifar100-BN/seed0')
     ]
-    at = pretraining[0].arguments.index('--data-root') + 1
-    assert pretraining[0].arguments[at] == 'data/cifar100'
+    assert [data_of(job) for job in pretraining] == ['data/cifar100']
     assert [rate(job) for job in tuning] == [r for _ in range(6) for r in RATES]
     assert {options(job)['val_dataloader.dataset.data_prefix.img'] for job in tuning} == {'val/'}
     batch_two = [job for job in training if BATCH not in options(job)]
@@ -130,7 +133,15 @@ def test_each_row_is_tuned_then_trained_with_what_won(tuned):
     for job in training:
         # The test split is the config's own.
         assert not any('ann_file' in key for key in options(job))
-        assert job.arguments[job.arguments.index('--data-root') + 1] == 'made/data'
+        assert data_of(job) == 'made/data'
+
+
+def test_a_classifier_has_other_data_than_its_pretraining(stages):
+    argv = ['run', 'fine-tuning', '--rows', 'BN', '--seeds', '1', '--work-dir', 'runs']
+    run_tool('reproduce', *argv, '--data-root', 'data')
+    pretraining, *others = stages.calls
+    assert [data_of(job) for job in pretraining] == ['data/cifar100']
+    assert {data_of(job) for jobs in others for job in jobs} == {'data/cifar10'}
 
 
 def test_the_checkpoint_is_an_argument_and_in_no_record(tuned):
@@ -257,6 +268,7 @@ def test_what_a_study_sets_is_no_option_of_the_user(stages, capsys, option, key)
         (('strong-recipe', '--eval-on-train'), '--eval-on-train: a study tunes on its validation'),
         (('strong-recipe',), 'run: a study needs --data-root'),
         (('batches-of-two', '--data-root', '.'), '--data-root: no folder cifar10; it needs'),
+        (('fine-tuning', '--data-root', '.'), '--data-root: cifar10'),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, argv, message):
