@@ -362,7 +362,7 @@ _EXPERIMENTS = (
         contrasts=(_GATE, (NO_GATE, 'RBN'), ('BN', NO_PRETRAINING)),
         study=Study(
             seeds=5,
-            grid={LEARNING_RATE: (0.01, 0.03, 0.1, 0.3)},
+            grid={LEARNING_RATE: (0.003, 0.01, 0.03, 0.1, 0.3)},
             metric='top1',
             validation={
                 'train_dataloader.dataset.indices': 5000,
