@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from .cli.errors import CommandError
+from .cli.errors import CommandError, user_error
 from .runs import TABLE, read_condensation, read_scalars, table_of
 
 METRICS = ('accuracy/top1', 'coco/segm_mAP', 'coco/bbox_mAP')
@@ -46,10 +46,8 @@ class Run:
     """
 
     def __init__(self, path: Path) -> None:
-        try:
+        with user_error(FileNotFoundError, ValueError):
             self.rows = read_condensation(path)
-        except (FileNotFoundError, ValueError) as error:
-            raise CommandError(str(error)) from error
         self.path = path
         self.table_path = table_of(path)
         self.folder = self.table_path.parent

@@ -3,7 +3,7 @@
 import argparse
 from typing import Optional, Sequence
 
-from mmubn.cli.errors import CommandError, command
+from mmubn.cli.errors import command, user_error
 from mmubn.datasets.scenes import make_scenes
 
 
@@ -24,10 +24,8 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Draws, or leaves what is there."""
     args = parse_args(argv)
-    try:
+    with user_error(OSError, ValueError):
         written = make_scenes(**vars(args))
-    except (OSError, ValueError) as error:
-        raise CommandError(str(error)) from error
     if not written:
         print(f'{args.out_dir} holds these scenes already')
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 from mmubn.cli.argument_types import count
-from mmubn.cli.errors import CommandError, command
+from mmubn.cli.errors import CommandError, command, user_error
 from mmubn.cli.options import build_runner, load_config, make_parser
 from mmubn.cli.preflight import preflight
 from mmubn.cli.work_dir_lock import locked
@@ -54,10 +54,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         preflight(cfg, 'train')
     runner = build_runner(cfg)
     strides = sorted({1, *args.strides})
-    try:
+    with user_error(ValueError):
         layers, seen = record(runner.model, strides)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
     with locked(cfg.work_dir):
         runner.train()
     rows = compare(layers, seen, args.intervals, args.strides)

@@ -12,7 +12,7 @@ from mmengine.registry import DefaultScope, Registry
 
 from ..walk import walk
 from .config_check import RUNNER_KEYS, Arguments, did_you_mean, find_class
-from .errors import CommandError, one_line, warn
+from .errors import CommandError, user_error, warn
 
 # In a config or in Python.
 _DICT = re.compile(r"""\s*(\[?\s*dict\(|\{\s*(['"].*:.*)?\}\s*$)""", re.DOTALL)
@@ -142,10 +142,8 @@ def merge_options(cfg: Config, options: Dict[str, Any]) -> None:
             merged[f'{path}._delete_'] = True
         _check_top(before, key)
         _check_replaced(before, key, value)
-    try:
+    with user_error(KeyError, TypeError, AttributeError, of='--cfg-options'):
         cfg.merge_from_dict(merged)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CommandError(f'--cfg-options: {one_line(error)}') from error
     for key in options:
         _check_added(before, cfg, key)
 

@@ -15,7 +15,7 @@ from mmengine.utils import is_seq_of
 from ..walk import type_name, walk
 from .coco_check import CocoFile, check_coco, check_evaluated
 from .config_check import HOSTS, did_you_mean, find_class
-from .errors import CommandError, one_line, warn
+from .errors import CommandError, user_error, warn
 from .folder_check import (
     Folders,
     Numbered,
@@ -65,10 +65,9 @@ class Data:
                 f'{self.path}.data_prefix: must name the folder of the images, as text or by '
                 f'dict(img_path=...), got {dict(prefix)!r}'
             )
-        try:
+        refused = AssertionError, AttributeError, KeyError, TypeError, ValueError
+        with user_error(*refused, of=f'{self.path}: {self.kind.__name__}'):
             return DATASETS.build({**self.node, 'pipeline': [], 'lazy_init': True})
-        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CommandError(f'{self.path}: {self.kind.__name__}: {one_line(error)}') from error
 
     @cached_property
     def folders(self) -> Optional[Folders]:

@@ -3,7 +3,8 @@
 import functools
 import os
 import sys
-from typing import Callable, Optional, Sequence
+from contextlib import contextmanager
+from typing import Callable, Iterator, Optional, Sequence, Type
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -24,6 +25,20 @@ def one_line(error: BaseException) -> str:
     """What an exception says, in one line and without the quotes of a KeyError."""
     said = error.args[0] if isinstance(error, KeyError) and error.args else error
     return ' '.join(str(said).split())
+
+
+@contextmanager
+def user_error(*kinds: Type[Exception], of: str = '') -> Iterator[None]:
+    """In which exceptions of these kinds are of the user's making: told by :class:`CommandError`.
+
+    Args:
+        *kinds: What is raised by code that knows no command line.
+        of (str): What is at fault, such as a key of the config, where they do not say it.
+    """
+    try:
+        yield
+    except kinds as error:
+        raise CommandError(f'{of}: {one_line(error)}' if of else one_line(error)) from error
 
 
 def warn(text: str) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from ..condensation import CondensationRecorder
 from ..hooks import CondensationHook
 from .config_check import find_class, hook_nodes
-from .errors import CommandError, one_line
+from .errors import CommandError, user_error
 
 _OTHERS = (CheckpointHook, LoggerHook)  # every config has them, and they only keep their arguments
 
@@ -42,9 +42,7 @@ def check_hooks(cfg: Config, model: nn.Module) -> None:
                 f'{path}: a second {kind.__name__} beside {other}, and both would act; take one '
                 'away, such as that of a base config, by writing the whole list of custom_hooks'
             )
-        try:
+        with user_error(AssertionError, KeyError, TypeError, ValueError, of=path):
             hook = HOOKS.build({key: value for key, value in node.items() if key != 'priority'})
             if isinstance(hook, CondensationHook):
                 CondensationRecorder(model, hook.layers)
-        except (AssertionError, KeyError, TypeError, ValueError) as error:
-            raise CommandError(f'{path}: {one_line(error)}') from error

@@ -12,7 +12,7 @@ from .. import layers
 from ..layers import SYNCHRONISED
 from ..walk import walk
 from .config_check import find_class
-from .errors import CommandError
+from .errors import CommandError, user_error
 
 
 def check_norms(cfg: Config) -> None:
@@ -35,10 +35,8 @@ def check_norms(cfg: Config) -> None:
             raise CommandError(f"{path}: no norm layer is registered as '{kind}'; {_hint(kind)}")
         if layer is nn.GroupNorm and 'num_groups' not in norm:
             raise CommandError(f'{path}: num_groups is left out; {norm["type"]} needs it')
-        try:
+        with user_error(RuntimeError, TypeError, ValueError, of=path):
             build_norm_layer(norm, norm.get('num_groups', 1))
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise CommandError(f'{path}: {error}') from error
 
 
 def norm_cfgs(cfg: Config) -> Iterator[Tuple[str, dict]]:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ..walk import each
 from .config_check import HOSTS, find_class
-from .errors import CommandError, one_line
+from .errors import CommandError, user_error
 
 
 def check_optimizer(cfg: Config, model: nn.Module) -> None:
@@ -57,7 +57,6 @@ def _check_scheduler(path: str, node: Any, cfg: Config, optimizer: Optimizer) ->
 
 
 def _build(path: str, kind: type, registry: Any, node: dict, given: dict) -> Any:
-    try:
+    refused = AssertionError, KeyError, TypeError, ValueError, ZeroDivisionError
+    with user_error(*refused, of=f'{path}: {kind.__name__}'):
         return registry.build(dict(node), default_args=given)
-    except (AssertionError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise CommandError(f'{path}: {kind.__name__}: {one_line(error)}') from error

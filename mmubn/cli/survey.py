@@ -20,16 +20,14 @@ from .checkpoint_check import (
     read_checkpoint,
 )
 from .data_check import check_data
-from .errors import CommandError
+from .errors import user_error
 from .norm_check import check_norms
 
 
 def survey_run(path: Path, thresholds: Sequence[float]) -> SimilaritySurvey:
     """Of a work dir, or of the table itself."""
-    try:
+    with user_error(FileNotFoundError, ValueError):
         return read_survey(path, thresholds)
-    except (FileNotFoundError, ValueError) as error:
-        raise CommandError(str(error)) from error
 
 
 def survey_config(
@@ -74,13 +72,11 @@ def survey_config(
         load_checkpoint(model, checkpoint, map_location='cpu')
     loader = Runner.build_dataloader(cfg.train_dataloader, seed=seed)
     total = min(num_batches, len(loader))
-    try:
-        with tqdm(loader, total=total, unit='batch', mininterval=1) as batches:
-            return survey_similarity(
-                model.to(get_device()), batches, num_batches, thresholds, _step, layers
-            )
-    except ValueError as error:
-        raise CommandError(f'{cfg.filename}: {error}') from error
+    progress = tqdm(loader, total=total, unit='batch', mininterval=1)
+    with user_error(ValueError, of=cfg.filename), progress as batches:
+        return survey_similarity(
+            model.to(get_device()), batches, num_batches, thresholds, _step, layers
+        )
 
 
 def _step(model: nn.Module, batch: Any) -> None:

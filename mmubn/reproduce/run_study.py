@@ -15,7 +15,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 from mmengine.registry import DefaultScope
 
 from ..cli.data_root import set_data_root
-from ..cli.errors import CommandError, one_line
+from ..cli.errors import CommandError, user_error
 from ..cli.options import read_config
 from ..markdown import table
 from .logs import read_run
@@ -140,11 +140,10 @@ def training_images(config: Path, data: Path) -> int:
     cfg = read_config(config)
     set_data_root(cfg, str(data))
     dataset = dict(cfg.train_dataloader.dataset, pipeline=[], lazy_init=True)
-    try:
-        with DefaultScope.overwrite_default_scope('mmpretrain'):
-            return len(DATASETS.build(dataset).load_data_list())
-    except Exception as error:  # the datasets raise anything for data that is not there
-        raise CommandError(f'--data-root: {data}: {one_line(error)}') from error
+    # The datasets raise anything for data that is not there.
+    fault = user_error(Exception, of=f'--data-root: {data}')
+    with fault, DefaultScope.overwrite_default_scope('mmpretrain'):
+        return len(DATASETS.build(dataset).load_data_list())
 
 
 def _jobs(

@@ -1,8 +1,9 @@
-"""Which process tells an error."""
+"""Which process tells an error, and how what other code raises is told."""
 
 import pytest
+from told import told
 
-from mmubn.cli.errors import CommandError, command
+from mmubn.cli.errors import CommandError, command, user_error
 
 
 @command
@@ -29,3 +30,16 @@ def test_the_first_process_of_each_machine_speaks(monkeypatch, capsys, environme
         fail()
     assert ended.value.code == 1
     assert capsys.readouterr().err == ('error: key: a reason\n' if speaks else '')
+
+
+@pytest.mark.parametrize(
+    ('place', 'said'), [('model', 'model: no such key: a'), ('', 'no such key: a')]
+)
+def test_a_fault_of_the_user_is_one_line_with_its_place(place, said):
+    def fails(error):
+        with user_error(KeyError, of=place):
+            raise error
+
+    assert told(fails, KeyError('no such key:\n  a')) == said
+    with pytest.raises(RuntimeError, match='ours'):
+        fails(RuntimeError('ours'))
