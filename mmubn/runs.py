@@ -217,7 +217,7 @@ def read_condensation(path: PathLike) -> List[Dict[str, Any]]:
             f"{path}: no such file; train with custom_hooks=[dict(type='CondensationHook')]"
         )
     # Each line ends with a line end once it is whole.
-    *lines, _ = path.read_bytes().decode(errors='replace').split('\n')
+    *lines, _ = path.read_bytes().decode('utf-8-sig', errors='replace').split('\n')
     if not lines:
         return []
     header = lines[0].rstrip('\r').split(',')

@@ -146,6 +146,7 @@ def test_rows_are_typed(tmp_path):
     (row,) = table(tmp_path, HEADER + ROW)
     values = (1, 10, 'stem', 'UBN', 'train/input', 0.25, 0.5, 1.0)
     assert row == dict(zip(COLUMNS, values))
+    assert table(tmp_path, '\ufeff' + HEADER + ROW) == [row]  # as spreadsheets save it
     (row,) = table(tmp_path, HEADER + '0,0,a,BatchNorm2d,fixed/input,,,\n')
     assert row['similarity'] is None
     assert row['batch_statistics_used'] is None
