@@ -228,7 +228,9 @@ _SOURCES = {
 
 def _other_norms(model: nn.Module) -> str:
     """What to say of a model that has no BatchNorm at all."""
-    kinds = Counter(type(m).__name__ for m in model.modules() if 'Norm' in type(m).__name__)
+    # What has no weight is no layer, such as timm's NormFreeBlock.
+    norms = (m for m in model.modules() if 'weight' in m._parameters)
+    kinds = Counter(type(m).__name__ for m in norms if 'Norm' in type(m).__name__)
     found = ', '.join(f'{count} {kind}' for kind, count in kinds.items())
     return f'the model has no BatchNorm; its norm layers are: {found or "none"}'
 

@@ -289,8 +289,11 @@ def test_a_list_of_what_is_around_the_layers_is_no_obstacle():
 
 
 def test_a_model_without_batch_norm_says_what_it_has():
-    model = nn.Sequential(nn.GroupNorm(1, 3), nn.GroupNorm(1, 3), nn.LayerNorm(3))
-    message = r'no BatchNorm; its norm layers are: 2 GroupNorm, 1 LayerNorm'
+    class NormStage(nn.Sequential):
+        pass
+
+    model = NormStage(nn.GroupNorm(1, 3), nn.GroupNorm(1, 3), nn.InstanceNorm2d(3))
+    message = r'no BatchNorm; its norm layers are: 2 GroupNorm, 1 InstanceNorm2d$'
     with pytest.raises(ValueError, match=message):
         mmubn.convert_norm(model, dict(type='UBN'))
 
