@@ -37,7 +37,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.utils.data import DataLoader
 
 from .. import registration
-from ..walk import each, type_name
+from ..walk import each, type_name, walk
 from .errors import CommandError, warn
 
 # What else the tools and mmengine read from the top of a config.
@@ -114,7 +114,10 @@ def check_config(cfg: Config, work: Optional[str] = None) -> None:
             )
     for part in _parts(cfg, ['test'] if work == 'test' else _NEEDED):
         _check_part(part)
-    _check_model_kinds(cfg.model, 'model')
+    for path, node in walk(cfg.model, 'model'):  # a name for a dict, such as norm_cfg='UBN'
+        for key, value in node.items():
+            if isinstance(value, str) and str(key).endswith(_MODEL_PARTS):
+                _check_kind(f'{path}.{key}', value, [dict])
 
 
 def _kinds(hint: Any) -> Set[type]:
@@ -138,16 +141,6 @@ def _check_kind(path: str, value: Any, kinds: Collection[type]) -> None:
     elif isinstance(value, dict):
         remedy = '; put it in [ ]'
     raise CommandError(f'{path}: must be {wanted}, got {got}{remedy}')
-
-
-def _check_model_kinds(node: Any, path: str) -> None:
-    """A name where a dict belongs, such as ``norm_cfg='UBN'``."""
-    children = enumerate(node) if isinstance(node, (list, tuple)) else node.items()
-    for key, value in children:
-        if isinstance(value, (dict, list, tuple)):
-            _check_model_kinds(value, f'{path}.{key}')
-        elif isinstance(value, str) and str(key).endswith(_MODEL_PARTS):
-            _check_kind(f'{path}.{key}', value, [dict])
 
 
 def _parts(cfg: Config, splits: Collection[str]) -> Iterator[Part]:
@@ -308,7 +301,10 @@ def _check_part(part: Part) -> None:
         if 'type' in part.node:
             build = find_class(part.node, part.registry)
             if build is None:
-                raise CommandError(_unknown_type(part))
+                raise CommandError(
+                    f"{part.path}: no {part.registry.name} is registered as '{part.node['type']}'"
+                    f'{near_type(part.node, part.registry)}'
+                )
         elif build is None:
             raise CommandError(f"{part.path}: type is left out; write type='...'{_found(part)}")
     arguments = Arguments(build)
@@ -332,12 +328,11 @@ def _found(part: Part) -> str:
     return f", not '{nearest[0]}'" if nearest else ''
 
 
-def _unknown_type(part: Part) -> str:
-    kind = part.node['type']
-    with part.registry.switch_scope_and_registry(part.node.get('_scope_')) as registry:
-        known = {*registry.module_dict, *part.registry.module_dict}
-    hint = did_you_mean(str(kind), known) or '; is its module in custom_imports?'
-    return f"{part.path}: no {part.registry.name} is registered as '{kind}'{hint}"
+def near_type(node: dict, registry: Registry) -> str:
+    """What to say of a ``type`` that a registry does not know, to follow it in a message."""
+    with registry.switch_scope_and_registry(node.get('_scope_')) as found:
+        known = {*found.module_dict, *registry.module_dict}
+    return did_you_mean(str(node['type']), known) or '; is its module in custom_imports?'
 
 
 def find_class(node: dict, registry: Registry) -> Optional[Callable]:

@@ -1,6 +1,5 @@
 """Checks that every norm layer a config asks for can be built."""
 
-import difflib
 from typing import Iterator, Tuple
 
 from mmcv.cnn import build_norm_layer
@@ -11,7 +10,7 @@ from torch import nn
 from .. import layers
 from ..layers import SYNCHRONISED
 from ..walk import walk
-from .config_check import find_class
+from .config_check import did_you_mean, find_class, near_type
 from .errors import CommandError, user_error
 
 
@@ -25,14 +24,15 @@ def check_norms(cfg: Config) -> None:
         CommandError: The type is left out or unknown, or refuses a setting.
     """
     for path, node in walk(cfg.model, 'model'):
-        layer = path.endswith('norm_cfg') and not path.endswith('img_norm_cfg')
-        if layer and node and 'type' not in node:
+        is_layer = path.endswith('norm_cfg') and not path.endswith('img_norm_cfg')
+        if is_layer and node and 'type' not in node:
             raise CommandError(f"{path}: type is left out; write dict(type='UBN', ...)")
     for path, norm in norm_cfgs(cfg):
         layer = find_class(norm, MODELS)
         if layer is None:
-            kind = norm['type']
-            raise CommandError(f"{path}: no norm layer is registered as '{kind}'; {_hint(kind)}")
+            raise CommandError(
+                f"{path}: no norm layer is registered as '{norm['type']}'{_hint(norm)}"
+            )
         if layer is nn.GroupNorm and 'num_groups' not in norm:
             raise CommandError(f'{path}: num_groups is left out; {norm["type"]} needs it')
         with user_error(RuntimeError, TypeError, ValueError, of=path):
@@ -46,18 +46,15 @@ def norm_cfgs(cfg: Config) -> Iterator[Tuple[str, dict]]:
             yield path, node
 
 
-def _hint(kind: str) -> str:
-    asked = kind.upper()
+def _hint(norm: dict) -> str:
+    asked = norm['type'].upper()
     ours = [name for name in layers.__all__ if name.upper() in asked.replace('SYNC', '')]
     if ours and 'SYNC' in asked:
         twins = [twin.__name__ for kind, twin in SYNCHRONISED.items() if kind.__name__ in ours]
         if not twins:
             return (
-                f'there is no synchronised {ours[0]}: '
+                f'; there is no synchronised {ours[0]}: '
                 f"type='{ours[0]}' has each process's own statistics"
             )
         ours = twins
-    with MODELS.switch_scope_and_registry(None) as registry:
-        known = ours or {*registry.module_dict, *MODELS.module_dict}
-    nearest = difflib.get_close_matches(kind, known, n=1, cutoff=0 if ours else 0.6)
-    return f"did you mean '{nearest[0]}'?" if nearest else 'is its module in custom_imports?'
+    return did_you_mean(norm['type'], ours, cutoff=0) or near_type(norm, MODELS)

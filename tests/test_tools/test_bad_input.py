@@ -30,7 +30,7 @@ FILE = 'give the path of a .pth file'
         ),
         (
             f'{NORM}.type=UBNN',
-            f"error: {NORM}: no norm layer is registered as 'UBNN'; did you mean 'UBN'?",
+            f"error: {NORM}: no norm layer is registered as 'UBNN', did you mean 'UBN'?",
         ),
         (
             'model.backbone.init_cfg.checkpoint=none.pth',
