@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Union
@@ -251,24 +251,19 @@ def read_survey(
         FileNotFoundError: There is none.
         ValueError: The file is no such table, or has no training batches.
     """
-    seen: Dict[str, List[float]] = {}
-    types: Dict[str, str] = {}
-    records: Dict[int, Dict[str, float]] = {}  # iteration -> layer -> similarity
-    for row in read_condensation(path):
-        if row['where'] == 'train/input':
-            types[row['layer']] = row['type']
-            record = records.setdefault(row['iter'], {})
-            values = seen.setdefault(row['layer'], [])
-            if row['similarity'] is not None:
-                record[row['layer']] = row['similarity']
-                values.append(row['similarity'])
-    if not seen:
+    rows = [row for row in read_condensation(path) if row['where'] == 'train/input']
+    if not rows:
         raise ValueError(f'{path} has no training batches yet (rows of train/input)')
+    records = {row['iter'] for row in rows}
+    types = {row['layer']: row['type'] for row in rows}
+    seen: Dict[str, Dict[int, float]] = {name: {} for name in types}  # layer -> iteration -> value
+    for row in rows:
+        if row['similarity'] is not None:
+            seen[row['layer']][row['iter']] = row['similarity']
     measured = []
     for name, kind in types.items():
-        layer = _layer(name, kind, seen[name])
-        last = records[max(records)].get(name, math.nan)
-        measured.append(LayerSimilarity(name, kind, last, layer.lowest, layer.highest))
+        layer = _layer(name, kind, [*seen[name].values()])
+        measured.append(replace(layer, similarity=seen[name].get(max(records), math.nan)))
     source = f'{path}: the last of {len(records)} records'
     return SimilaritySurvey(measured, source, sorted(thresholds))
 
