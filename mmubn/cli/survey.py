@@ -11,6 +11,7 @@ from mmengine.runner import Runner, load_checkpoint, set_random_seed
 from torch import nn
 from tqdm import tqdm
 
+from ..condensation import CondensationRecorder
 from ..similarity_survey import SimilaritySurvey, read_survey, survey_similarity
 from .checkpoint_check import (
     build_model,
@@ -51,12 +52,14 @@ def survey_config(
         CommandError: Norms, data or weights that cannot be used; no similarity.
     """
     check_norms(cfg)
+    checked = build_model(cfg)
+    with user_error(ValueError, of=cfg.filename):
+        CondensationRecorder(checked, layers)  # before the data, which may take long to read
     check_data(cfg, ('train',))
     # Without a line for each weight that is initialised.
     MMLogger.get_instance('mmubn', log_level='WARNING')
     seed = cfg.get('randomness', {}).get('seed') or 0
     set_random_seed(seed)
-    checked = build_model(cfg)
     if checkpoint is not None:
         weights = read_checkpoint('--checkpoint', checkpoint)
         check_fit('--checkpoint', checkpoint, weights, cfg, checked)

@@ -102,11 +102,9 @@ def test_batches_are_counted_from_1(capsys):
         (('images', '--checkpoint', 'x.pth'), '--checkpoint: needs a config; images has what a'),
         (('images', '--batches', '2'), '--batches: needs a config; images has what a run recorded'),
         (('tiny.py', '--data-root', 'images', '--checkpoint', 'x.pth'), '--checkpoint: no file x'),
-        (
-            ('tiny.py', '--data-root', 'images', '--layers', '('),
-            "tiny.py: layers='(' is no regular",
-        ),
-        (('tiny.py', '--data-root', 'images', '--layers', 'nothing'), "tiny.py: layers='nothing'"),
+        # Before the data is looked for.
+        (('tiny.py', '--layers', '('), "tiny.py: layers='(' is no regular"),
+        (('tiny.py', '--layers', 'nothing'), "tiny.py: layers='nothing'"),
         (
             ('tiny.py', '--data-root', 'images', '--cfg-options', 'train_dataloader.batch_size=1'),
             'tiny.py: no similarity in 8 batches',
