@@ -21,7 +21,7 @@ from ..convert import convert_norm
 from ..inference import prepare_for_inference
 from ..inference.runtimes import NEEDS, RUNTIMES, Run, export_onnx
 from .measure import CpuClock, Step, race
-from .rows import Row, describe_run, quantile_of
+from .rows import Row, columns_of, describe_run, ratio_of
 from .subjects import KINDS
 
 NORMS = ('bn', 'bn_folded', 'ubn', 'ubn_prepared', 'ubn_converted')
@@ -146,17 +146,12 @@ class Bench:
         times = {norm: [lap['run'] for lap in rounds] for norm, rounds in laps.items()}
         rows = []
         for norm, values in times.items():
-            median = statistics.median(values)
             row = dict.fromkeys(COLUMNS, '')
             row.update(self.run, model=self.args.model, size=str(size), runtime=runtime)
-            row.update(batch=str(batch), norm=norm, rounds=str(len(values)))
-            row.update(median_ms=f'{median:.5g}', images_per_s=f'{1e3 * batch / median:.5g}')
-            row.update(
-                p10_ms=f'{quantile_of(values, 0.1):.5g}', p90_ms=f'{quantile_of(values, 0.9):.5g}'
-            )
+            row.update(batch=str(batch), norm=norm, **columns_of(values))
+            row['images_per_s'] = f'{1e3 * batch / statistics.median(values):.5g}'
             if 'bn_folded' in times:
-                ratios = [a / b for a, b in zip(values, times['bn_folded'])]
-                row['ratio_bn_folded'] = f'{statistics.median(ratios):.4f}'
+                row['ratio_bn_folded'] = ratio_of(values, times['bn_folded'])
             row.update(difference=f'{differences[norm]:.1e}')
             if NEEDS.get(runtime):
                 row['onnx_nodes'] = self.nodes[norm]

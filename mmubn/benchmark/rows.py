@@ -78,9 +78,6 @@ def make_rows(
 ) -> List[Row]:
     """Rows of one setting, a phase of a norm each, and the sum of its phases.
 
-    A ratio is the median of the ratios of the rounds, as neighbours in time are
-    disturbed alike.
-
     Args:
         run (dict): Of :func:`describe_run`.
         setting (dict): model, shape, dtype and layout.
@@ -97,13 +94,10 @@ def make_rows(
     for norm, phases in times.items():
         for what, values in phases.items():
             row = dict.fromkeys(COLUMNS, '')
-            row.update(run, **setting, norm=norm, what=what, rounds=str(len(values)))
-            for column, quantile in (('median_ms', 0.5), ('p10_ms', 0.1), ('p90_ms', 0.9)):
-                row[column] = f'{quantile_of(values, quantile):.5g}'
-            for column, other in (('ratio_bn', 'bn'), ('ratio_literal', 'literal')):
+            row.update(run, **setting, norm=norm, what=what, **columns_of(values))
+            for other in ('bn', 'literal'):
                 if other in times:
-                    ratios = [a / b for a, b in zip(values, times[other][what])]
-                    row[column] = f'{quantile_of(ratios, 0.5):.4f}'
+                    row[f'ratio_{other}'] = ratio_of(values, times[other][what])
             if what in TOTALS:
                 row.update(_memory(norm, saved or {}, peak or {}))
                 row['launches'] = str((launches or {}).get(norm, ''))
@@ -130,9 +124,21 @@ def _memory(norm: str, saved: Dict[str, int], peak: Dict[str, Optional[int]]) ->
     return memory
 
 
-def quantile_of(values: Sequence[float], quantile: float) -> float:
+def columns_of(times: Sequence[float]) -> Row:
+    """How many rounds there were, and their median and tenths in milliseconds."""
+    quantiles = dict(median_ms=0.5, p10_ms=0.1, p90_ms=0.9)
+    found = {column: f'{_quantile(times, share):.5g}' for column, share in quantiles.items()}
+    return dict(found, rounds=str(len(times)))
+
+
+def ratio_of(times: Sequence[float], others: Sequence[float]) -> str:
+    """Median of the ratios of the rounds, as neighbours in time are disturbed alike."""
+    return f'{_quantile([a / b for a, b in zip(times, others)], 0.5):.4f}'
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
     """A quantile of a sample, between its values by a straight line."""
-    return torch.tensor(values, dtype=torch.float64).quantile(quantile).item()
+    return torch.tensor(values, dtype=torch.float64).quantile(share).item()
 
 
 def check_csv(path: Path, columns: Sequence[str]) -> None:
