@@ -16,12 +16,9 @@ METRICS = {
     'top1': ('accuracy/top1', 1),
     'top5': ('accuracy/top5', 1),
     **{
-        f'{kind}_AP{paper}': (f'coco/{kind}_mAP{ours}', 100)
+        f'{kind}_AP{size}': (f'coco/{kind}_mAP_{size}'.rstrip('_'), 100)
         for kind in ('bbox', 'segm')
-        for paper, ours in (
-            *(('', ''), ('50', '_50'), ('75', '_75')),
-            *(('s', '_s'), ('m', '_m'), ('l', '_l')),
-        )
+        for size in ('', '50', '75', 's', 'm', 'l')
     },
 }
 
