@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Collection, Dict, List, Optional, Sequence
+from typing import Any, Collection, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from mmengine.config import Config
@@ -227,43 +227,25 @@ def make_jobs(
     data = Path(told.data_root) if told.data_root else None
     if data and not data.is_dir():
         raise CommandError(f'--data-root: {data} is not a folder')
-    jobs = []
-    lengths = {}
+    plans = [(setting, *_plan(setting, told, chosen)) for setting in settings]
+    common = [*told.user_options, *chosen]
     shared = dict(
         flags=list(told.flags),
         data=data.resolve().name if data else None,
         data_root=str(data.resolve()) if data else None,
         gpus=told.gpus,
     )
-    for setting in settings:
-        cfg = read_config(setting.config)
-        total = cfg.train_cfg.get('max_epochs')
-        if total is None:
-            raise CommandError(f'{setting.config}: trains by iterations, no epochs to scale')
-        _check_evaluator(cfg, setting.config)
-        length = told.epochs or max(1, round(told.budget * total))
-        schedule = scaled_schedule(cfg, length)
-        tuned = [split_option(option)[0] for option in chosen]
-        refuse_varied(told.user_options, setting, schedule, tuned)
-        options = {**setting.options, **schedule, **_log_options(cfg)}
-        saving = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
-        if saving.get('max_keep_ckpts') == 1:
-            # A run that is killed before its last validation goes on from the one before.
-            options.update({'default_hooks.checkpoint.max_keep_ckpts': 2})
-        options.update(_condensation_options(cfg, setting.norm, told.condensation))
-        lengths[setting.name] = length, options, _digest(cfg)
+    jobs = []
     for seed in range(told.seeds):
-        for setting in settings:
-            length, options, digest = lengths[setting.name]
+        for setting, epochs, options, digest in plans:
             folder = root / setting.name / f'seed{seed}'
-            common = [*told.user_options, *chosen]
             listed = [*as_arguments({**options, SEED: seed}), *common]
             # The reports take names from it, so that they tell no path of a machine.
             record = dict(
                 config=setting.config.stem,
                 config_digest=digest,
                 options=[*as_arguments(setting.options), *common],
-                epochs=length,
+                epochs=epochs,
                 seed=seed,
                 **shared,
             )
@@ -274,6 +256,27 @@ def make_jobs(
             arguments += ['--cfg-options', *listed]
             jobs.append(Job(setting, folder, arguments, record))
     return jobs
+
+
+def _plan(
+    setting: Setting, told: Options, chosen: Sequence[str]
+) -> Tuple[int, Dict[str, Any], str]:
+    """What all seeds of a setting share: epochs, options, and the digest of the config."""
+    cfg = read_config(setting.config)
+    total = cfg.train_cfg.get('max_epochs')
+    if total is None:
+        raise CommandError(f'{setting.config}: trains by iterations, no epochs to scale')
+    _check_evaluator(cfg, setting.config)
+    epochs = told.epochs or max(1, round(told.budget * total))
+    schedule = scaled_schedule(cfg, epochs)
+    refuse_varied(told.user_options, setting, schedule, [split_option(o)[0] for o in chosen])
+    options = {**setting.options, **schedule, **_log_options(cfg)}
+    saving = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    if saving.get('max_keep_ckpts') == 1:
+        # A run that is killed before its last validation goes on from the one before.
+        options['default_hooks.checkpoint.max_keep_ckpts'] = 2
+    options.update(_condensation_options(cfg, setting.norm, told.condensation))
+    return epochs, options, _digest(cfg)
 
 
 def _check_evaluator(cfg: Config, config: Path) -> None:
