@@ -145,29 +145,8 @@ def _check_kind(path: str, value: Any, kinds: Collection[type]) -> None:
 
 def _parts(cfg: Config, splits: Collection[str]) -> Iterator[Part]:
     # Each part is checked before the next is asked for, which may rely on it.
-    loops = dict(val=ValLoop, test=TestLoop)
     for split in splits:
-        key = f'{split}_dataloader'
-        if cfg.get(key) is not None:
-            yield from _loader_parts(cfg[key], key)
-        key = f'{split}_evaluator'
-        evaluator = cfg.get(key)
-        if isinstance(evaluator, dict) and 'type' not in evaluator and 'metrics' in evaluator:
-            evaluator, key = evaluator['metrics'], f'{key}.metrics'
-        for path, node in each(evaluator, key):
-            if not isinstance(node, dict) or 'metrics' not in node:  # an Evaluator by its type
-                yield Part(path, node, roots.METRICS)
-        key = f'{split}_cfg'
-        loop = cfg.get(key)
-        if isinstance(loop, dict):
-            given = ('runner', 'dataloader', 'evaluator')
-            if 'type' in loop:
-                yield Part(key, loop, roots.LOOPS, given=given)
-            else:
-                by_epoch = loop.get('by_epoch', True)
-                default = EpochBasedTrainLoop if by_epoch else IterBasedTrainLoop
-                required = ('by_epoch',) if split == 'train' else ()
-                yield Part(key, loop, roots.LOOPS, loops.get(split, default), required, given)
+        yield from _split_parts(cfg, split)
     if 'train' in splits and cfg.get('optim_wrapper') is not None:
         yield from _optimizer_parts(cfg)
     for path, node in hook_nodes(cfg):
@@ -184,6 +163,26 @@ def _parts(cfg: Config, splits: Collection[str]) -> Iterator[Part]:
     for key, takes in plain.items():
         if cfg.get(key) is not None:
             yield Part(key, cfg[key], None, takes, given=('self',), strict=key == 'randomness')
+
+
+def _split_parts(cfg: Config, split: str) -> Iterator[Part]:
+    key = f'{split}_dataloader'
+    if cfg.get(key) is not None:
+        yield from _loader_parts(cfg[key], key)
+    key = f'{split}_evaluator'
+    evaluator = cfg.get(key)
+    if isinstance(evaluator, dict) and 'type' not in evaluator and 'metrics' in evaluator:
+        evaluator, key = evaluator['metrics'], f'{key}.metrics'
+    for path, node in each(evaluator, key):
+        if not isinstance(node, dict) or 'metrics' not in node:  # an Evaluator by its type
+            yield Part(path, node, roots.METRICS)
+    loop = cfg.get(f'{split}_cfg')
+    if isinstance(loop, dict):
+        trains = EpochBasedTrainLoop if loop.get('by_epoch', True) else IterBasedTrainLoop
+        default = dict(train=trains, val=ValLoop, test=TestLoop)[split]
+        required = ('by_epoch',) if split == 'train' and 'type' not in loop else ()
+        given = ('runner', 'dataloader', 'evaluator')
+        yield Part(f'{split}_cfg', loop, roots.LOOPS, default, required, given)
 
 
 def hook_nodes(cfg: Config) -> Iterator[Tuple[str, Any]]:
