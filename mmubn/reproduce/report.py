@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 from scipy.stats import t as student
 
@@ -150,38 +150,38 @@ def with_baselines(lines: Sequence[Line]) -> List[Tuple[Line, Line]]:
 
 def cells(lines: Sequence[Line]) -> List[Dict[str, object]]:
     """A dict of :data:`CSV_COLUMNS` for each row and metric."""
-    found = []
-    for line in lines:
-        bn = baseline(line, lines)
-        for metric in line.metrics:
-            row = line.row
-            cell: Dict[str, object] = dict.fromkeys(CSV_COLUMNS, '')
-            cell.update(experiment=row.experiment, paper_dataset=row.dataset, norm=row.norm)
-            cell.update(paper_model=row.model, batch_size=row.batch_size or '', metric=metric)
-            cell.update(state=line.state, config=line.setting.config.stem)
-            paper = row.paper.get(metric)
-            if paper is not None:
-                cell['paper'] = paper
-                if bn is not None and metric in bn.row.paper:
-                    cell['paper_minus_bn'] = round(paper - bn.row.paper[metric], 2)
-            if row.zoo is not None:
-                cell['host_bn'] = row.zoo.values.get(metric, '')
-            finals = line.finals(metric)
-            if len(finals) < len(line.done):
-                cell['state'] = f'{line.state}, {len(line.done) - len(finals)} without a value'
-            if finals:
-                mean, sd = mean_sd(list(finals.values()))
-                # A mean that is not finite says that a run diverged.
-                cell['mean'], cell['sd'] = round(mean, 2), _rounded(sd)
-                cell['n'] = len(finals)
-                settings = next(iter(line.done.values())).settings
-                cell['options'] = ' '.join(settings['options'])
-                cell.update({key: settings[key] for key in ('epochs', 'data', 'device')})
-            if finals and bn is not None:
-                names = 'minus_bn', 'ci95_low', 'ci95_high', 'pairs'
-                cell.update(zip(names, _interval(line, bn, finals_of(metric))))
-            found.append(cell)
-    return found
+    return [cell for line in lines for cell in _cells(line, baseline(line, lines))]
+
+
+def _cells(line: Line, bn: Optional[Line]) -> Iterator[Dict[str, object]]:
+    """Those of a line, a metric each."""
+    row = line.row
+    for metric in line.metrics:
+        cell: Dict[str, object] = dict.fromkeys(CSV_COLUMNS, '')
+        cell.update(experiment=row.experiment, paper_dataset=row.dataset, norm=row.norm)
+        cell.update(paper_model=row.model, batch_size=row.batch_size or '', metric=metric)
+        cell.update(state=line.state, config=line.setting.config.stem)
+        paper = row.paper.get(metric)
+        if paper is not None:
+            cell['paper'] = paper
+            if bn is not None and metric in bn.row.paper:
+                cell['paper_minus_bn'] = round(paper - bn.row.paper[metric], 2)
+        if row.zoo is not None:
+            cell['host_bn'] = row.zoo.values.get(metric, '')
+        finals = line.finals(metric)
+        if len(finals) < len(line.done):
+            cell['state'] = f'{line.state}, {len(line.done) - len(finals)} without a value'
+        if finals:
+            mean, sd = mean_sd(list(finals.values()))
+            # A mean that is not finite says that a run diverged.
+            cell.update(mean=round(mean, 2), sd=_rounded(sd), n=len(finals))
+            settings = next(iter(line.done.values())).settings
+            cell['options'] = ' '.join(settings['options'])
+            cell.update({key: settings[key] for key in ('epochs', 'data', 'device')})
+        if finals and bn is not None:
+            names = 'minus_bn', 'ci95_low', 'ci95_high', 'pairs'
+            cell.update(zip(names, _interval(line, bn, finals_of(metric))))
+        yield cell
 
 
 def finals_of(metric: str) -> Callable[[Line], Dict[int, float]]:
@@ -291,21 +291,19 @@ def markdown(by_experiment: Dict[str, List[Line]], one_network: bool) -> str:
 def _values(lines: Sequence[Line], one_network: bool) -> List[str]:
     """A row for each line and metric, as Markdown; of others only columns with values."""
     rows = []
-    for line, cell in _with_lines(lines):
-        row = line.row
-        label = row.label if several(lines) and not one_network else row.name
-        ours = _shown(cell['mean'], '.2f')
-        if cell['sd'] != '':
-            ours += f' ± {cell["sd"]:.2f}'
-        values = label, cell['metric'], _shown(cell['paper'], '.4g')
-        values += _shown(cell['paper_minus_bn'], '+.2f'), _shown(cell['host_bn'], '.4g')
-        values += ours, cell['state']
-        values += (_difference(cell['minus_bn'], cell['ci95_low'], cell['ci95_high']),)
-        rows.append(values)
+    name = 'label' if several(lines) and not one_network else 'name'
+    for line in lines:
+        for cell in _cells(line, baseline(line, lines)):
+            row = [getattr(line.row, name), cell['metric'], _shown(cell['paper'], '.4g')]
+            row += [_shown(cell['paper_minus_bn'], '+.2f'), _shown(cell['host_bn'], '.4g')]
+            sd = '' if cell['sd'] == '' else f' ± {cell["sd"]:.2f}'
+            row += [_shown(cell['mean'], '.2f') + sd, cell['state']]
+            row += [_difference(cell['minus_bn'], cell['ci95_low'], cell['ci95_high'])]
+            rows.append(row)
     of_others = 'paper', 'paper minus BN', "host's own BN"
     header = 'row', 'metric', *of_others, 'ours', 'runs', 'ours minus BN'
     shown = [name not in of_others or any(column) for name, column in zip(header, zip(*rows))]
-    chosen = (list(compress(cells, shown)) for cells in (header, *rows))
+    chosen = (list(compress(row, shown)) for row in (header, *rows))
     return [*table(next(chosen), chosen), *not_compared(with_baselines(lines))]
 
 
@@ -381,11 +379,6 @@ def contrasts(lines: Sequence[Line]) -> List[str]:
 def _difference(mean: object, low: object, high: object) -> str:
     interval = f' [{low:+.2f}, {high:+.2f}]' if low != '' else ''
     return _shown(mean, '+.2f') + interval
-
-
-def _with_lines(lines: Sequence[Line]) -> List[Tuple[Line, Dict[str, object]]]:
-    owners = [line for line in lines for _ in line.metrics]
-    return list(zip(owners, cells(lines)))
 
 
 def _conditions(lines: Sequence[Line]) -> List[str]:
