@@ -16,10 +16,10 @@ from typing import Optional, Sequence
 
 import mmubn  # noqa: F401  registers UBN for configs without custom_imports
 from mmubn.cli.argument_types import count
-from mmubn.cli.errors import CommandError, command
+from mmubn.cli.errors import CommandError, command, user_error
 from mmubn.cli.options import load_config, make_parser
-from mmubn.cli.survey import survey_config, survey_run
-from mmubn.similarity_survey import THRESHOLDS
+from mmubn.cli.survey import survey_config
+from mmubn.similarity_survey import THRESHOLDS, read_survey
 from mmubn.writing import check_folder
 
 # Options that say nothing of a run.
@@ -59,7 +59,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             if getattr(args, name):
                 key = name.replace('_', '-')
                 raise CommandError(f'--{key}: needs a config; {source} has what a run recorded')
-        survey = survey_run(source, args.thresholds)
+        with user_error(FileNotFoundError, ValueError):
+            survey = read_survey(source, args.thresholds)
     else:
         cfg, batches = load_config(args), args.batches or 20
         survey = survey_config(cfg, args.checkpoint, batches, args.thresholds, args.layers)

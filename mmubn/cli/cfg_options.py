@@ -225,15 +225,15 @@ def _check_added(before: Config, after: Config, key: str) -> None:
     if depth is None or depth == 0 or parts[depth] in ('_delete_', '_scope_', 'type'):
         return
     place, name = '.'.join(parts[:depth]), parts[depth]
-    node = _look_up(after, parts[:depth])
+    node, old = _look_up(after, parts[:depth]), _look_up(before, parts[:depth])
     if not isinstance(node, dict) or place in RUNNER_KEYS - {'model', 'default_hooks'}:
         return  # check_config looks at these
-    if place.endswith('norm_cfg') or not _look_up(before, parts[:depth]):
+    if place.endswith('norm_cfg') or not old:
         return  # check_norms looks at these; or everything in it is new
     classes = _classes(node)
-    known = {*_look_up(before, parts[:depth]), *(n for takes in classes for n in takes.names)}
     if any(name in takes.names for takes in classes):
         return
+    known = {*old, *(n for takes in classes for n in takes.names)}
     if classes and not any(takes.is_open for takes in classes):
         hint = _nearest(before, place, name, known)
         raise CommandError(f"--cfg-options {key}: {place} takes no '{name}'{hint}")
@@ -253,20 +253,22 @@ def _nearest(cfg: Config, place: str, name: str, known: Collection[str]) -> str:
     return did_you_mean(name, known)
 
 
+_NOTHING = object()
+
+
 def _has(cfg: Any, parts: Sequence[str]) -> bool:
-    parent = _look_up(cfg, parts[:-1])
-    if isinstance(parent, (list, tuple)):
-        return parts[-1].isdigit() and int(parts[-1]) < len(parent)
-    return isinstance(parent, (dict, Config)) and parts[-1] in parent
+    return _look_up(cfg, parts, _NOTHING) is not _NOTHING
 
 
-def _look_up(node: Any, parts: Sequence[str]) -> Any:
-    """What stands there; None where nothing does."""
-    for index in range(len(parts)):
-        if not _has(node, parts[index : index + 1]):
-            return None
-        part = parts[index]
-        node = node[int(part) if isinstance(node, (list, tuple)) else part]
+def _look_up(node: Any, parts: Sequence[str], default: Any = None) -> Any:
+    """What stands there; the default where nothing does."""
+    for part in parts:
+        if isinstance(node, (list, tuple)) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        elif isinstance(node, (dict, Config)) and part in node:
+            node = node[part]
+        else:
+            return default
     return node
 
 

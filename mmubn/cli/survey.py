@@ -1,6 +1,5 @@
-"""The survey of similarities, of a config's model and of a run."""
+"""The survey of similarities, of a config's model."""
 
-from pathlib import Path
 from typing import Any, Optional, Sequence
 
 from mmengine.config import Config
@@ -12,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..condensation import CondensationRecorder
-from ..similarity_survey import SimilaritySurvey, read_survey, survey_similarity
+from ..similarity_survey import SimilaritySurvey, survey_similarity
 from .checkpoint_check import (
     build_model,
     check_fit,
@@ -23,12 +22,6 @@ from .checkpoint_check import (
 from .data_check import check_data
 from .errors import user_error
 from .norm_check import check_norms
-
-
-def survey_run(path: Path, thresholds: Sequence[float]) -> SimilaritySurvey:
-    """Of a work dir, or of the table itself."""
-    with user_error(FileNotFoundError, ValueError):
-        return read_survey(path, thresholds)
 
 
 def survey_config(
