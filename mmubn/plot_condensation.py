@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Optional, Tuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -100,14 +99,8 @@ def choose_metric(runs: List[Run], wanted: Optional[str] = None) -> Optional[str
 def draw_curves(runs: List[Run], where: str, threshold: float, metric: Optional[str]) -> Figure:
     """Mean similarity of the layers over time, under the metric of the runs."""
     panels = 1 if metric is None else 2
-    figure, axes = plt.subplots(
-        panels,
-        1,
-        sharex=True,
-        squeeze=False,
-        figsize=(6.4, 2.6 * panels + 0.6),
-        layout='constrained',
-    )
+    figure = Figure(figsize=(6.4, 2.6 * panels + 0.6), layout='constrained')
+    axes = figure.subplots(panels, 1, sharex=True, squeeze=False)
     *above, below = axes[:, 0]
     for number, run in enumerate(runs):
         style = _style(number)
@@ -216,12 +209,8 @@ def _heat_maps(
     mosaic, heights = [names], [height]
     if above is not None:
         mosaic, heights = [[above] * len(names), names], [2.2, height]
-    figure, axes = plt.subplot_mosaic(
-        mosaic,
-        height_ratios=heights,
-        figsize=(2.4 + 2.8 * len(runs), sum(heights)),
-        layout='constrained',
-    )
+    figure = Figure(figsize=(2.4 + 2.8 * len(runs), sum(heights)), layout='constrained')
+    axes = figure.subplot_mosaic(mosaic, height_ratios=heights)
     panels = [axes[name] for name in names]
     for panel, run, table in zip(panels, runs, tables):
         image = panel.imshow(table.values, cmap='gray_r', vmin=0, vmax=1, aspect='auto')

@@ -15,11 +15,6 @@ import argparse
 from pathlib import Path
 from typing import List, Optional
 
-import matplotlib
-
-matplotlib.use('Agg')
-
-import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from mmubn.cli.errors import CommandError, command
@@ -79,7 +74,6 @@ def _save(figure: Figure, out: Path, stem: str) -> None:
         path = out / f'{stem}.{suffix}'
         figure.savefig(path, dpi=160)
         print(path)
-    plt.close(figure)
 
 
 if __name__ == '__main__':

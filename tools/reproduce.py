@@ -14,10 +14,6 @@ import argparse
 from pathlib import Path
 from typing import Optional, Sequence
 
-import matplotlib
-
-matplotlib.use('Agg')
-
 import mmubn  # noqa: F401  configs may have mmubn:: in their _base_
 from mmubn.cli.argument_types import count, positive
 from mmubn.cli.errors import command

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .. import plot_condensation
@@ -50,7 +50,6 @@ def draw(by_experiment: Dict[str, List[Line]], out: Path, one_network: bool) -> 
             if not figure.get_suptitle():
                 figure.suptitle(_title(experiment, have, one_network), fontsize=9)
             figure.savefig(path, dpi=110)
-            plt.close(figure)
             written.append(path)
     return written
 
@@ -82,7 +81,7 @@ def _curves(
     having = [(line, [run for run in line.done.values() if metric in run.curves]) for line in lines]
     if not any(runs for _, runs in having):
         return None
-    _, axis = plt.subplots(figsize=(6.4, 4), layout='constrained')
+    axis = Figure(figsize=(6.4, 4), layout='constrained').subplots()
     for number, (line, runs) in enumerate(having):
         if not runs:
             continue
@@ -106,7 +105,7 @@ def _differences(lines: Sequence[Line]) -> Optional[Figure]:
             found.append((line, bn, mean, half))
     if not found:
         return None
-    _, axis = plt.subplots(figsize=(6.4, 0.9 + 0.35 * len(found)), layout='constrained')
+    axis = Figure(figsize=(6.4, 0.9 + 0.35 * len(found)), layout='constrained').subplots()
     for number, (line, bn, mean, half) in enumerate(found):
         metric = line.metrics[0]
         label = 'ours, 95 % interval' if not number else None
@@ -136,7 +135,7 @@ def _against(
     """The final metric over a setting; a line without it, BN, lies across."""
     if not lines:
         return None
-    _, axis = plt.subplots(figsize=(6.4, 3.6), layout='constrained')
+    axis = Figure(figsize=(6.4, 3.6), layout='constrained').subplots()
     groups: Dict[str, List[Line]] = {}
     for line in lines:
         paper = '' if one_network else f'{line.row.dataset}, {line.row.model}, '
@@ -156,7 +155,7 @@ def _against(
     return _finish(axis)
 
 
-def _finish(axis: plt.Axes) -> Figure:
+def _finish(axis: Axes) -> Figure:
     axis.legend(frameon=False, fontsize=7)
     axis.spines[['top', 'right']].set_visible(False)
     return axis.figure
