@@ -5,12 +5,13 @@ from typing import Callable, Dict, Sequence
 from mmengine.config import Config
 from torch import nn
 
-from .checkpoint_check import build_model, check_pretrained, check_start, check_weights
+from .checkpoint_check import check_pretrained, check_start, check_weights
 from .class_check import check_classes
 from .data_check import check_data
 from .errors import CommandError, one_line, warn
 from .hook_check import check_hooks
 from .metric_check import check_metrics
+from .model import build_model
 from .norm_check import check_norms
 from .optimizer_check import check_optimizer
 from .value_check import check_training, check_values

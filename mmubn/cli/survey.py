@@ -13,7 +13,6 @@ from tqdm import tqdm
 from ..condensation import CondensationRecorder
 from ..similarity_survey import SimilaritySurvey, survey_similarity
 from .checkpoint_check import (
-    build_model,
     check_fit,
     check_load_from,
     check_pretrained,
@@ -21,6 +20,7 @@ from .checkpoint_check import (
 )
 from .data_check import check_data
 from .errors import user_error
+from .model import build_model
 from .norm_check import check_norms
 
 

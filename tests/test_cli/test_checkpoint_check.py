@@ -17,13 +17,13 @@ pytest.importorskip('mmpretrain')
 from mmubn import layers
 from mmubn.cli.cfg_options import merge_options, parse_value
 from mmubn.cli.checkpoint_check import (
-    build_model,
     check_pretrained,
     check_start,
     check_weights,
     read_checkpoint,
 )
 from mmubn.cli.errors import CommandError
+from mmubn.cli.model import build_model
 
 NORMS = ['BN', *(name for name in layers.__all__ if name != 'SyncUBN')]
 SCOPE = 'mmpretrain'

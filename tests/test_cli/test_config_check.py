@@ -9,9 +9,9 @@ from tool import CONFIGS
 
 pytest.importorskip('mmpretrain')
 
-from mmubn.cli.checkpoint_check import build_model
 from mmubn.cli.config_check import check_config
 from mmubn.cli.errors import CommandError
+from mmubn.cli.model import build_model
 from mmubn.cli.norm_check import check_norms
 
 SCOPE = 'mmpretrain'

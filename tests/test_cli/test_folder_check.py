@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 
 pytest.importorskip('mmpretrain')
 
-from mmubn.cli.checkpoint_check import build_model
 from mmubn.cli.class_check import check_classes
 from mmubn.cli.data_check import check_data
+from mmubn.cli.model import build_model
 
 SCOPE = 'mmpretrain'
 NAMES = ('apple', 'bear', 'cat')
