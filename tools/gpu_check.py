@@ -35,19 +35,17 @@ _COMPILED = ['ubn', 'rbn', 'bnet', 'iebn']
 _NORMS = ['bn', *_COMPILED, 'literal']
 _LAYERS = ['32,64,56,56', '32,256,14,14', '128,64,32,32', '2,256,100,152']
 _SMALL = ['64,512,4,4', '4,16,4,4']
-_R50 = ['--model', 'resnet50', '--norms', 'bn', 'ubn', '--shapes']
-_R18_SMALL = ['--model', 'resnet18_small', '--norms', 'bn', 'ubn', '--shapes']
-_MASK_RCNN = ['--model', 'mask_rcnn_r50', '--norms', 'bn', 'ubn', '--shapes']
+_MODEL = [*_ALL, '--norms', 'bn', 'ubn', '--model']
 # Tools with their arguments, one run after the other.
 BENCHMARKS = [
     ('benchmark_kernels', ['--shapes', *_LAYERS]),
     ('benchmark_norm', ['--norms', *_NORMS, '--shapes', *_LAYERS, *_SMALL, *_ALL]),
-    ('benchmark_norm', [*_R50, '32,3,224,224', *_ALL]),
-    ('benchmark_norm', [*_MASK_RCNN, '2,3,800,1344', *_ALL]),
-    ('benchmark_norm', [*_R18_SMALL, '128,3,32,32', *_ALL]),
+    ('benchmark_norm', [*_MODEL, 'resnet50', '--shapes', '32,3,224,224']),
+    ('benchmark_norm', [*_MODEL, 'mask_rcnn_r50', '--shapes', '2,3,800,1344']),
+    ('benchmark_norm', [*_MODEL, 'resnet18_small', '--shapes', '128,3,32,32']),
     ('benchmark_kernels', ['--tiles', '--shapes', *_LAYERS[:2]]),
-    ('benchmark_norm', [*_R50, '256,3,224,224', *_ALL]),
-    ('benchmark_norm', [*_MASK_RCNN, '8,3,800,1344', *_ALL]),
+    ('benchmark_norm', [*_MODEL, 'resnet50', '--shapes', '256,3,224,224']),
+    ('benchmark_norm', [*_MODEL, 'mask_rcnn_r50', '--shapes', '8,3,800,1344']),
 ]
 
 
