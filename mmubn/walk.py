@@ -29,9 +29,9 @@ def walk(node: Any, path: str) -> Iterator[Tuple[str, dict]]:
 
 
 def each(node: Any, path: str) -> Iterator[Tuple[str, Any]]:
-    """Yields what stands where a config may have one of something or a list of them, with its path.
+    """Yields what a config has alone or in a list, such as its evaluators, with the path of each.
 
-    Nothing of None and of an empty dict.
+    Of None and of an empty dict it yields nothing.
     """
     if isinstance(node, (list, tuple)):
         yield from ((f'{path}.{index}', child) for index, child in enumerate(node))

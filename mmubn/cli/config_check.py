@@ -359,8 +359,10 @@ class Arguments:
     Attributes:
         names (set[str]): All that are known by name.
         required (list[str]): Those without a default value.
-        is_open (bool): It takes others too, and what it does with them cannot be seen.
-        hands_on (bool): A class of somebody's own takes others too; a base of it does not.
+        is_open (bool): Any name can be given: all down to the last base have ``**kwargs``, or one
+            is written in C.
+        hands_on (bool): A class that is not of the hosts has ``**kwargs``. It may use a name
+            itself, and hand on the rest.
     """
 
     def __init__(self, build: Callable) -> None:

@@ -175,8 +175,8 @@ class Options:
         seeds (int): How many, from 0.
         budget (float): Length by that of the config.
         epochs (int, optional): Length, in place of that.
-        user_options (Sequence[str]): ``KEY=VALUE`` laid over all, of none of the keys that
-            the trainings differ in.
+        user_options (Sequence[str]): ``KEY=VALUE`` for all trainings. :func:`refuse_varied`
+            keeps out the keys in which the trainings differ.
         flags (Sequence[str]): Others of train.py, such as ``--amp``.
         data_root (str, optional): Folder of the data.
         gpus (int): Processes of each, through dist_train.sh; 0 for train.py.
