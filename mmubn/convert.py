@@ -187,10 +187,13 @@ def _why_not(module: _BatchNorm, target: type) -> str:
             return _would_be_lost(module)
         pairs = ', '.join(f'{a.__name__} and {b.__name__}' for a, b in SYNCHRONISED.items())
         return f'{kind}, which can only become BN; {pairs} can also become each other'
+    if target is nn.BatchNorm2d:
+        return f'{kind}; {", ".join(layers.__all__[:-1])} and {layers.__all__[-1]} can be replaced'
     # mmengine's SyncBatchNorm is a subclass that checks its input's dimensions and no more.
     is_plain = type(module) is nn.BatchNorm2d or isinstance(module, nn.SyncBatchNorm)
-    if target is nn.BatchNorm2d or not (is_plain or _is_fused(module)):
-        return f'{kind}; {_SOURCES[target is nn.BatchNorm2d]} can be replaced'
+    if not (is_plain or _is_fused(module)):
+        sources = 'BatchNorm2d, SyncBatchNorm and those of timm with an activation'
+        return f'{kind}; {sources} can be replaced'
     if set(module._parameters) != {'weight', 'bias'}:
         return 'its parameters are parametrized or pruned; make that permanent first'
     return _would_be_lost(module)
@@ -218,12 +221,6 @@ def own_forward(module: _BatchNorm) -> str:
     if type(module).forward not in known and not _is_fused(module):
         return f'{type(module).__name__} has a forward of its own, which would be lost'
     return ''
-
-
-_SOURCES = {
-    True: f'{", ".join(layers.__all__[:-1])} and {layers.__all__[-1]}',
-    False: 'BatchNorm2d, SyncBatchNorm and those of timm with an activation',
-}
 
 
 def _other_norms(model: nn.Module) -> str:

@@ -227,21 +227,18 @@ def speed(lines: Sequence[Line]) -> List[str]:
 
 def _speed_cells(bn: Line, line: Line, seeds: Sequence[int]) -> List[str]:
     metric = line.metrics[0]
-    firsts: Dict[str, List[Tuple[int, float]]] = {'own': [], 'other': []}
-    whole = []
+    whole, firsts_of_bn, firsts = [], [], []
     for seed in seeds:
         target = bn.runs[seed].final(metric)
         last = bn.runs[seed].settings['epochs']
         whole.append((last, bn.runs[seed].seconds[last]))
-        for key, run in (('own', bn.runs[seed]), ('other', line.runs[seed])):
+        for found, run in ((firsts_of_bn, bn.runs[seed]), (firsts, line.runs[seed])):
             epoch = run.epoch_reaching(metric, target)
             if epoch:
-                firsts[key].append((epoch, run.seconds[epoch]))
+                found.append((epoch, run.seconds[epoch]))
     ratios = [_epoch_seconds(line.runs[seed]) / _epoch_seconds(bn.runs[seed]) for seed in seeds]
     return [
-        _epochs_and_seconds(whole, len(seeds)),
-        _epochs_and_seconds(firsts['own'], len(seeds)),
-        _epochs_and_seconds(firsts['other'], len(seeds)),
+        *(_epochs_and_seconds(found, len(seeds)) for found in (whole, firsts_of_bn, firsts)),
         f'{statistics.fmean(ratios):.2f} an epoch',
     ]
 
