@@ -150,16 +150,8 @@ def check_images(folders: Folders, dataset: Any) -> int:
                     f"'{name}'; delete the folder {osp.dirname(file)}"
                 )
             number += 1
-            if number > MOST_ASKED:
-                continue
-            if not osp.isfile(file):
-                raise CommandError(
-                    f'{folders.path}: {file} is no file that can be read, such as a link to '
-                    'nothing, so it would be left out without a word; put the file there, or '
-                    'delete it'
-                )
-            if osp.getsize(file) == 0:
-                raise CommandError(f'{folders.path}: {file} is empty; copy it anew, or delete it')
+            if number <= MOST_ASKED:
+                _check_image(folders.path, file)
         if number == before and others:
             raise CommandError(
                 f'{folders.path}: no file in {place} is read, such as {others[0]}; {readable}'
@@ -178,6 +170,16 @@ def check_images(folders: Folders, dataset: Any) -> int:
     if skips:
         _tell_skipped(folders, suffixes)
     return number
+
+
+def _check_image(path: str, file: str) -> None:
+    if not osp.isfile(file):
+        raise CommandError(
+            f'{path}: {file} is no file that can be read, such as a link to nothing, so it would '
+            'be left out without a word; put the file there, or delete it'
+        )
+    if osp.getsize(file) == 0:
+        raise CommandError(f'{path}: {file} is empty; copy it anew, or delete it')
 
 
 def _tell_skipped(folders: Folders, suffixes: Tuple[str, ...]) -> None:
