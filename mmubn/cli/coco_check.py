@@ -1,17 +1,17 @@
 """Checks that a COCO annotation file is what the config takes it for."""
 
 import json
-import os
 import os.path as osp
 import sys
 from collections import Counter
-from typing import Any, Collection, Dict, Iterable, List, Sequence
+from typing import Any, Collection, Dict, List, Sequence
 
 from mmengine.dist import is_main_process
 from mmengine.utils import is_seq_of
 
 from .config_check import did_you_mean
 from .errors import CommandError, listed, warn
+from .folder_check import missing_files
 
 _ID = (int, float, str), 'a number or a text'
 _NUMBER = (int, float), 'a number'
@@ -24,8 +24,6 @@ _LISTS = dict(
     categories=dict(id=_ID, name=_TEXT),
 )
 _LARGE = 100e6  # bytes; takes some seconds to read
-# Files that are asked for more than their names: of a million on a network it takes minutes.
-MOST_ASKED = 100_000
 _BOX = (
     'bbox must be [x, y, width, height] in pixels, inside of the image and at least 1 pixel wide '
     'and high, area above 0'
@@ -333,30 +331,3 @@ def _read_images(dataset: Any, coco: CocoFile, used: Collection) -> List[dict]:
     if beyond:
         coco.fail(f'has {len(images)} images that are read, and indices names {beyond[0]}')
     return [images[index] for index in indices]
-
-
-def missing_files(prefix: str, names: Iterable[str]) -> List[str]:
-    """Those of ``names`` that are no files in ``prefix``.
-
-    Each folder is listed once. A link that leads to no file is none.
-    """
-    there: Dict[str, Dict[str, bool]] = {}
-    missing, links = [], 0
-    for name in names:
-        path = osp.join(prefix, name)
-        folder, base = osp.split(path)
-        if folder not in there:
-            there[folder] = _entries(folder or '.')
-        is_link = there[folder].get(base)
-        links += bool(is_link)
-        if is_link is None or (is_link and links <= MOST_ASKED and not osp.isfile(path)):
-            missing.append(name)
-    return missing
-
-
-def _entries(folder: str) -> Dict[str, bool]:
-    """Whether each entry of a folder is a link; nothing where there is no folder."""
-    if not osp.isdir(folder):
-        return {}
-    with os.scandir(folder) as entries:
-        return {entry.name: entry.is_symlink() for entry in entries}
