@@ -53,13 +53,12 @@ class UBNCheckHook(Hook):
         if not built:
             _raise_if_asked_for(runner)
             return
-        training = [layer for layer in built if _requires_grad(layer)]
-        evaluating = sum(not layer.training for layer in training)
-        trained = len(training)
+        learning = [layer for layer in built if _requires_grad(layer)]
+        evaluating = sum(not layer.training for layer in learning)
         held = [layer for layer in built if not _requires_grad(layer)]
         moving = sum(layer.training for layer in held)
         frozen = len(held) - moving
-        line = f'{_kinds(built)}: {len(built)} layers built, {trained} train'
+        line = f'{_kinds(built)}: {len(built)} layers built, {len(learning)} train'
         if evaluating:
             line += f', {evaluating} of them with frozen statistics (norm_eval=True)'
         if frozen:
@@ -69,25 +68,25 @@ class UBNCheckHook(Hook):
         others = _others(runner.model)
         if others:
             line += f'; {len(others)} other batch norms: {_kinds(others)}'
-        if not trained:
+        if not learning:
             runner.logger.warning(
                 f'{line}. None of {_kinds(built)} can train: set frozen_stages=-1 in the backbone '
                 'and requires_grad=True in norm_cfg.'
             )
-        elif self.frozen_statistics and evaluating < trained:
+        elif self.frozen_statistics and evaluating < len(learning):
             runner.logger.warning(
-                f'{line}. frozen_statistics=True, but {trained - evaluating} have statistics that '
-                'train; set norm_eval=True in the backbone for those.'
+                f'{line}. frozen_statistics=True, but {len(learning) - evaluating} have statistics '
+                'that train; set norm_eval=True in the backbone for those.'
             )
-        elif evaluating == trained and not self.frozen_statistics:
+        elif evaluating == len(learning) and not self.frozen_statistics:
             runner.logger.warning(
                 f'{line}. No batch statistics and no gate anywhere; set norm_eval=False in the '
                 'backbone for those.'
             )
         else:
             runner.logger.info(line)
-        for line in without_effect(runner.model):
-            runner.logger.warning(line)
+        for warning in without_effect(runner.model):
+            runner.logger.warning(warning)
 
 
 def without_effect(model: nn.Module) -> Iterator[str]:
@@ -95,12 +94,12 @@ def without_effect(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         if getattr(module, 'norm_eval', False) is not True:
             continue
-        held = [m for m in module.modules() if isinstance(m, RectifiedBatchNorm)]
-        trained = [m for m in held if m.training]
-        if trained:
+        inside = [m for m in module.modules() if isinstance(m, RectifiedBatchNorm)]
+        moving = sum(m.training for m in inside)
+        if moving:
             yield (
-                f'{name or "model"}: norm_eval=True has no effect on {len(trained)} of the '
-                f'{len(held)} layers of {_kinds(held)}: {type(module).__name__} looks for '
+                f'{name or "model"}: norm_eval=True has no effect on {moving} of the '
+                f'{len(inside)} layers of {_kinds(inside)}: {type(module).__name__} looks for '
                 'nn.BatchNorm2d alone, so they train. Set norm_eval=False if they should train, or '
                 "type='BN' to freeze the statistics."
             )
