@@ -50,22 +50,7 @@ class CondensationTable:
                     f'another training is writing {work_dir / TABLE}: condensation goes to {path}'
                 )
             elif iteration:
-                found = read_condensation(path)
-                source, self.rows, is_its_own = _table_of(path, found, iteration, digest)
-                if digest and not is_its_own:
-                    self.notes.append(
-                        f'no table in {work_dir} has the rows that this training had written by '
-                        f'iteration {iteration}: it goes on from {source}, which comes nearest'
-                    )
-                if source != path:
-                    self.notes.append(
-                        f'{path} is of another training: kept as {_put_aside(path)}; this one goes '
-                        f'on from {source}'
-                    )
-                elif len(self.rows) < len(found):
-                    self.notes.append(
-                        f'{path} went beyond iteration {iteration}: kept as {_put_aside(path)}'
-                    )
+                self._go_on_from(path, iteration, digest)
             elif path.read_text(errors='replace').strip() not in ('', ','.join(COLUMNS)):
                 self.notes.append(f'{path} is of another training: kept as {_put_aside(path)}')
         # Replaced as a whole, under a lock that the new file has from its first moment on.
@@ -78,6 +63,24 @@ class CondensationTable:
         os.replace(partial, path)
         if old is not None:
             old.close()
+
+    def _go_on_from(self, path: Path, iteration: int, digest: str) -> None:
+        found = read_condensation(path)
+        source, self.rows, is_its_own = _own_table(path, found, iteration, digest)
+        if digest and not is_its_own:
+            self.notes.append(
+                f'no table in {path.parent} has the rows that this training had written by '
+                f'iteration {iteration}: it goes on from {source}, which comes nearest'
+            )
+        if source != path:
+            self.notes.append(
+                f'{path} is of another training: kept as {_put_aside(path)}; this one goes on '
+                f'from {source}'
+            )
+        elif len(self.rows) < len(found):
+            self.notes.append(
+                f'{path} went beyond iteration {iteration}: kept as {_put_aside(path)}'
+            )
 
     def append(self, rows: List[Dict[str, Any]]) -> None:
         """Writes rows at once; each whole one can be read should the rest be lost."""
@@ -106,7 +109,7 @@ def _digest(rows: List[Dict[str, Any]]) -> str:
     return hashlib.sha256(_text(rows).encode()).hexdigest()
 
 
-def _table_of(path: Path, found: List[Dict[str, Any]], iteration: int, digest: str) -> tuple:
+def _own_table(path: Path, found: List[Dict[str, Any]], iteration: int, digest: str) -> tuple:
     """The table of the training that goes on, its rows up to there, and whether the digest fits.
 
     A training that was started anew in the work directory, and broken off before its first
