@@ -96,6 +96,11 @@ def several(lines: Sequence[Line]) -> bool:
     return len({(line.row.dataset, line.row.model) for line in lines}) > 1
 
 
+def _name(line: Line, lines: Sequence[Line]) -> str:
+    """What tells a line from the others, with network and data set where these differ."""
+    return line.row.label if several(lines) else line.row.name
+
+
 def mean_sd(values: Sequence[float]) -> Tuple[float, float]:
     """Mean and standard deviation of the sample; NaN where they are not defined."""
     if not all(map(math.isfinite, values)):  # of which statistics raises errors
@@ -138,8 +143,8 @@ def difference(
 def not_compared(pairs: Iterable[Tuple[Line, Line]]) -> List[str]:
     """A line that says which differences are left out, and why, as Markdown; or none."""
     found = [(line, other, unequal(line, other)) for line, other in pairs]
-    name = 'label' if several([line for line, *_ in found]) else 'name'
-    parts = [f'{getattr(a.row, name)} minus {b.row.norm} ({why})' for a, b, why in found if why]
+    lines = [line for line, *_ in found]
+    parts = [f'{_name(a, lines)} minus {b.row.norm} ({why})' for a, b, why in found if why]
     return ['', f'Not compared, since the runs differ: {"; ".join(parts)}.'] if parts else []
 
 
@@ -288,10 +293,10 @@ def markdown(by_experiment: Dict[str, List[Line]], one_network: bool) -> str:
 def _values(lines: Sequence[Line], one_network: bool) -> List[str]:
     """A row for each line and metric, as Markdown; of others only columns with values."""
     rows = []
-    name = 'label' if several(lines) and not one_network else 'name'
     for line in lines:
+        name = _name(line, () if one_network else lines)
         for cell in _cells(line, baseline(line, lines)):
-            row = [getattr(line.row, name), cell['metric'], _shown(cell['paper'], '.4g')]
+            row = [name, cell['metric'], _shown(cell['paper'], '.4g')]
             row += [_shown(cell['paper_minus_bn'], '+.2f'), _shown(cell['host_bn'], '.4g')]
             sd = '' if cell['sd'] == '' else f' ± {cell["sd"]:.2f}'
             row += [_shown(cell['mean'], '.2f') + sd, cell['state']]
@@ -307,7 +312,6 @@ def _values(lines: Sequence[Line], one_network: bool) -> List[str]:
 def condensation(lines: Sequence[Line]) -> List[str]:
     """Mean similarity of the layers on the fixed batch after training, as Markdown."""
     rows = []
-    name = 'label' if several(lines) else 'name'
     for line in lines:
         finals = _similarities(line)
         if not finals:
@@ -316,7 +320,7 @@ def condensation(lines: Sequence[Line]) -> List[str]:
         shown = _difference(*_interval(line, bn, _similarities)[:3]) if bn is not None else ''
         mean, sd = mean_sd(list(finals.values()))
         spread = '' if math.isnan(sd) else f' ± {sd:.2f}'
-        rows.append((getattr(line.row, name), f'{mean:.2f}{spread}', len(finals), shown))
+        rows.append((_name(line, lines), f'{mean:.2f}{spread}', len(finals), shown))
     if not rows:
         return []
     title = (
@@ -364,9 +368,8 @@ def contrasts(lines: Sequence[Line]) -> List[str]:
         for other in (others[norm] for norm in wanted if norm in others):
             metric = line.metrics[0]
             shown = _difference(*_interval(line, other, finals_of(metric))[:3])
-            label = row.label if several(lines) else row.name
             missing = '' if unequal(line, other) else 'not run'
-            rows.append((label, other.row.norm, metric, shown or missing))
+            rows.append((_name(line, lines), other.row.norm, metric, shown or missing))
             pairs.append((line, other))
     if not rows:
         return []
