@@ -49,7 +49,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     for key in ('val_cfg', 'val_dataloader', 'val_evaluator'):
         cfg[key] = None
     # Checkpoints of these few steps are no training to resume.
-    cfg.default_hooks = {**cfg.get('default_hooks', {}), 'checkpoint': None}
+    cfg.default_hooks = {**(cfg.get('default_hooks') or {}), 'checkpoint': None}
     if not args.skip_checks:
         preflight(cfg, 'train')
     runner = build_runner(cfg)

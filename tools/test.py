@@ -52,7 +52,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
         check_folder('--show-dir', args.show_dir)
     if not (args.show or args.show_dir):
         return
-    hook = cfg.get('default_hooks', {}).get('visualization')
+    hook = (cfg.get('default_hooks') or {}).get('visualization')
     if hook is None:
         raise CommandError('--show: the config has no default_hooks.visualization')
     # mmdet joins a relative folder to its run folder, once more at every batch.

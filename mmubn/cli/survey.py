@@ -51,7 +51,7 @@ def survey_config(
     check_data(cfg, ('train',))
     # Without a line for each weight that is initialised.
     MMLogger.get_instance('mmubn', log_level='WARNING')
-    seed = cfg.get('randomness', {}).get('seed') or 0
+    seed = (cfg.get('randomness') or {}).get('seed') or 0
     set_random_seed(seed)
     if checkpoint is not None:
         weights = read_checkpoint('--checkpoint', checkpoint)

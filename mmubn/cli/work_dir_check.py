@@ -22,7 +22,7 @@ def check_work_dir(cfg: Config, model: nn.Module) -> None:
     Raises:
         CommandError: Nothing can be written there, or no file of a checkpoint's size.
     """
-    hook = cfg.get('default_hooks', {}).get('checkpoint') or {}
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     folders = {'work_dir': cfg.work_dir}
     if hook.get('out_dir') and '://' not in hook['out_dir']:
         folders['default_hooks.checkpoint.out_dir'] = hook['out_dir']

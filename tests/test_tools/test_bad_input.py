@@ -240,10 +240,13 @@ def test_other_options(project, fails):
     assert fails('train', *DATA, '--cfg-options', 'model.backbone.depth=17').startswith(line)
     line = 'error: --out x.json: predictions go into a .pkl file'
     assert fails('test', 'tiny.py', 'x.pth', '--out', 'x.json') == line
+    line = 'error: --show: the config has no default_hooks.visualization'
+    assert fails('test', 'tiny.py', 'x.pth', '--show', *NO_HOOKS) == line
     line = 'error: --launcher pytorch: start by torchrun or tools/dist_train.sh'
     assert fails('train', *DATA, '--launcher', 'pytorch') == line
 
 
+NO_HOOKS = ('--cfg-options', 'default_hooks=None')
 DUMP = ('_delete_=True', 'type=DumpResults', 'out_file_path=file/x.pkl')
 
 
@@ -263,6 +266,9 @@ DUMP = ('_delete_=True', 'type=DumpResults', 'out_file_path=file/x.pkl')
         ),
         ('similarity_options', ('--csv', 'file/x.csv'), '--csv'),
         ('similarity_options', ('--work-dir', 'file/run'), 'work_dir'),
+        # Without hooks, as mmengine takes it.
+        ('train', ('--work-dir', 'file/run', *NO_HOOKS), 'work_dir'),
+        ('similarity_options', ('--work-dir', 'file/run', *NO_HOOKS), 'work_dir'),
         ('survey_similarity', ('--out', 'file'), '--out'),
         ('reproduce', ('--work-dir', 'file'), '--work-dir'),
         ('reproduce', ('--out', 'file'), '--out'),
