@@ -331,7 +331,7 @@ def similarity_of_pairs(
     x: Tensor, backend: Backend, squared_norm: Optional[Tensor] = None
 ) -> Tensor:
     """Number of pairs of images and their mean similarity; (2,) zeros where there is none."""
-    batch = len(x)
+    batch = x.shape[0]  # export takes the number of len(x) for a constant
     if batch < 2:
         return x.new_zeros(2, dtype=statistics_dtype(x.dtype))
     if squared_norm is None:

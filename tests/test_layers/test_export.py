@@ -156,6 +156,34 @@ def test_torch_export_with_dynamic_batch(evaluated):
     torch.testing.assert_close(program.module()(other), net(other))
 
 
+@pytest.mark.newer_torch('torch.export makes a graph that writes to buffers alone', than='2.6')
+def test_torch_export_of_training_with_dynamic_sizes():
+    """As for quantization-aware training: outputs, gradients and buffers for every size."""
+    network = make_network(UBN)
+    twin = copy.deepcopy(network)
+    sizes = {0: torch.export.Dim('n', min=2)}
+    sizes.update({axis: torch.export.Dim(name, min=8) for axis, name in ((2, 'h'), (3, 'w'))})
+    program = torch.export.export(twin, (torch.randn(4, 3, 10, 12),), dynamic_shapes=(sizes,))
+    exported = program.module()
+    for shape in ((4, 3, 10, 12), (7, 3, 12, 9), (2, 3, 8, 15)):
+        x = torch.randn(shape) + 1
+        expected, actual = network(x), exported(x)
+        upstream = torch.randn_like(expected)
+        network.zero_grad()
+        exported.zero_grad()
+        expected.backward(upstream)
+        actual.backward(upstream)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+        gradients = dict(exported.named_parameters())
+        for name, parameter in network.named_parameters():
+            torch.testing.assert_close(
+                gradients[name].grad, parameter.grad, rtol=1e-4, atol=1e-4, msg=name
+            )
+    buffers = dict(exported.named_buffers())
+    for name, buffer in network.named_buffers():
+        torch.testing.assert_close(buffers[name], buffer, msg=name)
+
+
 @pytest.mark.newer_torch(
     'no dynamo=, and its tracer drops a padding that was computed from a shape'
 )
