@@ -257,21 +257,28 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
         like = state_dict.get(prefix + 'running_mean', weight)
         if like is None:  # a BatchNorm without any tensor
             like = torch.empty((), device='cpu') if self.scale_bias is None else self.scale_bias
+
+        device = like.device if weight is None else weight.device
+
+        def made(name: str) -> Tensor:
+            # Like the parameter: one of FSDP, a DTensor, takes the values of no plain tensor.
+            return torch.empty_like(getattr(self, name), dtype=like.dtype, device=device)
+
         own = {}
         if self.kernel is not None:
-            own['kernel'] = _set_identity(like.new_empty(self.kernel.shape))
+            own['kernel'] = _set_identity(made('kernel'))
         for name in ('center_weight', 'scale_weight'):
             if getattr(self, name) is not None:
-                own[name] = like.new_zeros(self.num_features)
+                own[name] = made(name).zero_()
         if self.scale_bias is not None:
-            own['scale_bias'] = like.new_full((self.num_features,), self._initial_scale_bias)
+            own['scale_bias'] = made('scale_bias').fill_(self._initial_scale_bias)
             if weight is None:  # nothing can absorb sigmoid(w_b), so it becomes 1
                 own['scale_bias'].fill_(40.0)
             else:
                 factor = 1 / (1 + math.exp(-self._initial_scale_bias))
                 own['weight'] = weight / factor
         if self.bias is not None and prefix + 'bias' not in state_dict:
-            own['bias'] = like.new_zeros(self.num_features)  # BNET begins with another
+            own['bias'] = made('bias').zero_()  # BNET begins with another
         if getattr(self, 'running_similarity', None) is not None:
             own['running_similarity'] = like.new_ones(())
         return {prefix + name: value for name, value in own.items()}

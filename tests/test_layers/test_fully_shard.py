@@ -1,4 +1,4 @@
-"""The layers under FSDP2: made on meta, sharded, filled by reset_parameters, trained."""
+"""The layers under FSDP2: made on meta, sharded, filled, trained, given a BatchNorm checkpoint."""
 
 import pytest
 import torch
@@ -36,14 +36,39 @@ def shard(rank, world):
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        results[kind] = full, losses
+        results[kind] = full, losses, with_batch_norms_checkpoint(net, mesh)
     return results
 
 
-def test_reset_parameters_of_sharded_layers(tmp_path):
+def with_batch_norms_checkpoint(net, mesh):
+    """The outputs in evaluation of a sharded network and of the BatchNorm network it loads."""
+    from torch.distributed.tensor import distribute_tensor
+
+    torch.manual_seed(0)  # the same network in every process
+    with_batch_norm = nn.Sequential(nn.Conv2d(3, CHANNELS, 3), nn.BatchNorm2d(CHANNELS))
+    nn.init.normal_(with_batch_norm[1].weight)
+    with_batch_norm(torch.randn(4, 3, 8, 8) + 1)
+    sharded = net.state_dict()
+    checkpoint = {
+        name: distribute_tensor(value.detach(), mesh, sharded[name].placements)
+        if hasattr(sharded[name], 'placements')
+        else value.clone()
+        for name, value in with_batch_norm.state_dict().items()
+    }
+    images = torch.randn(4, 3, 8, 8)
+    outputs = [with_batch_norm.eval()(images).detach()]
+    for assign in (False, True):
+        net.load_state_dict(checkpoint, assign=assign)
+        outputs.append(net.eval()(images).detach())
+    return outputs
+
+
+def test_sharded_layers(tmp_path):
     for results in in_processes(shard, 2, tmp_path):
-        for kind, (state, losses) in results.items():
+        for kind, (state, losses, (expected, *loaded)) in results.items():
             assert losses[-1] < losses[0]
+            for outputs in loaded:
+                torch.testing.assert_close(outputs, expected, msg=kind)
             for name, value in getattr(layers, kind)(CHANNELS).state_dict().items():
                 if kind == 'BNET' and name in ('kernel', 'bias'):  # drawn at random
                     assert 0.1 < state[name].abs().max() <= 1 / 3
