@@ -182,6 +182,8 @@ def _why_not(module: _BatchNorm, target: type) -> str:
     kind = type(module).__name__
     if type(module) is target:
         return f'already {kind}; set its attributes, such as eps or fct, to change it'
+    if any(hasattr(value, 'to_local') for value in module.parameters()):  # DTensors, of FSDP
+        return 'its parameters are sharded; convert the model before fully_shard'
     if isinstance(module, RectifiedBatchNorm):
         if target is nn.BatchNorm2d or (type(module), target) in _TWINS:
             return _would_be_lost(module)

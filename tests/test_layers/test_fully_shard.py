@@ -5,6 +5,7 @@ import torch
 from processes import in_processes
 from torch import nn
 
+import mmubn
 from mmubn import layers
 
 fsdp = pytest.importorskip('torch.distributed.fsdp')
@@ -74,3 +75,11 @@ def test_sharded_layers(tmp_path):
                     assert 0.1 < state[name].abs().max() <= 1 / 3
                 else:
                     assert torch.equal(state[name], value), (kind, name)
+
+
+def test_conversion_comes_before_sharding(one_process):
+    """The first step ended in 'got mixed torch.Tensor and DTensor'."""
+    net = nn.Sequential(nn.Conv2d(3, CHANNELS, 3), nn.BatchNorm2d(CHANNELS))
+    fsdp.fully_shard(net, mesh=torch.distributed.device_mesh.init_device_mesh('cpu', (1,)))
+    with pytest.raises(ValueError, match='convert the model before fully_shard'):
+        mmubn.convert_norm(net, dict(type='UBN'))
