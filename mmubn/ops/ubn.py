@@ -17,6 +17,7 @@ from .utils import (
     is_wrapped,
     tracing,
     unseen,
+    vmap_levels,
 )
 
 
@@ -73,7 +74,8 @@ def ubn(
     Raises:
         RuntimeError: With a ``group``, on double backward, torch.func, forward mode, batched
             gradients and traces, which are not implemented; where the backend cannot be had;
-            where a CUDA graph is captured with an interval above 1.
+            where a CUDA graph is captured with an interval above 1; where ``vmap`` would move
+            running statistics that its members share.
         ValueError: There is no backend of that name.
         MemoryError: The C++ finds no memory for its sums.
     """
@@ -91,6 +93,8 @@ def ubn(
     step = Step(chosen, buffers, settings, group)
     if traced:
         _refuse_processes(group)  # a collective has no derivative
+        if settings.update:
+            _refuse_vmap(x, buffers.running_mean)
         tau = buffers.running_similarity
         if tau is not None and is_wrapped(tau):
             step = step._replace(buffers=_of_transform(buffers))
@@ -176,4 +180,13 @@ def _refuse_processes(group: Optional[Any]) -> None:
             'no gradient of a gradient (create_graph=True), torch.func, forward mode, batched '
             'gradient or trace through statistics of several processes: use UBN in place of '
             'SyncUBN there'
+        )
+
+
+def _refuse_vmap(x: Tensor, running_mean: Optional[Tensor]) -> None:
+    if running_mean is not None and vmap_levels(x) - vmap_levels(running_mean):
+        raise RuntimeError(
+            'vmap over a training step, as for per-sample gradients, cannot move the running '
+            'statistics that its members share: call model.eval(), or take them out by '
+            'torch.func.replace_all_batch_norm_modules_(model)'
         )

@@ -1,7 +1,7 @@
 """Small things that the ops share."""
 
 from contextlib import nullcontext
-from typing import Any, Callable, ContextManager, Iterable, List, Optional
+from typing import Any, Callable, ContextManager, Iterable, List, Optional, Set
 
 import torch
 from torch import Tensor
@@ -76,6 +76,16 @@ is_batched = getattr(
 def is_wrapped(x: Tensor) -> bool:
     """Whether a transform of torch.func, such as ``grad`` or ``vmap``, was given ``x``."""
     return not compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def vmap_levels(x: Tensor) -> Set[int]:
+    """The levels of torch.func at which ``x`` is many tensors in one."""
+    levels = set()
+    while is_wrapped(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            levels.add(torch._C._functorch.maybe_get_level(x))
+        x = torch._C._functorch.get_unwrapped(x)
+    return levels
 
 
 def differentiable() -> bool:

@@ -95,6 +95,23 @@ def test_per_sample_gradients(make_layer):
             torch.testing.assert_close(found[name][i], value, msg=name)
 
 
+def test_per_sample_gradients_in_training_say_what_to_do(make_layer):
+    """The error was that of an operation inside, such as 'output with shape [] does not match'."""
+    layer = trained(make_layer(3), training=True)
+    state, x = dict(layer.named_parameters()), torch.randn(5, 3, 4, 4)
+
+    def loss(state, image):
+        return functional_call(layer, state, (image[None],)).pow(3).sum()
+
+    with pytest.raises(RuntimeError, match='replace_all_batch_norm_modules_'):
+        vmap(grad(loss), (None, 0))(state, x)
+    torch.func.replace_all_batch_norm_modules_(layer)
+    found = vmap(grad(loss), (None, 0))(state, x)
+    loss(state, x[1]).backward()
+    for name, value in layer.named_parameters():
+        torch.testing.assert_close(found[name][1], value.grad, msg=name)
+
+
 def test_ensembles(make_layer):
     members = [trained(make_layer(3)) for _ in range(3)]
     parameters, buffers = stack_module_state(members)
