@@ -12,19 +12,21 @@ exec((ROOT / 'mmubn' / 'version.py').read_text(), VERSION)
 
 
 class BuildWithConfigs(build_py):
-    """Ships configs/, tools/ and model-index.yml as mmubn/.mim, where `mim` and mmengine look."""
+    """Ships configs/, tools/ and model-index.yml as mmubn/.mim, where `mim` and mmengine look.
+
+    A checkout has links there, for whoever imports the package from it: by an editable
+    installation, PYTHONPATH, or tools/dist_train.sh.
+    """
 
     def run(self):
         super().run()
-        target = Path(self.get_package_dir('mmubn') if self.editable_mode else self.build_lib)
-        target = target / '.mim' if self.editable_mode else target / 'mmubn' / '.mim'
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib) / 'mmubn' / '.mim'
         target.mkdir(exist_ok=True)
         for name in ('configs', 'tools', 'model-index.yml'):
             source = ROOT / name
-            if self.editable_mode:  # a relative link: edits show, and a copy has its own
-                if not (target / name).is_symlink():
-                    (target / name).symlink_to(Path('..', '..', name), source.is_dir())
-            elif source.is_file():
+            if source.is_file():
                 shutil.copy(source, target / name)
             else:
                 ignore = shutil.ignore_patterns('__pycache__', 'build', '*.egg-info')
