@@ -1,6 +1,7 @@
 """Points a config at other data."""
 
 import copy
+import math
 import os.path as osp
 from typing import Any
 
@@ -79,8 +80,9 @@ def evaluate_on_train(cfg: Config) -> None:
     """Makes validation and test read the images that training reads, and says so.
 
     For a folder without a validation split, or to see whether a model fits its data. Where
-    training takes a part of a dataset (``indices``), it is the same part. Pipelines, samplers
-    and metrics stay those of the evaluation.
+    training takes a part of a dataset (``indices``), it is the same part, or less of it: an
+    evaluation that takes the first n images takes the first n of these. Pipelines, samplers and
+    metrics stay those of the evaluation.
 
     Args:
         cfg (Config): Changed in place.
@@ -95,10 +97,14 @@ def evaluate_on_train(cfg: Config) -> None:
         if cfg.get(f'{split}_dataloader') is None:
             continue
         dataset = _innermost(cfg[f'{split}_dataloader'].dataset)
+        first, most = dataset.get('indices'), train.get('indices') or math.inf
         for key in ('data_root', 'ann_file', 'data_prefix', 'split', 'indices'):
             dataset.pop(key, None)
             if key in train:
                 dataset[key] = copy.deepcopy(train[key])
+        # Not a list, nor the last n: those may be images that are held out from training.
+        if isinstance(first, int) and isinstance(most, (int, float)) and 0 < first < most:
+            dataset.indices = first
         for _, node in walk(cfg[f'{split}_evaluator'], f'{split}_evaluator'):
             if 'ann_file' in node:
                 node['ann_file'] = osp.join(train.get('data_root') or '', train['ann_file'])

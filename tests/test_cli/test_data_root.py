@@ -172,10 +172,21 @@ def test_cifar_in_class_folders(tmp_path):
     assert cfg.val_dataloader.dataset.data_prefix == 'train'
 
 
-@pytest.mark.parametrize('part', [dict(indices=45000), {}])
-def test_evaluation_takes_the_part_that_training_takes(part):
+@pytest.mark.parametrize(
+    ('part', 'own', 'expected'),
+    [
+        (dict(indices=45000), dict(indices=-5000), dict(indices=45000)),
+        ({}, dict(indices=-5000), {}),
+        (dict(indices=[5, 6, 7]), dict(indices=2), dict(indices=[5, 6, 7])),
+        (dict(indices=-8), dict(indices=4), dict(indices=-8)),
+        (dict(indices=8), dict(indices=4), dict(indices=4)),
+        (dict(indices=8), dict(indices=10), dict(indices=8)),
+        (dict(indices=None), dict(indices=4), dict(indices=4)),
+    ],
+)
+def test_evaluation_takes_the_part_that_training_takes_or_less_of_it(part, own, expected):
     data = dict(type='CIFAR10', data_root='data', split='train')
-    held_out = dict(dataset=dict(data, indices=-5000))
+    held_out = dict(dataset=dict(data, **own))
     cfg = Config(
         dict(
             train_dataloader=dict(dataset=dict(data, **part)),
@@ -187,4 +198,4 @@ def test_evaluation_takes_the_part_that_training_takes(part):
     )
     evaluate_on_train(cfg)
     for split in ('val', 'test'):
-        assert cfg[f'{split}_dataloader'].dataset == dict(data, **part)
+        assert cfg[f'{split}_dataloader'].dataset == dict(data, **expected)
