@@ -222,7 +222,7 @@ def _blame(name: str, module: nn.Module, finite_input: bool) -> str:
     layer = f'the first layer with such output is {name} ({type(module).__name__})'
     bad = [key for key, value in module.state_dict().items() if not _finite(value)]
     if bad:
-        return f'{layer}, whose {", ".join(bad)} are not finite'
+        return f'{layer}, with NaN or infinity in its {", ".join(bad)}'
     if finite_input:
         return f'{layer}, from finite input and weights'
     return f'{layer}, whose input is not finite already: the images, or what lies before it'
