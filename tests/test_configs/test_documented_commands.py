@@ -1,4 +1,7 @@
-"""docs/classification.md: its commands name configs that exist and options that they have."""
+"""docs/classification.md: its commands name configs that exist and options that they have.
+
+docs/own_data.md: its configs build a model that has UBN, and read the folders that the page names.
+"""
 
 import re
 from functools import cache
@@ -8,11 +11,14 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from tool import ROOT
 
+from mmubn.cli.model import build_model
 from mmubn.cli.norm_check import check_norms
 from mmubn.cli.options import make_parser
+from mmubn.layers import UBN
 
 pytest.importorskip('mmpretrain')
 COMMANDS = re.findall(r'`P (configs/.+?)`', (ROOT / 'docs' / 'classification.md').read_text())
+OWN_DATA = re.findall(r'```python\n(.+?)```', (ROOT / 'docs' / 'own_data.md').read_text(), re.S)
 
 
 @cache
@@ -43,3 +49,16 @@ def test_options_are_settings_of_the_config(command):
     cfg.merge_from_dict(args.cfg_options)
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         check_norms(cfg)
+
+
+@pytest.mark.parametrize(('place', 'scope'), enumerate(['mmdet', 'mmpretrain']))
+def test_configs_for_own_data(place, scope):
+    pytest.importorskip(scope)
+    cfg = Config.fromstring(OWN_DATA[place], '.py')
+    with DefaultScope.overwrite_default_scope(scope):
+        model = build_model(cfg)
+    norms = [m for m in model.backbone.modules() if isinstance(m, UBN)]
+    assert {norm.fct for norm in norms} == {None}
+    assert len(OWN_DATA) == 2
+    for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        assert cfg[loader].dataset.data_root == 'data/pets/'
