@@ -1,7 +1,6 @@
 """Replaces the norm layers of a model that exists. Needs torch alone."""
 
 import fnmatch
-import inspect
 import logging
 import weakref
 from collections import Counter
@@ -13,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import layers
 from .layers import SYNCHRONISED
-from .layers.base import TRACKED, RectifiedBatchNorm
+from .layers.base import TRACKED, RectifiedBatchNorm, keywords
 
 logger = logging.getLogger('mmubn')
 
@@ -358,8 +357,7 @@ def _place(module: nn.Module) -> Dict[str, Any]:
 
 def _other_ubn(module: layers.UBN, target: type, settings: Dict[str, Any]) -> layers.UBN:
     """The same layer, synchronised or no longer."""
-    known = inspect.signature(target).parameters
-    kept = {key: getattr(module, key) for key in known if hasattr(module, key)}
+    kept = {key: getattr(module, key) for key in keywords(target) if hasattr(module, key)}
     kept.update(_place(module), eps=float(module.eps))
     kept.update(track_running_stats=module.running_mean is not None)
     new = target(**{**kept, **settings})

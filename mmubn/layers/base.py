@@ -365,8 +365,17 @@ def _announce_batch_norm(kind: str, layer: str, missing_keys: List[str]) -> None
     )
 
 
+def keywords(layer: type) -> List[str]:
+    """What the constructor takes by name, itself or by handing it on to that of a base."""
+    found = {}
+    for kind in layer.__mro__:
+        found.update(inspect.signature(kind.__init__).parameters)
+    named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    return [name for name, key in found.items() if key.kind in named and name != 'self']
+
+
 def _unknown_key_message(layer: type, name: str) -> str:
-    known = [key for key in inspect.signature(layer).parameters if key != 'unknown']
+    known = keywords(layer)
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f", did you mean '{nearest[0]}'?" if nearest else f'; it takes {", ".join(known)}'
     return f"{layer.__name__} got an unknown key '{name}'{hint}"

@@ -52,46 +52,8 @@ class SyncUBN(UBN, _BatchNorm):
         >>> norm_cfg = dict(type='SyncUBN', fct=0.15)
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: Optional[float] = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        fct: Optional[float] = 0.15,
-        fct_momentum: float = 0.1,
-        fct_warmup: Optional[int] = None,
-        fct_interval: int = 1,
-        fct_stride: int = 1,
-        kernel_size: int = 3,
-        center: bool = True,
-        scale: bool = True,
-        backend: str = 'auto',
-        process_group: Optional[Any] = None,
-        device=None,
-        dtype=None,
-        **unknown,
-    ) -> None:
-        super().__init__(
-            num_features,
-            eps=eps,
-            momentum=momentum,
-            affine=affine,
-            track_running_stats=track_running_stats,
-            fct=fct,
-            fct_momentum=fct_momentum,
-            fct_warmup=fct_warmup,
-            fct_interval=fct_interval,
-            fct_stride=fct_stride,
-            kernel_size=kernel_size,
-            center=center,
-            scale=scale,
-            backend=backend,
-            device=device,
-            dtype=dtype,
-            **unknown,
-        )
+    def __init__(self, *args, process_group: Optional[Any] = None, **settings) -> None:
+        super().__init__(*args, **settings)
         self.process_group = process_group
 
     def __deepcopy__(self, memo: dict) -> 'SyncUBN':
