@@ -138,20 +138,23 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
             count = torch.zeros((), dtype=torch.long, device=mean.device)
         return ops.Buffers(mean, var, count)
 
-    def _settings(
-        self, buffers: ops.Buffers, update: Optional[bool] = None, **gate: Any
-    ) -> ops.Settings:
+    def _settings(self, buffers: ops.Buffers) -> ops.Settings:
         """What this step does, by what the attributes say at this moment, as in BatchNorm."""
-        if update is None:
-            update = self._tracks(buffers) and not recomputing()
+        gate = self._gate_settings(buffers) if self._tracks(buffers) else dict(update=False)
         return ops.Settings(
             eps=self._eps,
             training=self.training or buffers.running_mean is None,
             momentum=self.momentum,
-            update=update,
             scale_from_input=self._scale_from_input,
             **gate,
         )
+
+    def _gate_settings(self, buffers: ops.Buffers) -> Dict[str, Any]:
+        """The rest of the settings, of a step that belongs into the running statistics.
+
+        They say whether it moves them, and by which gate. A type with a gate overrides this.
+        """
+        return dict(update=not recomputing())
 
     def _tracks(self, buffers: ops.Buffers) -> bool:
         """Whether this step belongs into the running statistics."""

@@ -3,7 +3,7 @@
 import math
 import numbers
 from functools import partial
-from typing import Any, Optional
+from typing import Any, Dict, Optional
 
 import torch
 from torch import Tensor
@@ -212,12 +212,11 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         steps = self._steps if self.fct_interval > 1 else None
         return ops.Buffers(running_mean, running_var, count, tau, gate, steps)
 
-    def _settings(self, buffers: ops.Buffers) -> ops.Settings:
+    def _gate_settings(self, buffers: ops.Buffers) -> Dict[str, Any]:
         # PreciseBN sets a momentum of 1 to read the statistics of single batches: there is no
         # past that a shut gate could use.
-        gated = self.fct is not None and self._tracks(buffers) and self.momentum != 1
-        if not gated or buffers.running_similarity is None:
-            return super()._settings(buffers)
+        if self.fct is None or self.momentum == 1 or buffers.running_similarity is None:
+            return super()._gate_settings(buffers)
         warmup = self.fct_warmup if self.fct_warmup is None else int(self.fct_warmup)
         if self.momentum is None:
             # update_bn and stochastic weight averaging set it: the average is to be that of
@@ -227,8 +226,7 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
             warmup = math.ceil(min(10 / self.momentum, _FOREVER)) if self.momentum else 10
         again = recomputing() and self._decided['once']
         self._decided['once'] = True
-        return super()._settings(
-            buffers,
+        return dict(
             update=not again,
             fct=self.fct,
             similarity_weight=1 - (1 - self.fct_momentum) ** self.fct_interval,
