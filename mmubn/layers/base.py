@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .. import ops
 from ..ops.backend import check_name
 from ..ops.utils import compiling
-from .guards import BatchNormGuard
+from .guards import BatchNormGuard, callers
 
 logger = logging.getLogger('mmubn')
 
@@ -332,12 +332,10 @@ def _whole_state_dict(part: Dict[str, Tensor]) -> Mapping:
     torch and mmengine hand a layer its own part alone; the function that was called with the
     whole, ``load_state_dict`` of both, is on the stack.
     """
-    frame = inspect.currentframe()
-    while frame is not None:
+    for frame in callers():
         whole = frame.f_locals.get('state_dict')
         if frame.f_code.co_name == 'load_state_dict' and isinstance(whole, Mapping):
             return whole
-        frame = frame.f_back
     return part
 
 

@@ -9,7 +9,8 @@ module takes. And a fuser reads the running variance and adds ``eps`` to it.
 
 import sys
 import weakref
-from typing import Dict, Optional
+from types import FrameType
+from typing import Dict, Iterator, Optional
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,8 @@ class BatchNormGuard(Leaf):
         self._eps = float(value)
 
     def _leaf(self, *args, **kwargs):
-        if _called_by('turn_on_efficient_conv_bn_eval'):
+        names = (frame.f_code.co_name for frame in callers())
+        if any(name.startswith('turn_on_efficient_conv_bn_eval') for name in names):
             raise TypeError(
                 f'{type(self).__name__} cannot be traced symbolically, as efficient_conv_bn_eval '
                 'does to fuse it into a convolution: turn that off'
@@ -118,11 +120,9 @@ register_module_parameter_registration_hook(_refuse_replacement)
 register_module_buffer_registration_hook(_refuse_replacement)
 
 
-def _called_by(prefix: str) -> bool:
-    """Whether a function whose name begins so is on the stack."""
+def callers() -> Iterator[FrameType]:
+    """The frames on the stack, the innermost first."""
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name.startswith(prefix):
-            return True
+        yield frame
         frame = frame.f_back
-    return False
