@@ -14,7 +14,7 @@ from torch import Tensor
 from . import backend as backends
 from .interface import Buffers, Parameters, Settings
 from .step import Step, keeps, step_backward, step_forward
-from .utils import is_dense, statistics_dtype
+from .utils import dense, statistics_dtype
 
 # How torch's schemas write the types of the fields below.
 _TYPES = {
@@ -79,7 +79,7 @@ def step(
     return y
 
 
-def _split(arguments: Sequence) -> Tuple[Parameters, Buffers, Settings, str]:
+def _grouped(arguments: Sequence) -> Tuple[Parameters, Buffers, Settings, str]:
     """The common arguments of the operators, as :func:`step` has them."""
     given = dict(zip(_NAMES, arguments))
     groups = [group(*[given[name] for name in group._fields]) for group in _GROUPS]
@@ -102,11 +102,6 @@ def _present(values: Iterable[Optional[Tensor]]) -> List[Tensor]:
     return [value for value in values if value is not None]
 
 
-def _dense(x: Tensor) -> Tensor:
-    """What the operators compute with: outputs of the other strides would not be promised ones."""
-    return x if is_dense(x) else x.contiguous()
-
-
 # A second import of this file, after a reload or where sys.modules lost it, finds the operators of
 # the first; torch takes no other definition of them.
 if available and not hasattr(torch.ops.mmubn, 'step'):
@@ -123,8 +118,8 @@ if available and not hasattr(torch.ops.mmubn, 'step'):
 
     @torch.library.impl('mmubn::step', 'default')
     def _step(x, *common):
-        x = _dense(x)
-        parameters, buffers, settings, backend = _split(common)
+        x = dense(x)  # outputs of other strides would not be the promised ones
+        parameters, buffers, settings, backend = _grouped(common)
         moved = Buffers(*[None if value is None else value.clone() for value in buffers])
         chosen = backends.choose(backend, x, parameters.kernel_size)
         y, image_mean, statistics = step_forward(x, parameters, Step(chosen, moved, settings))
@@ -133,12 +128,12 @@ if available and not hasattr(torch.ops.mmubn, 'step'):
 
     @torch.library.register_fake('mmubn::step')
     def _(x, *common):
-        parameters, buffers, settings, _ = _split(common)
+        parameters, buffers, settings, _ = _grouped(common)
         dtype = statistics_dtype(x.dtype)
         mean = x.new_empty(x.shape[:2], dtype=dtype)
         known = settings.needs_image_mean(parameters) and keeps(mean, x)
         return (
-            torch.empty_like(_dense(x)),
+            torch.empty_like(dense(x)),
             mean if known else mean.new_empty(0),
             x.new_empty(2 * x.shape[1] + 1, dtype=dtype),
             [torch.empty_like(value) for value in _present(buffers)],
@@ -152,27 +147,27 @@ if available and not hasattr(torch.ops.mmubn, 'step'):
 
     @torch.library.impl('mmubn::step_backward', 'default')
     def _step_backward(dy, x, image_mean, statistics, *common):
-        x = _dense(x)
-        parameters, buffers, settings, backend = _split(common)
+        x = dense(x)
+        parameters, buffers, settings, backend = _grouped(common)
         chosen = backends.choose(backend, x, parameters.kernel_size)
-        step = Step(chosen, buffers, settings)
-        dx, gradients = step_backward(x, dy, _none(image_mean), statistics, parameters, step)
+        made = Step(chosen, buffers, settings)
+        dx, gradients = step_backward(x, dy, _none(image_mean), statistics, parameters, made)
         # Some backends give the parameters' dtype, others that of the statistics.
         return [dx, *[gradient.to(statistics.dtype) for gradient in _present(gradients)]]
 
     @torch.library.register_fake('mmubn::step_backward')
     def _(dy, x, image_mean, statistics, *common):
         # There is always a gradient of the bias.
-        parameters = _split(common)[0]._replace(bias=x.new_empty(x.shape[1]))
+        parameters = _grouped(common)[0]._replace(bias=x.new_empty(x.shape[1]))
         return [
-            torch.empty_like(_dense(x)),
+            torch.empty_like(dense(x)),
             *[torch.empty_like(v, dtype=statistics.dtype) for v in _present(parameters)],
         ]
 
     def _setup_context(ctx, inputs, output) -> None:
         x, *common = inputs
         _, image_mean, statistics, _ = output
-        parameters, _, ctx.settings, ctx.backend = _split(common)
+        parameters, _, ctx.settings, ctx.backend = _grouped(common)
         ctx.has_bias = parameters.bias is not None
         ctx.save_for_backward(x, image_mean, statistics, *parameters._replace(bias=None))
 

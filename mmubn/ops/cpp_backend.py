@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from .cpp_build import BuildError, library
 from .interface import Backend, Buffers, Parameters, Settings, Sums
 from .torch_backend import TorchBackend, similarity_of_pairs
-from .utils import KERNEL_SIZES, copy_back, no_kernel, refuse_foreign, statistics_dtype
+from .utils import (
+    KERNEL_SIZES,
+    copy_back,
+    dense,
+    no_kernel,
+    refuse_foreign,
+    statistics_dtype,
+    to_fill,
+)
 
 _DTYPES = {torch.float32: 'float', torch.float64: 'double', torch.bfloat16: 'bf16'}
 
@@ -25,7 +33,7 @@ _LAYER = struct.Struct('@7q1d6P')
 _STATE = struct.Struct('@4q3d5P')
 
 
-class Rest(NamedTuple):
+class _Rest(NamedTuple):
     """What the second backward pass finds again."""
 
     numbers: Tensor
@@ -70,14 +78,14 @@ class CppBackend(Backend):
         settings: Settings,
     ) -> Tuple[Tensor, Parameters]:
         """See :meth:`mmubn.ops.interface.Backend.backward`; one call."""
-        x, pixels = _dense(x)
-        dy = _like(dy, x)
-        parameters = _as(parameters, statistics.dtype)
+        x, channels_last = _with_format(x)
+        dy = _in_layout_of(dy, x)
+        parameters = _readable(parameters, statistics.dtype)
         gradients = _gradients(parameters, statistics)
         dx = torch.empty_like(x)
         _call(
             _library(x.dtype, parameters.kernel_size).ubn_backward,
-            _layer(x, pixels, parameters, settings),
+            _layer(x, channels_last, parameters, settings),
             x.data_ptr(),
             dy.data_ptr(),
             _pointer(image_mean),
@@ -92,15 +100,15 @@ class CppBackend(Backend):
         self, x: Tensor, center_weight: Optional[Tensor], stride: int
     ) -> Tuple[Tensor, Tensor]:
         """See :meth:`mmubn.ops.interface.Backend.measure`."""
-        x, pixels = _dense(x)
+        x, channels_last = _with_format(x)
         dtype = statistics_dtype(x.dtype)
-        parameters = _as(Parameters(center_weight=center_weight), dtype)
+        parameters = _readable(Parameters(center_weight=center_weight), dtype)
         batch, channels = x.shape[:2]
         image_mean = x.new_empty((batch, channels), dtype=dtype)
         row = x.new_empty(2 * channels + 3, dtype=dtype)
         _call(
             _any_library(x.dtype).ubn_measure,
-            _layer(x, pixels, parameters, Settings()),
+            _layer(x, channels_last, parameters, Settings()),
             x.data_ptr(),
             stride == 1,
             image_mean.data_ptr(),
@@ -133,14 +141,14 @@ class CppBackend(Backend):
         settings: Settings,
     ) -> Sums:
         """See :meth:`mmubn.ops.interface.Backend.backward_sums`."""
-        x, pixels = _dense(x)
-        dy = _like(dy, x)
-        parameters = _as(parameters, statistics.dtype)
+        x, channels_last = _with_format(x)
+        dy = _in_layout_of(dy, x)
+        parameters = _readable(parameters, statistics.dtype)
         gradients = _gradients(parameters._replace(center_weight=None), statistics)
         code = _library(x.dtype, parameters.kernel_size)
         d_statistics = statistics.new_empty((2, x.shape[1]))
         numbers = statistics.new_empty(code.ubn_rest_size(*x.shape[:2]))
-        layer = _layer(x, pixels, parameters, settings)
+        layer = _layer(x, channels_last, parameters, settings)
         _call(
             code.ubn_backward_sums,
             layer,
@@ -157,7 +165,7 @@ class CppBackend(Backend):
             _pointer(gradients.scale_bias),
             numbers.data_ptr(),
         )
-        return Sums(d_statistics, gradients, Rest(numbers, layer, x, dy, parameters))
+        return Sums(d_statistics, gradients, _Rest(numbers, layer, x, dy, parameters))
 
     def backward_input(
         self,
@@ -170,7 +178,7 @@ class CppBackend(Backend):
     ) -> Tuple[Tensor, Optional[Tensor]]:
         """See :meth:`mmubn.ops.interface.Backend.backward_input`."""
         numbers, layer, x, dy, parameters_alive = sums.rest
-        d_center_weight = _gradient(parameters_alive.center_weight)
+        d_center_weight = to_fill(parameters_alive.center_weight)
         dx = torch.empty_like(x)
         _call(
             _library(x.dtype, parameters.kernel_size).ubn_backward_input,
@@ -188,7 +196,7 @@ class CppBackend(Backend):
     def squared_sum(self, x: Tensor, weight: Tensor) -> Tensor:
         """See :meth:`mmubn.ops.interface.Backend.squared_sum`."""
         # The sum does not depend on the order of the coordinates: take that of the memory.
-        x = _dense(x)[0] if x.dim() == 4 else x.contiguous()
+        x = dense(x) if x.dim() == 4 else x.contiguous()
         total = ctypes.c_double()
         _call(
             _any_library(x.dtype).ubn_squared_sum,
@@ -212,9 +220,9 @@ def _output(
     *known: int,
 ) -> Tuple[Tensor, Optional[Tensor], Tensor]:
     """Y, m and the statistics, by a function of the library that knows ``known`` of the batch."""
-    x, pixels = _dense(x)
+    x, channels_last = _with_format(x)
     dtype = statistics_dtype(x.dtype)
-    parameters = _as(parameters, dtype)
+    parameters = _readable(parameters, dtype)
     state = _owned(buffers, dtype)
     batch, channels = x.shape[:2]
     if image_mean is None and settings.needs_image_mean(parameters):
@@ -223,7 +231,7 @@ def _output(
     statistics = x.new_empty(2 * channels + 1, dtype=dtype)
     _call(
         getattr(_library(x.dtype, parameters.kernel_size), function),
-        _layer(x, pixels, parameters, settings),
+        _layer(x, channels_last, parameters, settings),
         _state(state, settings),
         x.data_ptr(),
         _pointer(image_mean),
@@ -282,11 +290,11 @@ def _declare(code: ctypes.CDLL) -> None:
         function.argtypes, function.restype = arguments, result
 
 
-def _layer(x: Tensor, pixels: bool, parameters: Parameters, settings: Settings) -> bytes:
+def _layer(x: Tensor, channels_last: bool, parameters: Parameters, settings: Settings) -> bytes:
     weight, kernel, bias, center_weight, scale_weight, scale_bias = parameters
     return _LAYER.pack(
         *x.shape,
-        pixels,
+        channels_last,
         torch.get_num_threads(),
         settings.scale_from_input,
         settings.eps,
@@ -320,13 +328,9 @@ def _pointer(value: Optional[Tensor]) -> int:
     return 0 if value is None else value.data_ptr() or refuse_foreign(value)
 
 
-def _gradient(parameter: Optional[Tensor]) -> Optional[Tensor]:
-    return None if parameter is None else torch.empty_like(parameter)
-
-
 def _gradients(parameters: Parameters, statistics: Tensor) -> Parameters:
     """To be filled. There is one of the bias, which the backward pass is not given."""
-    weight, kernel, _, *rectifiers = map(_gradient, parameters)
+    weight, kernel, _, *rectifiers = map(to_fill, parameters)
     return Parameters(weight, kernel, statistics.new_empty(len(statistics) // 2), *rectifiers)
 
 
@@ -335,7 +339,7 @@ def _with_dtype(value: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]
     return value if value is None else value.to(dtype).contiguous()
 
 
-def _as(parameters: Parameters, dtype: torch.dtype) -> Parameters:
+def _readable(parameters: Parameters, dtype: torch.dtype) -> Parameters:
     for value in parameters:
         if value is not None and (value.dtype != dtype or not value.is_contiguous()):
             return Parameters(*[_with_dtype(value, dtype) for value in parameters])
@@ -357,7 +361,7 @@ def _owned(buffers: Buffers, dtype: torch.dtype) -> Buffers:
     return Buffers(*map(_with_dtype, buffers, wanted))
 
 
-def _dense(x: Tensor) -> Tuple[Tensor, bool]:
+def _with_format(x: Tensor) -> Tuple[Tensor, bool]:
     """``x`` in one of the two dense formats, and whether its channels lie side by side."""
     if x.is_contiguous():
         # Of a single pixel both formats are the same, and channels make the better vectors.
@@ -367,7 +371,7 @@ def _dense(x: Tensor) -> Tuple[Tensor, bool]:
     return x.contiguous(), False
 
 
-def _like(dy: Tensor, x: Tensor) -> Tensor:
+def _in_layout_of(dy: Tensor, x: Tensor) -> Tensor:
     """``dy`` in the format and dtype of ``x``."""
     if dy.dtype == x.dtype and dy.stride() == x.stride():
         return dy

@@ -32,6 +32,7 @@ from .utils import (
     no_kernel,
     refuse_foreign,
     statistics_dtype,
+    to_fill,
 )
 
 # The oldest that was seen to compile them: they carry tuples through loops.
@@ -122,7 +123,7 @@ class TritonBackend(Backend):
     ) -> Tuple[Tensor, Optional[Tensor], Tensor]:
         """See :meth:`mmubn.ops.interface.Backend.normalize`."""
         _, channels, height, width = x.shape
-        parameters = _readable_all(parameters)
+        parameters = _readable(parameters)
         with torch.cuda.device_of(x):
             if image_mean is None and settings.needs_image_mean(parameters):
                 moments = self._moments(x, 0)
@@ -170,7 +171,7 @@ class TritonBackend(Backend):
         parameters = in_one_piece(parameters)
         missing = image_mean is None and settings.needs_image_mean(parameters)
         if not missing:  # else planes are small, and the caches do what the copy would
-            dy = _readable(dy, x)
+            dy = _with_neighbours_of(dy, x)
         groups, share, tiling = _tile_groups(self.tiles, *x.shape, _channels_last(x), size)
         parts = groups * tiling.grid[1]
         new = statistics.new_empty
@@ -206,11 +207,11 @@ class TritonBackend(Backend):
             )
             weight, calibrated = parameters.weight, parameters.scale_weight is not None
             gradients = Parameters(
-                weight=_like(weight),
-                kernel=_like(parameters.kernel),
-                bias=new(channels) if weight is None else _like(weight),
-                scale_weight=_like(parameters.scale_weight),
-                scale_bias=_like(parameters.scale_bias),
+                weight=to_fill(weight),
+                kernel=to_fill(parameters.kernel),
+                bias=new(channels) if weight is None else to_fill(weight),
+                scale_weight=to_fill(parameters.scale_weight),
+                scale_bias=to_fill(parameters.scale_bias),
             )
             d_statistics = new((2, channels))
             centered = parameters.center_weight is not None
@@ -262,7 +263,7 @@ class TritonBackend(Backend):
         _, channels, height, width = x.shape
         rest = sums.rest
         parameters = in_one_piece(parameters)
-        dx, d_center_weight = torch.empty_like(x), _like(parameters.center_weight)
+        dx, d_center_weight = torch.empty_like(x), to_fill(parameters.center_weight)
         tiling = _tile(self.tiles, *x.shape, _channels_last(x), parameters.kernel_size)
         with torch.cuda.device_of(x):
             self._kernels.write_input_gradient[tiling.grid](
@@ -425,7 +426,7 @@ class TritonBackend(Backend):
         channels = x.shape[1]
         statistics = x.new_empty(2 * channels + 1, dtype=statistics_dtype(x.dtype))
         momentum, fct = settings.momentum, settings.fct
-        moved = _readable_all(buffers)
+        moved = _readable(buffers)
         self._kernels.decide[(1,)](
             rows,
             statistics,
@@ -529,17 +530,12 @@ def _calibration(parameters: Parameters) -> Tuple[Optional[Tensor], ...]:
     return parameters.center_weight, parameters.scale_weight, parameters.scale_bias
 
 
-def _like(parameter: Optional[Tensor]) -> Optional[Tensor]:
-    """A contiguous tensor for the gradient of a parameter."""
-    return None if parameter is None else parameter.new_empty(parameter.shape)
-
-
 def _channels_last(x: Tensor) -> bool:
     """Whether neighbours in memory are channels."""
     return x.stride(1) == 1 and x.shape[1] > 1
 
 
-def _readable_all(values: Any) -> Any:
+def _readable(values: Any) -> Any:
     """As :func:`.utils.in_one_piece`; refuses what a kernel would take for None."""
     for value in values:
         if value is not None and not value.data_ptr():
@@ -547,7 +543,7 @@ def _readable_all(values: Any) -> Any:
     return in_one_piece(values)
 
 
-def _readable(dy: Tensor, x: Tensor) -> Tensor:
+def _with_neighbours_of(dy: Tensor, x: Tensor) -> Tensor:
     """``dy``, as a copy where its neighbours in memory are not those of ``x``.
 
     The kernels take any strides; these would cost more than the copy.

@@ -140,6 +140,16 @@ def is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
 
 
+def dense(x: Tensor) -> Tensor:
+    """``x``, or a copy of it, in one of the two memory formats."""
+    return x if is_dense(x) else x.contiguous()
+
+
+def to_fill(parameter: Optional[Tensor]) -> Optional[Tensor]:
+    """What a kernel writes the gradient of a parameter into, which is in one piece as that is."""
+    return None if parameter is None else torch.empty_like(parameter)
+
+
 def refuse_foreign(value: Tensor) -> None:
     """For a tensor that keeps its numbers elsewhere; its address 0 would be read as none at all."""
     raise RuntimeError(
