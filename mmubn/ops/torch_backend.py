@@ -8,22 +8,19 @@ differentiable operations alone, which is what export, tracing and torch.func se
 Symbols as in :mod:`mmubn.ops.interface`; coefficients per image and channel are (N, C).
 """
 
-from typing import NamedTuple, Optional, Tuple, Union
+from contextlib import nullcontext
+from typing import Callable, ContextManager, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .interface import Backend, Buffers, Parameters, Settings, Sums
-from .utils import (
-    batch_slices,
-    differentiable,
-    over_batch,
-    plane,
-    slices,
-    statistics_dtype,
-    without_autocast,
-)
+from .utils import differentiable, statistics_dtype
+
+# What one step of a loop over the batch may hold on the CPU: about the second
+# level cache, beyond which a fresh temporary costs more than its arithmetic.
+_CHUNK_BYTES = 2 << 20
 
 
 class _Coefficients(NamedTuple):
@@ -42,7 +39,7 @@ class _Coefficients(NamedTuple):
     """a, (N, C)."""
 
 
-class PassSums(NamedTuple):
+class _PixelSums(NamedTuple):
     """Sums over pixels, before the algebra."""
 
     d_scale: Tensor
@@ -61,7 +58,7 @@ class PassSums(NamedTuple):
     """(N, C, H, W)."""
 
 
-class Rest(NamedTuple):
+class _Rest(NamedTuple):
     """What the second backward pass finds again."""
 
     image_mean: Tensor
@@ -85,11 +82,11 @@ class TorchBackend(Backend):
         self, x: Tensor, center_weight: Optional[Tensor], stride: int
     ) -> Tuple[Tensor, Tensor]:
         """See :meth:`mmubn.ops.interface.Backend.measure`."""
-        image_mean, image_var = self._image_moments(x)
-        pooled = image_mean
+        image_mean, image_var = _image_moments(x)
+        of_x_c = image_mean
         if center_weight is not None:
-            pooled = image_mean * (1 + center_weight.to(image_mean.dtype))
-        var, mean = torch.var_mean(pooled, dim=0, correction=0)
+            of_x_c = image_mean * (1 + center_weight.to(image_mean.dtype))
+        var, mean = torch.var_mean(of_x_c, dim=0, correction=0)
         var = var + image_var.mean(0)
         count = mean.new_full((1,), x.numel() // x.shape[1])
         return image_mean, torch.cat(
@@ -125,9 +122,9 @@ class TorchBackend(Backend):
             mean, var = buffers.running_mean.to(dtype), buffers.running_var.to(dtype)
             share = mean.new_zeros(())
         if image_mean is None and settings.needs_image_mean(parameters):
-            image_mean = self._image_mean(x)
+            image_mean = _image_mean(x)
         rstd = torch.rsqrt(var + settings.eps)
-        y = self._output(x, image_mean, mean, rstd, parameters, settings)
+        y = _output(x, image_mean, mean, rstd, parameters, settings)
         return y, image_mean, torch.cat([mean, rstd, share[None]])
 
     def again(
@@ -150,22 +147,8 @@ class TorchBackend(Backend):
             mean = torch.where(share > 0, own_mean, mean)
             rstd = torch.where(share > 0, torch.rsqrt(own_var + settings.eps), rstd)
         elif settings.needs_image_mean(parameters):
-            image_mean = self._image_mean(x)
-        return self._output(x, image_mean, mean, rstd, parameters, settings)
-
-    def _output(
-        self,
-        x: Tensor,
-        image_mean: Optional[Tensor],
-        mean: Tensor,
-        rstd: Tensor,
-        parameters: Parameters,
-        settings: Settings,
-    ) -> Tensor:
-        """Stage 2: Y from the statistics and m."""
-        image_mean = _mean_or_zeros(image_mean, x, mean.dtype)
-        shift, _, _, scale = _coefficients(image_mean, mean, rstd, parameters, settings)
-        return self._forward(x, shift, scale, _taps(x, parameters), parameters.bias)
+            image_mean = _image_mean(x)
+        return _output(x, image_mean, mean, rstd, parameters, settings)
 
     def backward_sums(
         self,
@@ -180,10 +163,10 @@ class TorchBackend(Backend):
         parameters = _as(parameters, statistics.dtype)
         mean, rstd, _ = _split(statistics)
         if image_mean is None and settings.needs_image_mean(parameters):
-            image_mean = self._image_mean(x)
+            image_mean = _image_mean(x)
         image_mean = _mean_or_zeros(image_mean, x, statistics.dtype)
         shift, pooled, factor, scale = _coefficients(image_mean, mean, rstd, parameters, settings)
-        sums = self._backward_sums(x, dy, shift, scale, _taps(x, parameters))
+        sums = _sum_pixels(x, dy, shift, scale, _taps(x, parameters))
         centred = image_mean + shift
         # From the shift h and the scale a to the parameters, mu, sigma^2 and m.
         d_shift = sums.d_shift
@@ -214,7 +197,7 @@ class TorchBackend(Backend):
                 scale_weight=d_scale_weight,
                 scale_bias=d_scale_bias,
             ),
-            rest=Rest(image_mean, centred, scale, d_shift, d_gap, sums.d_x_r),
+            rest=_Rest(image_mean, centred, scale, d_shift, d_gap, sums.d_x_r),
         )
 
     def backward_input(
@@ -243,8 +226,7 @@ class TorchBackend(Backend):
             d_image_mean = d_image_mean + rest.d_gap
         # X through X_r, through the variance inside each image (centred on m) and through m.
         slope = (2 * d_var).expand_as(rest.scale)
-        dx = self._backward_input(x, rest, slope, d_image_mean / pixels)
-        return dx, d_center_weight
+        return _input_gradient(x, rest, slope, d_image_mean / pixels), d_center_weight
 
     def squared_sum(self, x: Tensor, weight: Tensor) -> Tensor:
         """See :meth:`mmubn.ops.interface.Backend.squared_sum`."""
@@ -253,77 +235,18 @@ class TorchBackend(Backend):
             x = x.permute(0, 2, 3, 1)
         flat = x.flatten(1)
         # Slices of coordinates, each summed over the whole batch: nothing of size D is kept.
-        with without_autocast(x.device):  # it would send mv to half
+        with _without_autocast(x.device):  # it would send mv to half
             parts = [
                 torch.mv(flat[:, part].to(weight.dtype).t(), weight).square().sum()
-                for part in slices(x, flat.shape[1])
+                for part in _slices(x, flat.shape[1])
             ]
         return torch.stack(parts).sum()
-
-    def _image_mean(self, x: Tensor) -> Tensor:
-        """m, (N, C), in the dtype of the statistics."""
-        dtype = statistics_dtype(x.dtype)
-        return torch.cat([x[part].mean((2, 3), dtype=dtype) for part in batch_slices(x)])
-
-    def _image_moments(self, x: Tensor) -> Tuple[Tensor, Tensor]:
-        """The image means m and variances v, (N, C) each."""
-        mean = self._image_mean(x)
-        parts = []
-        for part in batch_slices(x):
-            centred = x[part] - plane(mean[part])
-            if differentiable():  # the norm of a constant plane has no second derivative
-                parts.append(centred.square().sum((2, 3)))
-            else:
-                parts.append(torch.linalg.vector_norm(centred, dim=(2, 3)).square())
-        return mean, torch.cat(parts) / (x.shape[2] * x.shape[3])
-
-    def _forward(
-        self, x: Tensor, shift: Tensor, scale: Tensor, taps: Tensor, bias: Optional[Tensor]
-    ) -> Tensor:
-        """``Y = dwconv(a (X + h); K) + beta``, in the dtype and memory format of X."""
-
-        def slice_of_y(part: slice) -> Tensor:
-            return _convolve(_rectify(x[part], shift[part], scale[part]), taps, bias)
-
-        # Autocast would send the convolution's float32 operands back to half.
-        with without_autocast(x.device):
-            return over_batch(x, slice_of_y)
-
-    def _backward_sums(
-        self, x: Tensor, dy: Tensor, shift: Tensor, scale: Tensor, taps: Tensor
-    ) -> PassSums:
-        """First backward pass: everything that is a sum over X's pixels, and dX_r."""
-        d_scale = torch.empty_like(shift)
-        d_shift = torch.empty_like(shift)
-        d_taps = torch.zeros_like(taps)
-        d_bias = torch.zeros_like(taps[:, 0, 0])
-        d_x_r = torch.empty_like(x, dtype=taps.dtype)
-        with without_autocast(x.device):
-            for part in batch_slices(x):
-                shifted = x[part] + plane(shift[part])
-                x_r = shifted * plane(scale[part])
-                gradients = _convolve_backward(dy[part].to(taps.dtype), x_r, taps)
-                d_x_r[part] = gradients[0]
-                d_taps += gradients[1]
-                d_bias += gradients[2]
-                d_scale[part] = shifted.mul_(gradients[0]).sum((2, 3))
-                d_shift[part] = gradients[0].sum((2, 3)) * scale[part]
-        return PassSums(d_scale, d_shift, d_taps, d_bias, d_x_r)
-
-    def _backward_input(self, x: Tensor, rest: Rest, slope: Tensor, level: Tensor) -> Tensor:
-        """Second backward pass: ``dX = a dX_r + slope (X - m) + level``; writes into dX_r."""
-        d_x_r = rest.d_x_r
-        for part in batch_slices(x):
-            through_statistics = _rectify(x[part], -rest.image_mean[part], slope[part])
-            d_x_r[part] *= plane(rest.scale[part])
-            d_x_r[part] += through_statistics.add_(plane(level[part]))
-        return d_x_r.to(x.dtype)
 
 
 def squared_norms(x: Tensor) -> Tensor:
     """``|| X_n ||^2``, (N,)."""
     flat, dtype = x.flatten(1), statistics_dtype(x.dtype)
-    norms = [torch.linalg.vector_norm(flat[p], dim=1, dtype=dtype) for p in batch_slices(x)]
+    norms = [torch.linalg.vector_norm(flat[p], dim=1, dtype=dtype) for p in _batch_slices(x)]
     return torch.cat(norms).square()
 
 
@@ -349,6 +272,25 @@ def similarity_of_unit_vectors(x: Tensor, squared_norm: Tensor, backend: Backend
     total = backend.squared_sum(x, inverse_norm)
     similarity = (total - nonzero.sum()) / (batch * (batch - 1))
     return torch.where(squared_norm.isfinite().all(), similarity, float('nan'))
+
+
+def _image_mean(x: Tensor) -> Tensor:
+    """m, (N, C), in the dtype of the statistics."""
+    dtype = statistics_dtype(x.dtype)
+    return torch.cat([x[part].mean((2, 3), dtype=dtype) for part in _batch_slices(x)])
+
+
+def _image_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
+    """The image means m and variances v, (N, C) each."""
+    mean = _image_mean(x)
+    parts = []
+    for part in _batch_slices(x):
+        centred = x[part] - _plane(mean[part])
+        if differentiable():  # the norm of a constant plane has no second derivative
+            parts.append(centred.square().sum((2, 3)))
+        else:
+            parts.append(torch.linalg.vector_norm(centred, dim=(2, 3)).square())
+    return mean, torch.cat(parts) / (x.shape[2] * x.shape[3])
 
 
 def _as(parameters: Parameters, dtype: torch.dtype) -> Parameters:
@@ -439,11 +381,32 @@ def _move(
         running.copy_(torch.where(update, moved, running))
 
 
+def _output(
+    x: Tensor,
+    image_mean: Optional[Tensor],
+    mean: Tensor,
+    rstd: Tensor,
+    parameters: Parameters,
+    settings: Settings,
+) -> Tensor:
+    """Stage 2: Y from the statistics and m."""
+    image_mean = _mean_or_zeros(image_mean, x, mean.dtype)
+    shift, _, _, scale = _coefficients(image_mean, mean, rstd, parameters, settings)
+    taps = _taps(x, parameters)
+
+    def slice_of_y(part: slice) -> Tensor:
+        return _convolve(_rectify(x[part], shift[part], scale[part]), taps, parameters.bias)
+
+    # Autocast would send the convolution's float32 operands back to half.
+    with _without_autocast(x.device):
+        return _over_batch(x, slice_of_y)
+
+
 def _rectify(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """``scale * (x + shift)`` with (N, C) coefficients, in their dtype."""
     if differentiable():
-        return (x + plane(shift)) * plane(scale)
-    return (x + plane(shift)).mul_(plane(scale))
+        return (x + _plane(shift)) * _plane(scale)
+    return (x + _plane(shift)).mul_(_plane(scale))
 
 
 def _convolve(x: Tensor, taps: Tensor, bias: Optional[Tensor]) -> Tensor:
@@ -474,3 +437,72 @@ def _convolve_backward(dy: Tensor, x: Tensor, taps: Tensor) -> Tuple[Tensor, Ten
         output_mask=[True, True, True],
     )
     return dx, d_taps.squeeze(1), d_bias
+
+
+def _sum_pixels(x: Tensor, dy: Tensor, shift: Tensor, scale: Tensor, taps: Tensor) -> _PixelSums:
+    """First backward pass: everything that is a sum over X's pixels, and dX_r."""
+    d_scale = torch.empty_like(shift)
+    d_shift = torch.empty_like(shift)
+    d_taps = torch.zeros_like(taps)
+    d_bias = torch.zeros_like(taps[:, 0, 0])
+    d_x_r = torch.empty_like(x, dtype=taps.dtype)
+    with _without_autocast(x.device):
+        for part in _batch_slices(x):
+            shifted = x[part] + _plane(shift[part])
+            x_r = shifted * _plane(scale[part])
+            gradients = _convolve_backward(dy[part].to(taps.dtype), x_r, taps)
+            d_x_r[part] = gradients[0]
+            d_taps += gradients[1]
+            d_bias += gradients[2]
+            d_scale[part] = shifted.mul_(gradients[0]).sum((2, 3))
+            d_shift[part] = gradients[0].sum((2, 3)) * scale[part]
+    return _PixelSums(d_scale, d_shift, d_taps, d_bias, d_x_r)
+
+
+def _input_gradient(x: Tensor, rest: _Rest, slope: Tensor, level: Tensor) -> Tensor:
+    """Second backward pass: ``dX = a dX_r + slope (X - m) + level``; writes into dX_r."""
+    d_x_r = rest.d_x_r
+    for part in _batch_slices(x):
+        through_statistics = _rectify(x[part], -rest.image_mean[part], slope[part])
+        d_x_r[part] *= _plane(rest.scale[part])
+        d_x_r[part] += through_statistics.add_(_plane(level[part]))
+    return d_x_r.to(x.dtype)
+
+
+def _without_autocast(device: torch.device) -> ContextManager:
+    """In which autocast sends no operand to half; tensors on ``meta`` know no autocast."""
+    return nullcontext() if device.type == 'meta' else torch.autocast(device.type, enabled=False)
+
+
+def _batch_slices(x: Tensor) -> List[slice]:
+    """Slices of the first dimension: cache-sized in eager mode on the CPU, else a single one."""
+    return _slices(x, x.shape[0])
+
+
+def _slices(x: Tensor, length: int) -> List[slice]:
+    """Slices of a dimension of ``x``, of that length, as :func:`_batch_slices`."""
+    if x.device.type != 'cpu' or differentiable() or not x.numel():
+        return [slice(None)]
+    item_bytes = x.numel() // length * statistics_dtype(x.dtype).itemsize
+    step = max(1, _CHUNK_BYTES // item_bytes)
+    return [slice(start, start + step) for start in range(0, length, step)]
+
+
+def _over_batch(x: Tensor, function: Callable[[slice], Tensor]) -> Tensor:
+    """What ``function`` makes of each slice of the batch, as one tensor like ``x``."""
+    parts = _batch_slices(x)
+    if len(parts) == 1:
+        result = function(parts[0])
+        # torch.compile loses the gradient of a Function's output that another tensor
+        # of its forward aliases, which a cast to the same dtype or an in-place last
+        # operation would make.
+        return result if result.dtype == x.dtype else result.to(x.dtype)
+    result = torch.empty_like(x)
+    for part in parts:
+        result[part] = function(part)
+    return result
+
+
+def _plane(value: Tensor) -> Tensor:
+    """(N, C) coefficients, ready to meet an (N, C, H, W) tensor."""
+    return value[..., None, None]

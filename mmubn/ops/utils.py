@@ -1,7 +1,7 @@
 """Small things that the ops share."""
 
 from contextlib import nullcontext
-from typing import Any, Callable, ContextManager, Iterable, List, Optional, Set
+from typing import Any, ContextManager, Iterable, Optional, Set
 
 import torch
 from torch import Tensor
@@ -10,11 +10,6 @@ from torch.utils._python_dispatch import (
     _disable_current_modes,
     _get_current_dispatch_mode_stack,
 )
-
-# What one step of a loop over the batch may hold on the CPU: about the second
-# level cache, beyond which a fresh temporary costs more than its arithmetic.
-_CHUNK_BYTES = 2 << 20
-
 
 # What the kernels of C++ and Triton unroll; wider ones would spill registers.
 KERNEL_SIZES = (1, 3, 5, 7)
@@ -101,40 +96,6 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def without_autocast(device: torch.device) -> ContextManager:
-    """In which autocast sends no operand to half; tensors on ``meta`` know no autocast."""
-    return nullcontext() if device.type == 'meta' else torch.autocast(device.type, enabled=False)
-
-
-def batch_slices(x: Tensor) -> List[slice]:
-    """Slices of the first dimension: cache-sized in eager mode on the CPU, else a single one."""
-    return slices(x, x.shape[0])
-
-
-def slices(x: Tensor, length: int) -> List[slice]:
-    """Slices of a dimension of ``x``, of that length, as :func:`batch_slices`."""
-    if x.device.type != 'cpu' or differentiable() or not x.numel():
-        return [slice(None)]
-    item_bytes = x.numel() // length * statistics_dtype(x.dtype).itemsize
-    step = max(1, _CHUNK_BYTES // item_bytes)
-    return [slice(start, start + step) for start in range(0, length, step)]
-
-
-def over_batch(x: Tensor, function: Callable[[slice], Tensor]) -> Tensor:
-    """What ``function`` makes of each slice of the batch, as one tensor like ``x``."""
-    parts = batch_slices(x)
-    if len(parts) == 1:
-        result = function(parts[0])
-        # torch.compile loses the gradient of a Function's output that another tensor
-        # of its forward aliases, which a cast to the same dtype or an in-place last
-        # operation would make.
-        return result if result.dtype == x.dtype else result.to(x.dtype)
-    result = torch.empty_like(x)
-    for part in parts:
-        result[part] = function(part)
-    return result
-
-
 def is_dense(x: Tensor) -> bool:
     """Whether an image is one stretch of memory, in one of the two memory formats."""
     return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
@@ -172,8 +133,3 @@ def copy_back(originals: Iterable[Optional[Tensor]], moved: Iterable[Optional[Te
     for original, copy in zip(originals, moved):
         if copy is not original:
             original.copy_(copy)
-
-
-def plane(value: Tensor) -> Tensor:
-    """(N, C) coefficients, ready to meet an (N, C, H, W) tensor."""
-    return value[..., None, None]
