@@ -1,6 +1,6 @@
 """A step of UBN and its kin: one plan for every backend, and what autograd sees of it."""
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -19,19 +19,6 @@ from .utils import (
     unseen,
     vmap_levels,
 )
-
-
-class _Gradients(NamedTuple):
-    """One for each argument of :meth:`_UBNFunction.forward`."""
-
-    x: Tensor
-    weight: Optional[Tensor]
-    kernel: Optional[Tensor]
-    bias: Optional[Tensor]
-    center_weight: Optional[Tensor]
-    scale_weight: Optional[Tensor]
-    scale_bias: Optional[Tensor]
-    step: None = None
 
 
 def ubn(
@@ -144,20 +131,22 @@ class _UBNFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> _Gradients:
+    def backward(ctx, dy: Tensor) -> Tuple[Optional[Tensor], ...]:
         if differentiable() or is_batched(dy):
             # create_graph=True, or a dY that vmap or is_grads_batched=True batched
-            return _differentiable_backward(ctx, dy)
-        x, image_mean, statistics, *parameters = ctx.saved_tensors
-        dx, gradients = step_backward(
-            x, dy.resolve_neg(), image_mean, statistics, Parameters(*parameters), ctx.step
-        )
-        weight, kernel, bias, *rectifiers = gradients
-        return _Gradients(dx, weight, kernel, bias if ctx.has_bias else None, *rectifiers)
+            dx, gradients = _differentiable_backward(ctx, dy)
+        else:
+            x, image_mean, statistics, *parameters = ctx.saved_tensors
+            dx, gradients = step_backward(
+                x, dy.resolve_neg(), image_mean, statistics, Parameters(*parameters), ctx.step
+            )
+        if not ctx.has_bias:
+            gradients = gradients._replace(bias=None)
+        return (dx, *gradients, None)  # none of the step
 
 
-def _differentiable_backward(ctx, dy: Tensor) -> _Gradients:
-    """The gradients by autograd, which can be differentiated in turn."""
+def _differentiable_backward(ctx, dy: Tensor) -> Tuple[Tensor, Parameters]:
+    """As :func:`.step.step_backward`, by autograd: gradients that can be differentiated in turn."""
     x, _, statistics, *parameters = ctx.saved_tensors
     _, _, settings, group = ctx.step
     _refuse_processes(group)
@@ -170,8 +159,7 @@ def _differentiable_backward(ctx, dy: Tensor) -> _Gradients:
     # Not autograd.grad: X may itself depend on a parameter, by an earlier call of the layer.
     values = [value for value in parameters if value is not None]
     dx, *gradients = torch.func.vjp(y, x, *values)[1](dy)
-    gradients = Parameters(**dict(zip(names, gradients)))
-    return _Gradients(dx, *gradients._replace(bias=dy.sum((0, 2, 3)) if ctx.has_bias else None))
+    return dx, Parameters(**dict(zip(names, gradients)), bias=dy.sum((0, 2, 3)))
 
 
 def _refuse_processes(group: Optional[Any]) -> None:
