@@ -7,7 +7,6 @@ directory may have been moved, renamed or copied.
 
 import csv
 import json
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,13 +29,6 @@ PLACES = ('fixed/input', 'fixed/output', 'train/input', 'train/output')
 _INTEGERS, _NUMBERS = COLUMNS[:2], COLUMNS[5:]
 _CONDENSATION = 'condensation/'  # what CondensationHook's scalars begin with
 _STAMP = re.compile(r'\d{8}_\d{6}')  # mmengine's name of a run's log folder
-
-
-def replace_text(path: PathLike, text: str) -> None:
-    """Writes a file so that a kill at any byte leaves the old content or the new one."""
-    partial = Path(f'{path}.partial')
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 # --- Scalars.

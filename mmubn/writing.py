@@ -1,4 +1,4 @@
-"""Checks that results can be written, before the work starts."""
+"""Checks before the work starts that results can be written, and replaces files by whole ones."""
 
 import errno
 import os
@@ -59,3 +59,10 @@ def check_file(key: str, file: Place) -> None:
     if os.path.exists(file) and not os.access(file, os.W_OK):
         raise CommandError(f'{key}: {file} may not be changed; name another file')
     check_folder(key, Path(file).parent)
+
+
+def replace_text(path: Place, text: str) -> None:
+    """Writes a file so that a kill at any byte leaves the old content or the new one."""
+    partial = Path(f'{path}.partial')
+    partial.write_text(text)
+    os.replace(partial, path)

@@ -8,7 +8,6 @@ them gives these pixels back.
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Iterator, List, NamedTuple, Tuple, Union
@@ -19,6 +18,7 @@ import shapely
 from numpy.random import Generator
 from tqdm import tqdm
 
+from ..writing import replace_text
 from .drawing import SETTINGS_FILE, coverage, on_circle, read_settings, write_split
 
 CLASSES = ('ellipse', 'rectangle', 'triangle')
@@ -82,7 +82,7 @@ def make_scenes(
             'left alone: move it away or name another folder'
         )
     out_dir.mkdir(parents=True, exist_ok=True)
-    _write_json(marker, {**settings, 'finished': False})
+    replace_text(marker, json.dumps({**settings, 'finished': False}))
     for name in ('annotations', 'train', 'val'):
         shutil.rmtree(out_dir / name, ignore_errors=True)
     (out_dir / 'annotations').mkdir()
@@ -96,7 +96,7 @@ def make_scenes(
         scenes = _scenes(out_dir / split, ids, size, seed, stream)
         write_split(out_dir, split, size, scenes, categories, info=info)
         first_id += count
-    _write_json(marker, {**settings, 'finished': True})
+    replace_text(marker, json.dumps({**settings, 'finished': True}))
     return True
 
 
@@ -253,10 +253,3 @@ def _colour(
     """Any hue, with the other two from ranges in [0, 1]; as numbers up to 255."""
     hsv = np.float32([[[rng.uniform(0, 360), rng.uniform(*saturation), rng.uniform(*value)]]])
     return 255 * cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0, 0]
-
-
-def _write_json(path: Path, content: dict) -> None:
-    """Writes a file that is there whole or not at all."""
-    partial = path.with_suffix('.partial')
-    partial.write_text(json.dumps(content))
-    os.replace(partial, path)

@@ -21,8 +21,9 @@ from ..cli.cfg_options import split_option
 from ..cli.errors import CommandError, warn
 from ..cli.options import read_config
 from ..paths import ROOT
-from ..runs import checkpoints, replace_text
+from ..runs import checkpoints
 from ..walk import each, type_name
+from ..writing import replace_text
 from .logs import EPOCH_LOSS, METRICS, SETTINGS, read_run
 from .rows import BATCH_NORMS, Row
 
