@@ -17,6 +17,12 @@ def on_circle(count: int, jitter: Union[float, np.ndarray] = 0.0) -> np.ndarray:
     return np.stack([np.sin(angles), -np.cos(angles)], 1)
 
 
+def rotation(angle: float) -> np.ndarray:
+    """Turns points that stand in rows, (points, 2), when these are multiplied by it, (2, 2)."""
+    cos, sin = np.cos(angle), np.sin(angle)
+    return np.array([[cos, sin], [-sin, cos]])
+
+
 def coverage(outlines: Sequence[np.ndarray], size: int, shift: float = 0.0) -> np.ndarray:
     """Share of each pixel inside of the outlines, float32 (size, size).
 

@@ -19,7 +19,7 @@ from numpy.random import Generator
 from tqdm import tqdm
 
 from ..writing import replace_text
-from .drawing import SETTINGS_FILE, coverage, on_circle, read_settings, write_split
+from .drawing import SETTINGS_FILE, coverage, on_circle, read_settings, rotation, write_split
 
 CLASSES = ('ellipse', 'rectangle', 'triangle')
 
@@ -194,9 +194,7 @@ def _annotate(instance: Instance) -> dict:
 def _silhouette(rng: Generator, name: str, size: int) -> Tuple[np.ndarray, float]:
     """A shape somewhere in the image: coverage of every pixel in [0, 1], and its whole area."""
     radius = np.exp(rng.uniform(np.log(14), np.log(40))) * size / 128
-    angle = rng.uniform(-_MAX_TILT, _MAX_TILT)
-    cos, sin = np.cos(angle), np.sin(angle)
-    placed = radius * np.array([[cos, sin], [-sin, cos]])
+    placed = radius * rotation(rng.uniform(-_MAX_TILT, _MAX_TILT))
     centre = rng.uniform(0.05 * size, 0.95 * size, 2)
     outline = (_outline(rng, name) @ placed + centre).astype(np.float32)
     # Half a pixel of the canvas, as OpenCV's coordinates are those of pixel centres.

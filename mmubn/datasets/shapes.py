@@ -7,7 +7,7 @@ import numpy as np
 from mmpretrain.datasets import BaseDataset
 from numpy.random import Generator
 
-from .drawing import coverage, on_circle
+from .drawing import coverage, on_circle, rotation
 
 CLASSES = ('circle', 'triangle', 'square', 'pentagon', 'hexagon', 'star', 'cross', 'ring')
 
@@ -65,9 +65,9 @@ def draw_shape(rng: Generator, name: str, size: int = 32) -> np.ndarray:
     """
     radius = size * rng.uniform(0.25, 0.42)
     centre = rng.uniform(radius, size - radius, 2)
-    turned = radius * _rotation(rng)
+    turned = radius * _any_rotation(rng)
     outlines = [outline @ turned + centre for outline in _outlines(name)]
-    bar = size * (_BAR @ _rotation(rng) + rng.uniform(0.2, 0.8, 2))
+    bar = size * (_BAR @ _any_rotation(rng) + rng.uniform(0.2, 0.8, 2))
     image = _background(rng, size)
     for cover in (coverage(outlines, size), coverage([bar], size)):
         image += cover[..., None] * (rng.uniform(90, 255, 3) - image)
@@ -96,9 +96,8 @@ def _polygon(corners: int) -> np.ndarray:
     return on_circle(corners) * [1, -1]
 
 
-def _rotation(rng: Generator) -> np.ndarray:
-    angle = rng.uniform(0, 2 * np.pi)
-    return np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+def _any_rotation(rng: Generator) -> np.ndarray:
+    return rotation(rng.uniform(0, 2 * np.pi))
 
 
 def _background(rng: Generator, size: int) -> np.ndarray:
