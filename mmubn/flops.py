@@ -18,6 +18,7 @@ alone, sees these among the operators of the ``'torch'`` backend, and gives Batc
 """
 
 import functools
+import math
 from collections import Counter
 from importlib import import_module
 from types import ModuleType
@@ -118,5 +119,4 @@ def _layer_of(outputs: List[Any]) -> tuple:
     """The layer behind a node of the graph, and the numbers in its output."""
     (output,) = outputs
     _, layer = output.node().scalar_args()
-    numel = functools.reduce(int.__mul__, output.type().sizes(), 1)
-    return layer, numel
+    return layer, math.prod(output.type().sizes())
