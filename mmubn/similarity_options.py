@@ -24,6 +24,14 @@ def record(
 ) -> Tuple[Dict[str, UBN], Dict[str, Dict[int, List[Tensor]]]]:
     """Lets every training step leave the similarities of each UBN layer, per stride.
 
+    Args:
+        model (nn.Module): It is put into training mode.
+        strides (list[int]): As ``fct_stride``, with 1 among them: all positions.
+
+    Returns:
+        tuple[dict, dict]: The layers by name; by name and stride one scalar for each step, which
+        come as the model trains.
+
     Raises:
         ValueError: The model has no UBN layer, none with a gate, or none whose statistics train.
     """
@@ -58,7 +66,20 @@ def record(
 
 
 def follow(similarities: Tensor, momentum: float, interval: int) -> Tensor:
-    """The running similarity after every step, from 1, as the layer moves it."""
+    r"""The running similarity after every step, from 1, as the layer moves it.
+
+    .. math::
+        \tau \leftarrow (1 - \alpha)^k \tau + (1 - (1 - \alpha)^k) s \quad
+        \text{in every k-th step}
+
+    Args:
+        similarities (Tensor): s of all steps, (T,).
+        momentum (float): :math:`\alpha`, ``fct_momentum``.
+        interval (int): k, ``fct_interval``.
+
+    Returns:
+        Tensor: :math:`\tau`, (T,).
+    """
     tau, taus = torch.ones(()), []
     for step, similarity in enumerate(similarities):
         if step % interval == 0 and similarity.isfinite():
@@ -73,7 +94,14 @@ def compare(
     intervals: List[int],
     strides: List[int],
 ) -> List[Tuple]:
-    """A row for each setting: its differences over all steps and all layers that were run."""
+    """A row of :data:`COLUMNS` for each setting, over all steps and all layers that were run.
+
+    Args:
+        layers (dict[str, UBN]): Those of :func:`record`.
+        seen (dict): The similarities of :func:`record`.
+        intervals (list[int]): Values of ``fct_interval``.
+        strides (list[int]): Values of ``fct_stride`` that were recorded.
+    """
     layers = {name: layer for name, layer in layers.items() if seen[name][1]}
     rows = []
     for interval, stride in product(intervals, strides):
