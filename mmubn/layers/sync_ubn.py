@@ -38,7 +38,7 @@ class SyncUBN(UBN, _BatchNorm):
 
     Args:
         process_group (torch.distributed.ProcessGroup, optional): As in
-            ``nn.SyncBatchNorm``. Default: all processes.
+            ``nn.SyncBatchNorm``, by name only. Default: all processes.
 
     The other arguments, the shapes and the errors are those of :class:`UBN`. In training in a
     group of several processes a gradient of a gradient, torch.func, forward mode, batched
