@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple, Union
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import cv2
 import numpy as np
@@ -120,7 +120,8 @@ def paste_scene(
         if box is None:
             continue
         left, top, width, height = box
-        patch = cv2.resize(source[index], (width, height), interpolation=_interpolation(width))
+        interpolation = cv2.INTER_AREA if width < 32 else cv2.INTER_CUBIC
+        patch = cv2.resize(source[index], (width, height), interpolation=interpolation)
         if rng.random() < 0.5:
             patch = patch[:, ::-1]
         image[top : top + height, left : left + width] = patch
@@ -142,7 +143,7 @@ def _background(rng: Generator, others: Sequence[np.ndarray], size: int) -> np.n
     return (image * contrast + image.mean() * (1 - contrast)).clip(0, 255).astype(np.uint8)
 
 
-def _place(rng: Generator, taken: Sequence[Sequence[int]], size: int):
+def _place(rng: Generator, taken: Sequence[Sequence[int]], size: int) -> Optional[List[int]]:
     """A box that overlaps the taken ones little, or None."""
     for _ in range(_TRIES):
         side = np.exp(rng.uniform(*np.log(_SIZES)))
@@ -159,7 +160,3 @@ def _overlap(a: Sequence[int], b: Sequence[int]) -> float:
     sides = (min(a[i] + a[i + 2], b[i] + b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
     width, height = (max(0, side) for side in sides)
     return width * height / min(a[2] * a[3], b[2] * b[3])
-
-
-def _interpolation(width: int) -> int:
-    return cv2.INTER_AREA if width < 32 else cv2.INTER_CUBIC

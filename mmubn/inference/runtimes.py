@@ -86,5 +86,4 @@ RUNTIMES: Dict[str, Callable[[nn.Module, Tensor, Path], Run]] = {
     'onnxruntime': onnxruntime,
     'openvino': openvino,
 }
-NEEDS = {'onnxruntime': ('onnx', 'onnxscript', 'onnxruntime')}
-NEEDS['openvino'] = ('onnx', 'onnxscript', 'openvino')
+NEEDS = {name: ('onnx', 'onnxscript', name) for name in ('onnxruntime', 'openvino')}
