@@ -210,6 +210,7 @@ def test_picture_and_rows(tmp_path, drawn):
 
 
 def test_needs_torch_alone():
+    """And so does the recording of condensation, by which it measures."""
     code = """
 import builtins, sys
 real = builtins.__import__
@@ -222,7 +223,7 @@ import importlib.util
 found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == 'mmengine' else found(name, *a)
 import torch, mmubn
-model = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
+model = torch.nn.Sequential(mmubn.UBN(3))
 print(mmubn.survey_similarity(model, [torch.randn(4, 3, 8, 8)]))
 """
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
