@@ -260,7 +260,7 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
         like = state_dict.get(prefix + 'running_mean', weight)
         if like is None:  # a BatchNorm without any tensor
             like = torch.empty((), device='cpu') if self.scale_bias is None else self.scale_bias
-
+        # FSDP may keep the parameters elsewhere than the buffers, on the CPU.
         device = like.device if weight is None else weight.device
 
         def made(name: str) -> Tensor:

@@ -68,8 +68,10 @@ def run_study(
     given = Path(told.data_root)
     # Before hours of pretraining and tuning.
     _refuse_varied(study, rows, told.user_options)
-    _check_split(study, make_setting(rows[0]).config, given / study.folder)
-    data = study.prepare(given, root / SCENES) if study.prepare else given / study.folder
+    data = given / study.folder
+    _check_split(study, make_setting(rows[0]).config, data)
+    if study.prepare:
+        data = study.prepare(given, root / SCENES)
     told = replace(told, data_root=str(data))
     once = replace(told, seeds=1, condensation=False)
     jobs: List[Job] = []
