@@ -182,6 +182,14 @@ def _fine_tuning() -> Iterator[Row]:
     yield Row(*place, NO_PRETRAINING, 'BN', options=everything, network=network)
 
 
+# The last of CIFAR-10's training images, to tune where the first 5,000 train.
+_OTHER_IMAGES = {
+    'train_dataloader.dataset.indices': 5000,
+    'val_dataloader.dataset.split': 'train',
+    'val_dataloader.dataset.indices': -5000,
+}
+
+
 def _strong_recipe() -> Iterator[Row]:
     place = 'CIFAR-100', 'ResNet-18 of half the channels'
     network = 'studies/resnet18_strong_cifar100.py'
@@ -218,6 +226,15 @@ def _small_batches() -> Iterator[Row]:
         shared = dict(batch_size=batch, options={LEARNING_RATE: 0.1 * batch / 64}, network=network)
         yield Row(*place, 'BN', 'BN', **shared)
         yield Row(*place, 'UBN', 'UBN', **shared)
+        yield Row(*place, NO_GATE, 'UBN', dict(fct=None), **shared)
+
+
+def _small_batches_tuned() -> Iterator[Row]:
+    place = 'CIFAR-10', 'small ResNet-18'
+    for batch in (8, 64):
+        shared = dict(batch_size=batch, network='cifar10/resnet18_small_cifar10.py')
+        for norm in ('BN', 'UBN', 'RBN'):
+            yield Row(*place, norm, norm, **shared)
         yield Row(*place, NO_GATE, 'UBN', dict(fct=None), **shared)
 
 
@@ -364,11 +381,7 @@ _EXPERIMENTS = (
             seeds=5,
             grid={LEARNING_RATE: (0.003, 0.01, 0.03, 0.1, 0.3)},
             metric='top1',
-            validation={
-                'train_dataloader.dataset.indices': 5000,
-                'val_dataloader.dataset.split': 'train',
-                'val_dataloader.dataset.indices': -5000,
-            },
+            validation=_OTHER_IMAGES,
             tuning_budget=0.5,
             pretraining='studies/resnet18_pretraining_cifar100.py',
             folder='cifar10',
@@ -397,6 +410,20 @@ _EXPERIMENTS = (
         _small_batches(),
         ('differences', 'batch_sizes'),
         contrasts=(_GATE,),
+    ),
+    Experiment(
+        'small-batches-tuned',
+        'Not in the paper: small batches, every norm tuned for itself',
+        _small_batches_tuned(),
+        ('differences', 'curves'),
+        contrasts=(_GATE, (NO_GATE, 'RBN')),
+        study=Study(
+            seeds=5,
+            grid={LEARNING_RATE: (0.003, 0.01, 0.03, 0.1, 0.3)},
+            metric='top1',
+            validation=_OTHER_IMAGES,
+            tuning_budget=0.5,
+        ),
     ),
 )
 EXPERIMENTS: Dict[str, Experiment] = {experiment.name: experiment for experiment in _EXPERIMENTS}
