@@ -32,6 +32,7 @@ OTHER_TILES = [
     *(Tiles(rows=rows) for rows in (4, 16)),
     *(Tiles(programs=programs) for programs in (512, 2048, 4096)),
     *(Tiles(ahead=ahead) for ahead in (1, 2, 4)),
+    Tiles(unroll=3),
 ]
 OTHER_TILES.remove(Tiles())
 # The kernels in their order, with their reads and writes of tensors of X's size.

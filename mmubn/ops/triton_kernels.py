@@ -747,6 +747,7 @@ def sum_pixels(
     BLOCK_W: tl.constexpr,
     K: tl.constexpr,
     AHEAD: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """A program's pixels of dY meet all of X within p of them, image after image of its share.
 
@@ -790,7 +791,7 @@ def sum_pixels(
         ahead = _read_ahead(place, stride_h, columns, first - K // 2, 0, end, AHEAD)
         dy_ahead = _read_ahead(dy_place, dy_stride_h, columns, first, 0, last, AHEAD)
         dy_place += AHEAD * dy_stride_h
-        for step in range(last - first + 2 * (K // 2)):
+        for step in tl.range(0, last - first + 2 * (K // 2), loop_unroll_factor=UNROLL):
             q = first + step
             next_dy = _read_ahead(dy_place, dy_stride_h, columns, q + AHEAD, 0, last, 1)
             dy_ahead = dy_ahead + next_dy
@@ -818,7 +819,7 @@ def sum_pixels(
         d_taps = added
         out = (tile * batch + n) * channels + c
         tl.store(d_scale_ptr + out, tl.sum(d_scale, 1), mask=c < channels)
-        tl.store(d_shift_ptr + out, tl.sum(d_x_r * scale, 1), mask=c < channels)
+        tl.store(d_shift_ptr + out, factor * rstd * tl.sum(d_x_r, 1), mask=c < channels)
     part = (group * tl.num_programs(1) + tile) * channels + c
     tl.store(d_bias_ptr + part, tl.sum(d_bias, 1), mask=c < channels)
     if d_taps_ptr is not None:
