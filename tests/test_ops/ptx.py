@@ -2,7 +2,8 @@
 
 All programs of a launch run at the same time. In each program one warp after the other, in an order
 by chance, runs up to the next barrier, so that a missing barrier shows. The threads of a warp run
-in lockstep; where they part, those that are behind go first.
+in lockstep; where they part, those that are behind go first, and wait for the others where all of a
+warp are needed.
 
 What a GPU would not forgive is a :class:`Fault`: an access out of bounds or out of alignment, a
 barrier that only some threads reach, a register that was never written, two values for one place of
@@ -33,6 +34,8 @@ TYPES = {
     **dict(f16=np.float16, f32=np.float32, f64=np.float64, pred=np.bool_),
 }
 REGISTERS = {'p': 'pred', 'rs': 'b16', 'r': 'b32', 'rd': 'b64'}
+# Instructions by which the threads of a warp meet.
+WHOLE_WARPS = ('shfl', 'redux', 'ldmatrix', 'stmatrix')
 CHANCE = np.random.default_rng(0)
 SMALLEST_NORMAL = np.finfo(np.float32).tiny
 
@@ -106,7 +109,8 @@ class Program:
         # Where threads may come from elsewhere than from the line before.
         leaves = ('bra', 'ret', 'bar')
         after = {at + 1 for at, i in enumerate(self.instructions) if i.name in leaves}
-        self.starts = sorted({*self.labels.values(), *after, len(self.instructions)})
+        meetings = {at for at, i in enumerate(self.instructions) if i.name in WHOLE_WARPS}
+        self.starts = sorted({*self.labels.values(), *after, *meetings, len(self.instructions)})
 
     def _add(self, text: str) -> None:
         if text.startswith('.reg') and '<' not in text:
@@ -206,8 +210,7 @@ class _Warp:
         while (self.at < last).any():
             waits = self.at == last
             while not waits.all():
-                start = int(self.at[~waits].min())
-                here = (self.at == start) & ~waits
+                start, here = self._next(waits)
                 stop = next(s for s in program.starts if s > start)
                 following: Any = stop
                 for index, instruction in enumerate(program.instructions[start:stop], start):
@@ -228,6 +231,16 @@ class _Warp:
                 waits = waits | (self.at == last)
             yield
 
+    def _next(self, waits: np.ndarray) -> Tuple[int, np.ndarray]:
+        """Where it goes on, and which threads."""
+        for start in np.unique(self.at[~waits]):
+            here = (self.at == start) & ~waits
+            if self.program.instructions[start].name in WHOLE_WARPS:
+                here &= np.repeat(here.reshape(-1, WARP).all(1), WARP)
+            if here.any():
+                return int(start), here
+        raise Fault(f'only some threads of a warp: {self.program.instructions[start].text}')
+
     def _do(self, instruction: Instruction) -> None:
         name, kind, operands = instruction.name, instruction.type, instruction.operands
         own = getattr(self, f'_{name}', None)
@@ -238,7 +251,11 @@ class _Warp:
             narrow = [self.read(operand, kind).astype(TYPES[wide]) for operand in operands[1:3]]
             added = [self.read(operand, wide) for operand in operands[3:]]
             self.write(operands[0], SIMPLE[name](*narrow, *added))
-        elif name in SIMPLE and 'hi' not in instruction.modifiers:
+        elif 'hi' in instruction.modifiers:
+            wide = TYPES[f'{kind[0]}{2 * int(kind[1:])}']
+            product = SIMPLE[name](*(self.read(o, kind).astype(wide) for o in operands[1:]))
+            self.write(operands[0], (product >> wide(int(kind[1:]))).astype(TYPES[kind]))
+        elif name in SIMPLE:
             sources = [self.read(operand, kind) for operand in operands[1:]]
             if 'ftz' in instruction.modifiers:
                 sources = [np.where(np.abs(s) < SMALLEST_NORMAL, s * 0, s) for s in sources]
@@ -364,15 +381,7 @@ class _Warp:
 
     # --- Between threads.
 
-    def _warps(self, instruction: Instruction) -> np.ndarray:
-        """Which warps are active; all of a warp has to be."""
-        warps = self.active.reshape(-1, WARP)
-        if (warps.any(1) != warps.all(1)).any():
-            raise Fault(f'only some threads of a warp: {instruction.text}')
-        return warps[:, 0]
-
     def _shfl(self, instruction: Instruction) -> None:
-        self._warps(instruction)
         to, value, by, *_ = instruction.operands
         value, by = (self.read(operand, 'u32').reshape(-1, WARP) for operand in (value, by))
         lane = np.arange(WARP, dtype=np.uint32)
@@ -380,7 +389,6 @@ class _Warp:
         self.write(to, np.take_along_axis(value, source.astype(np.int64), 1).ravel())
 
     def _redux(self, instruction: Instruction) -> None:
-        self._warps(instruction)
         to, value, _ = instruction.operands
         reduce = dict(min=np.min, max=np.max)[instruction.modifiers[1]]
         found = reduce(self.read(value, instruction.type).reshape(-1, WARP), axis=1)
@@ -388,9 +396,8 @@ class _Warp:
 
     def _matrix_places(self, instruction: Instruction, address: str, matrix: int) -> np.ndarray:
         """Of the two numbers that each thread has in a matrix of 8 x 8, one after the other."""
-        warps = self._warps(instruction)
         rows = self._address(address).reshape(-1, WARP)[:, 8 * matrix : 8 * matrix + 8]
-        rows = np.where(warps[:, None], rows, 0)
+        rows = np.where(self.active[::WARP, None], rows, 0)
         self._check_shared(rows, 16, instruction)
         lane = np.arange(WARP)
         row, column = lane[:, None] // 4, lane[:, None] % 4 * 2 + np.arange(2)
