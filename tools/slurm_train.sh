@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # tools/slurm_train.sh PARTITION JOB_NAME CONFIG WORK_DIR [ARGS of train.py]
 # GPUS (8) in all, GPUS_PER_NODE (8, or GPUS where that is less), CPUS_PER_TASK (5), SRUN_ARGS
-# (more options of srun), MASTER_PORT (29500), PYTHON (the `python` of PATH).
+# (more options of srun), MASTER_PORT (from the number of the job), PYTHON (the `python` of PATH).
 # A job that is requeued goes on where it was with --resume among the ARGS from the start.
 set -euo pipefail
 if [ $# -lt 4 ]; then

@@ -24,7 +24,8 @@ def start_processes(cfg: Config) -> None:
 
     Raises:
         CommandError: A launcher other than 'pytorch' without a GPU, 'pytorch' outside of
-            torchrun, none inside of it, or more processes than GPUs.
+            torchrun, 'slurm' outside of Slurm, none inside of torchrun, or more processes than
+            GPUs.
     """
     if cfg.launcher == 'none':
         # Each process would train by itself, in the same folder.
@@ -42,6 +43,12 @@ def start_processes(cfg: Config) -> None:
                 f'--launcher pytorch: {here} processes on this machine, where torch sees {devices} '
                 'GPUs; start one process for each GPU'
             )
+        if cfg.launcher == 'slurm':
+            if 'SLURM_PROCID' not in os.environ:
+                raise CommandError('--launcher slurm: start by srun or tools/slurm_train.sh')
+            # mmengine's is 29500 for each job, so two could not share a machine.
+            port = 20000 + int(os.environ['SLURM_JOB_ID']) % 10000
+            os.environ.setdefault('MASTER_PORT', str(port))
         init_dist(cfg.launcher, **settings)
         return
     if cfg.launcher != 'pytorch':

@@ -37,3 +37,22 @@ def test_more_processes_than_gpus(monkeypatch, count, starts):
         '--launcher pytorch: 8 processes on this machine, where torch sees 4 GPUs; start one '
         'process for each GPU'
     )
+
+
+def test_each_job_of_slurm_has_a_port_of_its_own(monkeypatch):
+    """The one port of mmengine would not let two jobs share a machine."""
+    ports, environment = [], {}
+    monkeypatch.setattr(processes, 'get_device', lambda: 'cuda')
+    monkeypatch.setattr(processes, 'init_dist', lambda _: ports.append(environment['MASTER_PORT']))
+    monkeypatch.setattr(processes.os, 'environ', environment)
+    cfg = Config(dict(launcher='slurm'))
+    assert told(processes.start_processes, cfg) == (
+        '--launcher slurm: start by srun or tools/slurm_train.sh'
+    )
+    for job in ('123456', '123457'):
+        environment.clear()
+        environment.update(SLURM_PROCID='0', SLURM_JOB_ID=job)
+        processes.start_processes(cfg)
+    environment['MASTER_PORT'] = '4000'
+    processes.start_processes(cfg)
+    assert ports == ['23456', '23457', '4000']
