@@ -3,12 +3,16 @@
 import functools
 import os
 import sys
+import time
 from contextlib import contextmanager
 from typing import Callable, Iterator, Optional, Sequence, Type
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from .leave_group import leave_group
+
+# How much later than the others the process that tells an error may get there.
+_LAG_S = 60
 
 
 class CommandError(Exception):
@@ -53,14 +57,15 @@ def _is_first_process() -> bool:
 
 def _is_first_of_machine() -> bool:
     """Of those that a launcher started, which differ in what their machines have."""
-    return 'RANK' in os.environ and os.environ.get('LOCAL_RANK') == '0'
+    return (os.environ.get('LOCAL_RANK') or os.environ.get('SLURM_LOCALID')) == '0'
 
 
 def command(main: Callable[[Optional[Sequence[str]]], None]) -> Callable[..., None]:
     """Ends ``main`` with ``error: ...`` on stderr and exit code 1 on a :class:`CommandError`.
 
     Any other exception keeps its traceback, which torchrun repeats as the one that ended
-    the job. Of several processes the first one of each machine speaks.
+    the job. Of several processes the first one of each machine speaks. The others wait to be
+    ended: torchrun and srun end all with the first that fails, which must have spoken.
 
     Args:
         main: The command; takes the arguments after the program's name, None for
@@ -72,9 +77,12 @@ def command(main: Callable[[Optional[Sequence[str]]], None]) -> Callable[..., No
         try:
             main(argv)
         except CommandError as error:
-            if _is_first_process() or _is_first_of_machine():
-                print(f'error: {error}', file=sys.stderr)
+            speaks = _is_first_process() or _is_first_of_machine()
+            if speaks:
+                print(f'error: {error}', file=sys.stderr, flush=True)
             leave_group()
+            if not speaks:
+                time.sleep(_LAG_S)
             sys.exit(1)
         leave_group()
 

@@ -3,6 +3,7 @@
 import pytest
 from told import told
 
+from mmubn.cli import errors
 from mmubn.cli.errors import CommandError, command, user_error
 
 
@@ -18,18 +19,25 @@ def fail(argv=None) -> None:
         (dict(RANK='0', LOCAL_RANK='0'), True),
         (dict(RANK='1', LOCAL_RANK='1'), False),
         (dict(RANK='8', LOCAL_RANK='0'), True),  # another machine, which may lack something
-        (dict(SLURM_PROCID='1'), False),
+        (dict(SLURM_PROCID='1', SLURM_LOCALID='1'), False),
+        (dict(SLURM_PROCID='8', SLURM_LOCALID='0'), True),
+        (dict(RANK='1', LOCAL_RANK='1', SLURM_PROCID='0', SLURM_LOCALID='0'), False),
     ],
 )
 def test_the_first_process_of_each_machine_speaks(monkeypatch, capsys, environment, speaks):
-    for name in ('RANK', 'LOCAL_RANK', 'SLURM_PROCID', 'TORCHELASTIC_ERROR_FILE'):
+    """The others end after it: launchers end all processes with the first that fails."""
+    names = ('RANK', 'LOCAL_RANK', 'SLURM_PROCID', 'SLURM_LOCALID', 'TORCHELASTIC_ERROR_FILE')
+    for name in names:
         monkeypatch.delenv(name, raising=False)
+    waited = []
+    monkeypatch.setattr(errors.time, 'sleep', waited.append)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as ended:
         fail()
     assert ended.value.code == 1
     assert capsys.readouterr().err == ('error: key: a reason\n' if speaks else '')
+    assert waited == ([] if speaks else [60])
 
 
 @pytest.mark.parametrize(
