@@ -127,3 +127,19 @@ def test_registered_once_however_often_imported():
         assert MODELS.get(name) is layer
         assert issubclass(layer, RectifiedBatchNorm)
     assert mmubn.UBN is UBN
+
+
+@pytest.mark.parametrize('norm', TYPES)
+def test_rtmdet_on_several_processes_names_its_own_switch(monkeypatch, norm):
+    """It makes SyncBatchNorm of its layers by default, which it does not on one process."""
+    monkeypatch.setattr('mmdet.models.detectors.rtmdet.get_world_size', lambda: 2)
+    backbone = dict(type='ResNet', depth=18, norm_cfg=dict(type=norm))
+    neck, head = (
+        dict(type='ChannelMapper', in_channels=[512], out_channels=8),
+        dict(type='RTMDetHead', num_classes=1, in_channels=8, norm_cfg=dict(type=norm)),
+    )
+    model = dict(backbone=backbone, neck=neck, bbox_head=head)
+    with pytest.raises(RuntimeError, match='give RTMDet use_syncbn=False'):
+        build('mmdet.RTMDet', **model)
+    built = build('mmdet.RTMDet', **model, use_syncbn=False)
+    assert {type(m) for m in norms(built).values()} == {TYPES[norm]}

@@ -102,10 +102,10 @@ def _refuse_replacement(module: nn.Module, name: str, value: Optional[Tensor]) -
         if own.get(name) is value is not None and any(held.get(n) is own[n] for n in own):
             raise RuntimeError(
                 f'{type(layer).__name__} cannot become {kind}: its rectifications would be lost. '
-                'Leave sync_bn unset and call no converter (convert_sync_batchnorm, '
-                'convert_splitbn_model) on a model that has this layer. For statistics over all '
-                "processes use norm_cfg=dict(type='SyncUBN'), or turn the UBN of a model into it "
-                "by mmubn.convert_norm(model, dict(type='SyncUBN'))."
+                'Leave sync_bn unset, give RTMDet use_syncbn=False, and call no converter '
+                '(convert_sync_batchnorm, convert_splitbn_model) on a model that has this layer. '
+                "For statistics over all processes use norm_cfg=dict(type='SyncUBN'), or turn the "
+                "UBN of a model into it by mmubn.convert_norm(model, dict(type='SyncUBN'))."
             )
 
 
