@@ -78,7 +78,11 @@ def convert_norm(
     if kind not in _TYPES:
         raise ValueError(f'norm_cfg type must be one of {", ".join(_TYPES)}, got {kind!r}')
     target = _TYPES[kind]
-    norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    norms = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, _BatchNorm) or _holds_constants(m)
+    }
     chosen = _match(norms, include) - _match(norms, exclude)
     aside = _in_containers(model)
     left: Dict[str, List[str]] = {}  # reason -> names
@@ -172,6 +176,11 @@ def _is_fused(module: nn.Module) -> bool:
     return is_timms and hasattr(module, 'act') and hasattr(module, 'drop')
 
 
+def _holds_constants(module: nn.Module) -> bool:
+    """Whether it is a frozen BatchNorm, such as torchvision's, which is no ``_BatchNorm``."""
+    return {'weight', 'running_mean', 'running_var'} <= module._buffers.keys()
+
+
 # Pairs that can become each other.
 _TWINS = {*SYNCHRONISED.items(), *((twin, kind) for kind, twin in SYNCHRONISED.items())}
 
@@ -179,6 +188,8 @@ _TWINS = {*SYNCHRONISED.items(), *((twin, kind) for kind, twin in SYNCHRONISED.i
 def _why_not(module: _BatchNorm, target: type) -> str:
     """Why this layer cannot be replaced by such a one; empty where it can."""
     kind = type(module).__name__
+    if _holds_constants(module):
+        return f'{kind}, which does not train; build the model with BatchNorm2d, then load weights'
     if type(module) is target:
         return f'already {kind}; set its attributes, such as eps or fct, to change it'
     if any(hasattr(value, 'to_local') for value in module.parameters()):  # DTensors, of FSDP

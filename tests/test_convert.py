@@ -254,6 +254,33 @@ def test_each_layer_left_alone_has_its_reason(layer, norm_cfg, reason, caplog):
     assert '2, 3 (not chosen by include and exclude)' in caplog.text
 
 
+def frozen(layer: str):
+    norm = nn.BatchNorm2d(3) if layer == 'torchvision' else timm.layers.BatchNormAct2d(3)
+    norm = timm.layers.freeze_batch_norm_2d(trained(norm))
+    assert not isinstance(norm, nn.BatchNorm2d)
+    return norm
+
+
+@pytest.mark.parametrize('layer', ['torchvision', 'timm'])
+def test_a_frozen_batch_norm_is_named(layer, caplog):
+    """Detectors of torchvision have them. They are no subclass of BatchNorm."""
+    norm = frozen(layer)
+    reason = f'0 .{type(norm).__name__}, which does not train; build the model with BatchNorm2d'
+    with pytest.raises(ValueError, match=f'no layer to replace by UBN: {reason}'):
+        mmubn.convert_norm(nn.Sequential(norm), dict(type='UBN'))
+    mmubn.convert_norm(nn.Sequential(norm, nn.BatchNorm2d(3)), dict(type='UBN'))
+    assert f'1 of 2 norm layers became UBN; left alone: 0 ({type(norm).__name__}' in caplog.text
+    assert caplog.records[0].levelno == logging.WARNING
+
+
+def test_what_the_error_of_a_frozen_batch_norm_advises():
+    norm = frozen('torchvision')
+    model = nn.Sequential(nn.BatchNorm2d(3)).eval()
+    model.load_state_dict(nn.Sequential(norm).state_dict())
+    mmubn.convert_norm(model, dict(type='UBN'))
+    same_output(norm, model)
+
+
 class Steps(nn.Module):
     """Takes its layers from what ``hold`` makes of them, which registers nothing."""
 
