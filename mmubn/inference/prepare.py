@@ -73,8 +73,8 @@ def prepare_for_inference(
     Raises:
         TypeError: ``example_inputs`` is neither a tuple nor a tensor.
         ValueError: The model is in training mode, compiled, wrapped for several processes,
-            prepared already, on several devices, or has no such layer; the example inputs
-            are on another device.
+            prepared already, on several devices, or has no such layer; it cannot be copied,
+            such as a pruned one; the example inputs are on another device.
         Exception: What the model itself raises on ``example_inputs``.
 
     Examples:
@@ -84,7 +84,7 @@ def prepare_for_inference(
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
     _check(model, example_inputs)
-    prepared = copy.deepcopy(model).requires_grad_(False)
+    prepared = _copy(model).requires_grad_(False)
     norms = dict(_norms(prepared))
     aside = Aside(prepared)
     calls, unread = _calls(prepared, list(norms.values()), aside, example_inputs)
@@ -173,6 +173,20 @@ def _check(model: nn.Module, example_inputs: Optional[Tuple[Any, ...]]) -> None:
             raise ValueError(
                 f'example_inputs are on {value.device}, the model is on {devices.pop()}'
             )
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        if 'graph leaves' not in str(error):
+            raise
+        # Pruning keeps the masked weight of the last call so, with its graph.
+        raise ValueError(
+            'the model holds a tensor that it computed with a gradient, which cannot be copied: '
+            'make pruning permanent (torch.nn.utils.prune.remove) and remove weight norm; '
+            'otherwise, call the model once in torch.no_grad()'
+        ) from error
 
 
 def _calls(

@@ -11,6 +11,7 @@ import torchvision
 from of_inference import KINDS
 from own_forward import ActivatedUBN, with_forward
 from torch import nn
+from torch.nn.utils import prune
 from weights import assert_same_state, difference, trained
 
 import mmubn
@@ -139,7 +140,7 @@ def test_batch_norm_over_vectors_stays():
 
 
 def test_a_layer_by_itself():
-    model = trained(mmubn.UBN(4))
+    model = trained(mmubn.mmubn.UBN(4))
     prepared = prepare_for_inference(model)
     x = torch.randn(2, 4, 6, 6)
     assert type(prepared) is InferenceNorm
@@ -276,6 +277,32 @@ def test_refuses_in_one_line(make, message):
     with pytest.raises(ValueError, match=r'^[^\n]+$') as caught:
         prepare_for_inference(model)
     assert str(caught.value) == message
+
+
+def pruned():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), mmubn.UBN(4))
+    for conv in (model[0], model[2]):
+        prune.random_unstructured(conv, 'weight', amount=0.5)
+    model.eval()(torch.randn(1, 3, 4, 4))
+    return model
+
+
+def test_refuses_a_pruned_model_with_both_remedies():
+    x = torch.randn(2, 3, 4, 4)
+    for remedy in ('remove', 'no_grad'):
+        model = pruned()
+        with pytest.raises(ValueError, match='make pruning permanent') as caught:
+            prepare_for_inference(model)
+        assert '\n' not in str(caught.value)
+        if remedy == 'remove':
+            prune.remove(model[0], 'weight')
+            prune.remove(model[2], 'weight')
+        with torch.no_grad():
+            expected = model(x)
+            prepared = prepare_for_inference(model)
+            assert difference(prepared(x), expected) < 1e-5
+        folded = [bool(layer.convolution) for layer in prepared.inference_report]
+        assert folded == [remedy == 'remove'] * 2
 
 
 def test_refuses_examples_on_another_device():
