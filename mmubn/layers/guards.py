@@ -78,10 +78,10 @@ class _Eps(float):
 
 
 _NO_FUSION = (
-    'a norm layer of mmubn cannot be fused into a convolution as BatchNorm can: turn '
-    'fuse_conv_bn and efficient_conv_bn_eval off, or convert the layer with '
-    "mmubn.convert_norm(model, dict(type='BN')) where that is exact. For "
-    'anything but fusing, add float(layer.eps)'
+    'a norm layer of mmubn cannot be fused into a convolution as BatchNorm can: leave that out '
+    "(fuse_conv_bn, efficient_conv_bn_eval, fuse of ultralytics' models) and fold by "
+    "mmubn.prepare_for_inference(model), or go back by mmubn.convert_norm(model, dict(type='BN')) "
+    'where that is exact. For anything but fusing, add float(layer.eps)'
 )
 _ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 

@@ -78,8 +78,9 @@ def test_a_converter_of_ones_own_is_caught(norm):
 
 
 def test_fusers_are_caught(net):
-    with pytest.raises(RuntimeError, match='cannot be fused into a convolution'):
+    with pytest.raises(RuntimeError, match='cannot be fused into a convolution') as caught:
         nn.utils.fuse_conv_bn_eval(net[0], net[1])
+    assert 'fold by mmubn.prepare_for_inference(model)' in str(caught.value)
     with pytest.raises(RuntimeError, match='cannot be fused into a convolution'):
         net[1].eps + net[1].running_var
     for add in (lambda var, eps: var + eps, lambda var, eps: eps + var):
