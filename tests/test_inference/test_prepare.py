@@ -140,7 +140,7 @@ def test_batch_norm_over_vectors_stays():
 
 
 def test_a_layer_by_itself():
-    model = trained(mmubn.mmubn.UBN(4))
+    model = trained(mmubn.UBN(4))
     prepared = prepare_for_inference(model)
     x = torch.randn(2, 4, 6, 6)
     assert type(prepared) is InferenceNorm
