@@ -181,11 +181,11 @@ def _copy(model: nn.Module) -> nn.Module:
     except RuntimeError as error:
         if 'graph leaves' not in str(error):
             raise
-        # Pruning keeps the masked weight of the last call so, with its graph.
+        # Pruning keeps the masked weight of the last call, LeViT the biases of the first.
         raise ValueError(
             'the model holds a tensor that it computed with a gradient, which cannot be copied: '
             'make pruning permanent (torch.nn.utils.prune.remove) and remove weight norm; '
-            'otherwise, call the model once in torch.no_grad()'
+            'otherwise, load it anew and call it in torch.no_grad() alone'
         ) from error
 
 
