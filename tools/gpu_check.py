@@ -27,7 +27,7 @@ STOPPING = 25  # seconds that an interrupted step has to end in
 TESTS = [
     'tests/test_ops/test_triton_backend.py',
     'tests/test_ops/test_cuda.py',
-    'tests/test_layers/test_backend.py',
+    'tests/test_ops/test_backend.py',
 ]
 _DTYPES, _LAYOUTS = ('bfloat16', 'float32'), ('channels_last', 'contiguous')
 _ALL = ['--dtypes', *_DTYPES, '--layouts', *_LAYOUTS]

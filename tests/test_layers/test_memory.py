@@ -1,4 +1,4 @@
-"""What the layers keep for the backward pass, and what the similarity reads and writes."""
+"""What the layers keep for the backward pass."""
 
 import itertools
 
@@ -6,12 +6,9 @@ import pytest
 import torch
 import torchvision
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import mmubn
 from mmubn.benchmark import measure
-from mmubn.ops import mean_cosine_similarity, reference
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 LARGE = [(32, 64, 56, 56), (32, 256, 14, 14), (128, 64, 32, 32), (2, 256, 100, 152)]
@@ -102,41 +99,3 @@ def test_mask_rcnn_keeps_what_batch_norm_keeps():
         return sum(model(images, [target, target]).values())
 
     assert ratio(make_model, loss) <= 1.05
-
-
-class Traffic(TorchDispatchMode):
-    """Counts the numbers that all operators read and write, and the largest output."""
-
-    def __init__(self):
-        super().__init__()
-        self.numbers = self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        flat, _ = torch.utils._pytree.tree_flatten((args, kwargs, result))
-        sizes = [value.numel() for value in flat if isinstance(value, torch.Tensor)]
-        # Views cost nothing.
-        if not func.is_view:
-            self.numbers += sum(sizes)
-            if isinstance(result, torch.Tensor):
-                self.largest = max(self.largest, result.numel())
-        return result
-
-
-def work(function, batch, numbers=1 << 18):
-    """Numbers moved, largest tensor made and matrix FLOPs, each by numbers of the input."""
-    x = torch.randn(batch, numbers // batch)
-    with Traffic() as traffic, FlopCounterMode(display=False) as flops:
-        function(x)
-    return tuple(v / numbers for v in (traffic.numbers, traffic.largest, flops.get_total_flops()))
-
-
-def test_similarity_has_no_quadratic_term():
-    for batch in (8, 64, 1024):
-        moved, largest, flops = work(mean_cosine_similarity, batch)
-        assert moved <= 6
-        assert largest <= 1
-        assert flops <= 2
-    moved, largest, flops = work(reference.mean_cosine_similarity, 1024)
-    assert largest == 4  # the matrix: this count would see it
-    assert flops == 2 * 1024
