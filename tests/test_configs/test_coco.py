@@ -3,7 +3,7 @@
 import pytest
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from tool import CONFIGS
+from resolved import resolved
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmubn import UBN
@@ -18,16 +18,12 @@ LAYERS = {'r50': 53, 'r101': 104}
 
 
 def load(name: str) -> Config:
-    return Config.fromfile(CONFIGS / f'{name}_1x_coco.py')
-
-
-def plain(cfg: Config) -> dict:
-    return cfg.to_dict()
+    return resolved(f'{name}_1x_coco.py')
 
 
 @pytest.mark.parametrize('name', MODELS_OF_PAPER)
 def test_bn_config_differs_in_nothing_but_the_norm(name):
-    ubn, bn = plain(load(f'{name}_ubn')), plain(load(f'{name}_bn'))
+    ubn, bn = load(f'{name}_ubn').to_dict(), load(f'{name}_bn').to_dict()
     assert ubn['model']['backbone'].pop('norm_cfg') == dict(
         type='UBN', fct=0.15, requires_grad=True
     )
@@ -38,9 +34,9 @@ def test_bn_config_differs_in_nothing_but_the_norm(name):
 @pytest.mark.parametrize('name', MODELS_OF_PAPER)
 def test_config_is_mmdets_but_for_the_norm(name):
     model, _, depth = name.split('_')
-    ours = plain(load(f'{name}_bn'))
+    ours = load(f'{name}_bn').to_dict()
     base = f'mmdet::{model}_rcnn/{model}-rcnn_{depth}_fpn_1x_coco.py'
-    theirs = plain(Config.fromstring(f"_base_ = '{base}'", '.py'))
+    theirs = Config.fromstring(f"_base_ = '{base}'", '.py').to_dict()
     ours.pop('custom_imports')
     ours.pop('custom_hooks')
     assert theirs['model']['backbone'].pop('norm_eval') is True

@@ -5,6 +5,7 @@ import logging
 import pytest
 from mmengine.config import Config
 from mmengine.registry import HOOKS, DefaultScope
+from resolved import resolved
 from tool import CONFIGS
 
 from mmubn import registry
@@ -12,15 +13,17 @@ from mmubn.cli.config_check import find_class
 from mmubn.hooks import __all__ as OURS
 
 pytest.importorskip('mmdet')
-FILES = sorted(f for f in CONFIGS.rglob('*.py') if '_base_' not in f.parts)
-SHARED = [h.type for h in Config.fromfile(CONFIGS / '_base_' / 'hooks.py').custom_hooks]
+NAMES = sorted(
+    str(f.relative_to(CONFIGS)) for f in CONFIGS.rglob('*.py') if '_base_' not in f.parts
+)
+SHARED = [hook.type for hook in resolved('_base_/hooks.py').custom_hooks]
 
 SCOPED = [('HOOKS', 'UBNCheckHook'), ('PARAM_SCHEDULERS', 'LinearLR')]
 
 
-@pytest.mark.parametrize('file', FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
-def test_every_config_names_its_hooks(file):
-    cfg = Config.fromfile(file)
+@pytest.mark.parametrize('name', NAMES)
+def test_every_config_names_its_hooks(name):
+    cfg = resolved(name)
     assert 'mmubn' in cfg.custom_imports.imports
     kinds = [hook.type for hook in cfg.custom_hooks]
     assert kinds in (SHARED, ['CondensationHook', *SHARED])

@@ -5,10 +5,9 @@ import math
 import pytest
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
-from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from tool import CONFIGS
+from resolved import resolved
 from torch import nn
 
 from mmubn import UBN
@@ -17,7 +16,7 @@ from mmubn.runs import read_condensation
 
 
 def load(norm):
-    return Config.fromfile(CONFIGS / 'demo' / f'mask_rcnn_r18_{norm}_scenes.py')
+    return resolved(f'demo/mask_rcnn_r18_{norm}_scenes.py')
 
 
 def build(config):
@@ -25,11 +24,14 @@ def build(config):
     return MODELS.build(config.model)
 
 
-def test_ubn_and_bn_differ_in_the_norm_alone():
-    ubn, bn = load('ubn').to_dict(), load('bn').to_dict()
-    for config, norm in ((ubn, 'UBN'), (bn, 'BN')):
-        assert config['model']['backbone'].pop('norm_cfg')['type'] == norm
-    assert ubn == bn
+@pytest.mark.parametrize('name', ['mask_rcnn_r18_{}_scenes', 'resnet18_{}_shapes'])
+def test_ubn_and_bn_differ_in_the_norm_alone(name):
+    rest = []
+    for norm in ('bn', 'ubn'):
+        config = resolved(f'demo/{name.format(norm)}.py').to_dict()
+        assert config['model']['backbone'].pop('norm_cfg')['type'] == norm.upper()
+        rest.append(config)
+    assert rest[0] == rest[1]
 
 
 def test_classes_are_the_generators():

@@ -4,11 +4,11 @@ docs/own_data.md: its configs build a model that has UBN, and read the folders t
 """
 
 import re
-from functools import cache
 
 import pytest
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
+from resolved import resolved
 from tool import ROOT
 
 from mmubn.cli.model import build_model
@@ -19,11 +19,6 @@ from mmubn.layers import UBN
 pytest.importorskip('mmpretrain')
 COMMANDS = re.findall(r'`P (configs/.+?)`', (ROOT / 'docs' / 'classification.md').read_text())
 OWN_DATA = re.findall(r'```python\n(.+?)```', (ROOT / 'docs' / 'own_data.md').read_text(), re.S)
-
-
-@cache
-def load(name: str) -> dict:
-    return Config.fromfile(ROOT / name).to_dict()
 
 
 def test_every_config_of_the_paper_has_a_command():
@@ -38,7 +33,7 @@ def test_every_config_of_the_paper_has_a_command():
 @pytest.mark.parametrize('command', sorted(c for c in set(COMMANDS) if '--cfg-options' in c))
 def test_options_are_settings_of_the_config(command):
     args = make_parser('').parse_args(command.split())
-    cfg = Config(load(args.config))
+    cfg = resolved(args.config.partition('/')[2])
     for key in args.cfg_options:
         node = cfg
         *parents, last = key.split('.')

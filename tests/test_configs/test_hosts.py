@@ -8,7 +8,8 @@ import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
-from tool import ROOT, read_csv
+from resolved import resolved
+from tool import CONFIGS, read_csv
 from torch import nn
 from weights import trained
 
@@ -27,7 +28,7 @@ CHANGES = {
     'sync-bn': dict(norm_cfg=dict(type='SyncBN', requires_grad=True), **TRAINS),
     'sync-ubn': dict(norm_cfg=dict(type='SyncUBN', fct=0.15, requires_grad=True), **TRAINS),
 }
-FILES = sorted((ROOT / 'configs' / 'hosts').glob('*.py'))
+FILES = sorted((CONFIGS / 'hosts').glob('*.py'))
 FROZEN = 'backbone.bn1', 'backbone.layer1'  # by frozen_stages=1
 
 
@@ -51,7 +52,7 @@ def test_changes_the_norm_alone(file):
     stem, _, kind = file.stem.rpartition('_')
     expected = Config(base_of(stem))
     expected.merge_from_dict(dict(model=dict(backbone=CHANGES[kind])))
-    cfg = Config.fromfile(file).to_dict()
+    cfg = resolved(f'hosts/{file.name}').to_dict()
     assert cfg.pop('custom_imports') == dict(imports=['mmubn'], allow_failed_imports=False)
     (check,) = [hook for hook in cfg.pop('custom_hooks') if hook['type'] == 'UBNCheckHook']
     assert check.get('frozen_statistics', False) == (kind == 'ubn-frozen')  # else it would warn
@@ -62,7 +63,7 @@ def test_changes_the_norm_alone(file):
 
 
 def load(kind: str) -> Config:
-    return Config.fromfile(ROOT / 'configs' / 'hosts' / f'faster-rcnn_r50_fpn_1x_coco_{kind}.py')
+    return resolved(f'hosts/faster-rcnn_r50_fpn_1x_coco_{kind}.py')
 
 
 def build(kind: str, **backbone) -> nn.Module:

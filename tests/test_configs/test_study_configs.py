@@ -7,6 +7,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmpretrain.datasets.categories import CIFAR10_CATEGORIES
+from resolved import resolved
 from tool import CONFIGS
 from torch.nn.modules.batchnorm import _BatchNorm
 from weights import trained
@@ -37,7 +38,7 @@ OWN = [*CONFIGS.glob('demo/*.py'), *CONFIGS.glob('studies/*.py'), *CONFIGS.rglob
 
 @pytest.mark.parametrize('file', OWN, ids=lambda file: file.stem)
 def test_auto_scale_lr_leaves_a_recipe_of_ours_as_it_is(file):
-    cfg = Config.fromfile(file)
+    cfg = resolved(str(file.relative_to(CONFIGS)))
     assert cfg.auto_scale_lr.base_batch_size == cfg.train_dataloader.batch_size
 
 
