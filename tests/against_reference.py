@@ -76,6 +76,11 @@ class Reference:
         return y
 
 
+def pairwise(x: Tensor) -> float:
+    """Mean cosine over i != j from the N x N matrix, in float64."""
+    return reference.mean_cosine_similarity(x.detach().double()).item()
+
+
 def assert_equals_reference(layer, oracle, x: Tensor, rtol: float, atol: float) -> None:
     """One step, with a random upstream gradient: output, every gradient, every buffer."""
     x_layer = x.detach().requires_grad_()  # strides as they are

@@ -2,17 +2,12 @@
 
 import pytest
 import torch
+from against_reference import pairwise
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mmubn
 from mmubn.condensation import CondensationRecorder
-from mmubn.ops import reference
-
-
-def pairwise(x):
-    """Mean cosine over i != j from the N x N matrix, in float64."""
-    return reference.mean_cosine_similarity(x.detach().double()).item()
 
 
 def small_net():

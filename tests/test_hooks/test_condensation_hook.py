@@ -1,16 +1,17 @@
 """Each promise of the hook, in a Runner that really trains."""
 
+import copy
 import json
 import re
 import shutil
-import subprocess
-import sys
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from against_reference import pairwise
+from holder import FORK
 from mmengine.hooks import Hook
 from mmengine.model import BaseDataPreprocessor, MMDistributedDataParallel, stack_batch
 from mmengine.optim import OptimWrapper
@@ -24,17 +25,23 @@ from toy_runner import (
     Accuracy,
     ToyImages,
     ToyNet,
+    assert_same_training,
     column,
+    hook_of,
     loader,
     log_of,
     make_runner,
-    pairwise,
     table,
 )
 
 from mmubn.hooks import CondensationHook, condensation_hook
 from mmubn.hooks.condensation_table import CondensationTable
 from mmubn.runs import read_condensation
+
+
+def by_iteration(interval):
+    """Checkpoints every few iterations, as ``default_hooks``."""
+    return dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=interval))
 
 
 def spy(model, layer='stem.1'):
@@ -46,28 +53,6 @@ def spy(model, layer='stem.1'):
     return seen
 
 
-def everything(runner):
-    """Weights, buffers and momenta."""
-    momenta = runner.optim_wrapper.optimizer.state_dict()['state'].values()
-    return [*runner.model.state_dict().values(), *(m['momentum_buffer'] for m in momenta)]
-
-
-def assert_same_training(work_dir, **options):
-    """Trains with and without the hook and returns the Runner with."""
-    runners = []
-    for name, hooks in (('without', []), ('with', [HOOK])):
-        torch.manual_seed(0)
-        chosen = {key: make() if callable(make) else make for key, make in options.items()}
-        hooks = [*chosen.pop('hooks', []), *hooks]
-        runner = make_runner(work_dir / name, hooks=hooks, **chosen)
-        runner.train()
-        runners.append(runner)
-    without, with_hook = map(everything, runners)
-    assert len(without) == len(with_hook)
-    assert all(torch.equal(a, b) for a, b in zip(without, with_hook))
-    return runners[1]
-
-
 @pytest.mark.parametrize('val', [True, False])
 def test_weights_are_bit_equal_with_and_without(tmp_path, val):
     # Augmentation and dropout draw from every global generator, the training
@@ -75,6 +60,7 @@ def test_weights_are_bit_equal_with_and_without(tmp_path, val):
     # training set itself.
     assert_same_training(
         tmp_path,
+        HOOK,
         model=lambda: ToyNet(dropout=0.3, fct=0.3, fct_warmup=2),
         train_dataloader=lambda: loader(ToyImages(augment=True), shuffle=True),
         val=lambda: val and ToyImages(size=48, augment=True, seed=1),
@@ -184,14 +170,13 @@ def test_amp(tmp_path):
     assert torch.bfloat16 in dtypes
     recorded = column(table(tmp_path / 'spied'), layer='stem.1', where='train/input')
     assert recorded == pytest.approx([sum(seen[:4]) / 4, sum(seen[4:]) / 4], abs=1e-6)
-    assert_same_training(tmp_path, optim_wrapper=lambda: dict(optim_wrapper))
+    assert_same_training(tmp_path, HOOK, optim_wrapper=lambda: dict(optim_wrapper))
 
 
 def test_gradient_accumulation(tmp_path):
     optimizer = dict(type='SGD', lr=0.1, momentum=0.9)
-    runner = assert_same_training(
-        tmp_path, optim_wrapper=lambda: dict(accumulative_counts=2, optimizer=dict(optimizer))
-    )
+    wrapper = dict(accumulative_counts=2, optimizer=optimizer)
+    runner = assert_same_training(tmp_path, HOOK, optim_wrapper=lambda: copy.deepcopy(wrapper))
     rows = table(runner.work_dir)
     assert column(rows, 'iter', layer='norm', where='train/input') == [4, 8]
 
@@ -200,7 +185,7 @@ def test_ema_leaves_both_models_alone_and_the_trained_one_is_measured(plain, tmp
     def ema():
         return [dict(type='EMAHook', momentum=0.5, update_buffers=True)]
 
-    runner = assert_same_training(tmp_path, hooks=ema)
+    runner = assert_same_training(tmp_path, HOOK, hooks=ema)
     # EMA changes no training, so the trained weights give the same table.
     assert table(runner.work_dir) == table(plain[0].work_dir)
     averaged = [
@@ -253,7 +238,7 @@ def test_rows_beyond_an_earlier_checkpoint_are_kept_aside(tmp_path):
 def test_a_start_by_mistake_between_a_training_and_its_resumption(copied):
     before = table(copied)
     begun = make_runner(copied, hooks=[HOOK], epochs=3)  # without resume=True, and broken off
-    next(hook for hook in begun.hooks if isinstance(hook, CondensationHook)).before_train(begun)
+    hook_of(begun, CondensationHook).before_train(begun)
     runner = make_runner(copied, hooks=[HOOK], epochs=3, resume=True)
     runner.train()
     rows = table(copied)
@@ -270,26 +255,25 @@ def test_a_foreign_file_is_kept(tmp_path):
     assert [path.read_text() for path in other_tables(tmp_path)] == ['mine']
 
 
-WRITER = """
-import sys
-from pathlib import Path
-from mmubn.hooks.condensation_table import CondensationTable
-table = CondensationTable(Path(sys.argv[1]), 'first')
-row = dict(epoch=1, iter=1, layer='a', type='UBN', where='fixed/input')
-table.append([row])
-print('open', flush=True)
-sys.stdin.read()
-table.append([dict(row, epoch=2)])
-"""
+def write_rows(work_dir, opened, ended):
+    """Another training: a row, and a second one once this one has ended."""
+    writer = CondensationTable(work_dir, 'first')
+    row = dict(epoch=1, iter=1, layer='a', type='UBN', where='fixed/input')
+    writer.append([row])
+    opened.set()
+    ended.wait(60)
+    writer.append([dict(row, epoch=2)])
 
 
 def test_two_trainings_at_once_do_not_mix_their_rows(tmp_path):
-    command = [sys.executable, '-c', WRITER, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
-        assert first.stdout.readline() == b'open\n'
-        runner = make_runner(tmp_path, hooks=[HOOK], epochs=1)
-        runner.train()
-        first.stdin.close()
+    opened, ended = FORK.Event(), FORK.Event()
+    first = FORK.Process(target=write_rows, args=(tmp_path, opened, ended), daemon=True)
+    first.start()
+    assert opened.wait(60)
+    runner = make_runner(tmp_path, hooks=[HOOK], epochs=1)
+    runner.train()
+    ended.set()
+    first.join()
     assert column(table(tmp_path), 'epoch', layer='a') == [1, 2]
     (second,) = other_tables(tmp_path)
     assert second.name == f'condensation_{runner.timestamp}.csv'
@@ -338,8 +322,7 @@ def test_images_of_several_sizes_are_padded_where_the_model_can(tmp_path):
     model.data_preprocessor = Padding()
     options = dict(epochs=1, val=val, train_dataloader=dict(loader(ToyImages()), batch_size=4))
     runner = make_runner(tmp_path / 'can', model, hooks=[HOOK], **options)
-    hook = next(h for h in runner.hooks if isinstance(h, CondensationHook))
-    hook.before_train(runner)
+    hook_of(runner, CondensationHook).before_train(runner)
     assert None not in column(table(tmp_path / 'can'), layer='norm', where='fixed/input')
 
 
@@ -402,10 +385,9 @@ def test_iteration_based_loop_records_every_val_interval(tmp_path):
 
 
 def test_resume_between_two_records_keeps_the_averages_begun(tmp_path):
-    hooks = [dict(HOOK, interval=1)]
-    checkpoint = dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=6))
-    make_runner(tmp_path / 'whole', hooks=hooks, iters=10, default_hooks=checkpoint).train()
-    make_runner(tmp_path / 'parts', hooks=hooks, iters=6, default_hooks=checkpoint).train()
+    options = dict(hooks=[HOOK], default_hooks=by_iteration(6))
+    make_runner(tmp_path / 'whole', iters=10, **options).train()
+    make_runner(tmp_path / 'parts', iters=6, **options).train()
     # The shorter run ended with a record that the longer one has not.
     path = tmp_path / 'parts' / 'iter_6.pth'
     saved = torch.load(path, weights_only=False)
@@ -417,14 +399,8 @@ def test_resume_between_two_records_keeps_the_averages_begun(tmp_path):
     kept = [line for line in lines if ',6,' not in line[:4]]
     (tmp_path / 'parts' / 'condensation.csv').write_text('\n'.join(kept) + '\n')
 
-    make_runner(
-        tmp_path / 'parts', hooks=hooks, iters=10, default_hooks=checkpoint, resume=True
-    ).train()
+    make_runner(tmp_path / 'parts', iters=10, resume=True, **options).train()
     assert table(tmp_path / 'parts') == table(tmp_path / 'whole')
-
-
-def by_iteration(interval):
-    return dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=interval))
 
 
 class Killed(Exception):
@@ -504,9 +480,7 @@ def test_a_checkpoint_of_the_last_iteration_of_an_epoch_knows_its_table(tmp_path
 
 def test_gates_in_the_table_and_in_the_log(tmp_path):
     model = ToyNet(fct=0.99, fct_momentum=1.0, fct_warmup=8)
-    runner = make_runner(tmp_path, model, hooks=[HOOK], epochs=3)
-    for handler in [runner.logger, *runner.logger.handlers]:
-        handler.setLevel('INFO')
+    runner = make_runner(tmp_path, model, hooks=[HOOK], epochs=3, log_level='INFO')
     runner.train()
     rows = table(tmp_path)
     # Two calls a step: the warm-up of eight batches is over after the first epoch.
@@ -529,9 +503,8 @@ def test_gates_in_the_table_and_in_the_log(tmp_path):
 def test_gates_are_remembered_over_a_resume(tmp_path):
     for epochs, resume in ((2, False), (3, True)):
         model = ToyNet(fct=0.99, fct_momentum=1.0, fct_warmup=8)
-        runner = make_runner(tmp_path, model, hooks=[HOOK], epochs=epochs, resume=resume)
-        for handler in [runner.logger, *runner.logger.handlers]:
-            handler.setLevel('INFO')
+        options = dict(epochs=epochs, resume=resume, log_level='INFO')
+        runner = make_runner(tmp_path, model, hooks=[HOOK], **options)
         runner.train()
     # Runs that start in the same second share a log.
     shut = re.findall(r'Condensation at (.*?):.*shut: (.*)', log_of(runner))
@@ -540,9 +513,8 @@ def test_gates_are_remembered_over_a_resume(tmp_path):
 
 @pytest.mark.newer_torch('Dynamo does not follow a layer that writes to its buffers')
 def test_compiled_training_is_left_alone_and_unseen(tmp_path):
-    runner = assert_same_training(
-        tmp_path, epochs=1, cfg=lambda: dict(compile=dict(backend='eager'))
-    )
+    options = dict(epochs=1, cfg=lambda: dict(compile=dict(backend='eager')))
+    runner = assert_same_training(tmp_path, HOOK, **options)
     rows = table(runner.work_dir)
     assert column(rows, layer='stem.1', where='train/input') == [None]
     assert None not in column(rows, layer='stem.1', where='fixed/input')
@@ -599,11 +571,7 @@ def test_two_processes_are_averaged(tmp_path):
 
 
 def resume_on_rank(folder, rank, world):
-    options = dict(
-        hooks=[HOOK],
-        iters=8,
-        default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=6)),
-    )
+    options = dict(hooks=[HOOK], iters=8, default_hooks=by_iteration(6))
     make_runner(folder / 'whole', distributed_net(), **options).train()
     options.update(load_from=str(folder / 'whole' / 'iter_6.pth'), resume=True)
     make_runner(folder / 'resumed', distributed_net(), **options).train()

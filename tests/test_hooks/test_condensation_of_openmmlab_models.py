@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from against_reference import pairwise
 from mmengine.evaluator import BaseMetric
 from mmengine.structures import InstanceData
 from torch.utils.data import Dataset
-from toy_runner import HOOK, column, make_runner, pairwise, table
+from toy_runner import HOOK, column, make_runner, table
 
 
 class Nothing(BaseMetric):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from toy_runner import ToyImages, ToyNet, loader, log_of, make_runner
+from toy_runner import ToyImages, ToyNet, everything, loader, log_of, make_runner
 
 HOOK = dict(type='EpochSeedHook')
 
@@ -24,16 +24,11 @@ def train(work_dir, hooks=(HOOK,), workers=2, epochs=4, **options):
     )
     runner.train()
     runner.train_dataloader._iterator = None  # ends the workers; left to gc, that takes long
-    return {**runner.model.state_dict(), 'momentum': momentum(runner)}
-
-
-def momentum(runner):
-    state = runner.optim_wrapper.state_dict()['state']
-    return torch.cat([entry['momentum_buffer'].flatten() for entry in state.values()])
+    return everything(runner)
 
 
 def same(a, b):
-    return all(torch.equal(a[key], b[key]) for key in a)
+    return all(map(torch.equal, a, b))
 
 
 @pytest.mark.parametrize('workers', [0, 2])

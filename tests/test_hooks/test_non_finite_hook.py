@@ -14,10 +14,19 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS, OPTIM_WRAPPERS
 from processes import in_processes
 from torch import nn
-from toy_runner import ToyImages, ToyNet, loader, log_of, make_runner
+from toy_runner import (
+    ToyImages,
+    ToyNet,
+    assert_same_training,
+    everything,
+    hook_of,
+    loader,
+    log_of,
+    make_runner,
+)
 
 import mmubn
-from mmubn.hooks import NonFiniteHook
+from mmubn.hooks import CondensationHook, NonFiniteHook
 
 HOOK = dict(type='NonFiniteHook')
 SKIP = dict(type='NonFiniteHook', action='skip')
@@ -26,10 +35,10 @@ SKIP = dict(type='NonFiniteHook', action='skip')
 class SpoiltImages(ToyImages):
     """Some of the images hold a NaN."""
 
-    def __init__(self, spoilt, value=float('nan')):
+    def __init__(self, spoilt):
         super().__init__()
         for index in spoilt:
-            self.images[index, 0, 3, 3] = value
+            self.images[index, 0, 3, 3] = float('nan')
 
 
 class Log(nn.Module):
@@ -107,21 +116,13 @@ def test_gradient_alone(tmp_path):
 
 def test_skipped_batches_leave_no_trace(tmp_path):
     """Two runs, the second with a batch of NaN put among the same other batches."""
-
-    def state(runner):
-        optimizer = runner.optim_wrapper.state_dict()['state']
-        return [
-            *runner.model.state_dict().values(),
-            *(v['momentum_buffer'] for v in optimizer.values()),
-        ]
-
     whole = SpoiltImages([])
     whole.images, whole.labels = whole.images[8:], whole.labels[8:]
     options = dict(epochs=1, val=False)
     reference = make_runner(tmp_path / 'a', ubn_net(), train_dataloader=loader(whole), **options)
     reference.train()
     runner = run(tmp_path / 'b', ubn_net(), spoilt=[0, 5], hook=SKIP)
-    assert all(torch.equal(a, b) for a, b in zip(state(reference), state(runner)))
+    assert all(map(torch.equal, everything(reference), everything(runner)))
     (line,) = [line for line in log_of(runner).splitlines() if 'not finite' in line]
     assert 'ERROR' in line
     assert line.endswith('Skipped this step.')
@@ -250,12 +251,19 @@ class TwoOptimizers(ToyNet):
         return dict(loss=loss)
 
 
+def of_parts(model, *names):
+    """An optimizer of each."""
+    wrappers = {
+        name: OptimWrapper(torch.optim.SGD(model.get_submodule(name).parameters(), 0.1))
+        for name in names
+    }
+    return OptimWrapperDict(**wrappers)
+
+
 def test_several_optimizers(tmp_path):
     model = TwoOptimizers()
-    groups = dict(fc=model.fc.parameters(), stem=model.stem.parameters())
-    wrappers = {key: OptimWrapper(torch.optim.SGD(group, 0.1)) for key, group in groups.items()}
     with pytest.raises(FloatingPointError, match='iteration 1: the losses loss are not finite'):
-        run(tmp_path, model, range(32), optim_wrapper=OptimWrapperDict(**wrappers))
+        run(tmp_path, model, range(32), optim_wrapper=of_parts(model, 'fc', 'stem'))
 
 
 class FirstSteps(TwoOptimizers):
@@ -272,23 +280,15 @@ class FirstSteps(TwoOptimizers):
 
 def test_skips_of_one_optimizer_of_two_are_skips_in_a_row(tmp_path):
     model = FirstSteps()
-    groups = dict(stem=model.stem.parameters(), fc=model.fc.parameters())
-    wrappers = {key: OptimWrapper(torch.optim.SGD(group, 0.1)) for key, group in groups.items()}
+    wrapper = of_parts(model, 'stem', 'fc')
     with pytest.raises(FloatingPointError, match=r'iteration 2: .* 2 such steps in a row'):
-        run(
-            tmp_path,
-            model,
-            hook=dict(SKIP, max_skips=2),
-            optim_wrapper=OptimWrapperDict(**wrappers),
-        )
+        run(tmp_path, model, hook=dict(SKIP, max_skips=2), optim_wrapper=wrapper)
 
 
 def test_says_that_another_optimizer_has_stepped(tmp_path):
     model = FirstSteps()
-    groups = dict(fc=model.fc.parameters(), stem=model.stem.parameters())
-    wrappers = {key: OptimWrapper(torch.optim.SGD(group, 0.1)) for key, group in groups.items()}
     with pytest.raises(FloatingPointError, match='1 other optimizers had changed their weights'):
-        run(tmp_path, model, optim_wrapper=OptimWrapperDict(**wrappers))
+        run(tmp_path, model, optim_wrapper=of_parts(model, 'fc', 'stem'))
 
 
 def test_needs_no_step_hook_of_torch(tmp_path, monkeypatch):
@@ -333,7 +333,7 @@ def test_a_step_that_another_hook_put_around_it_stays(tmp_path):
     model = ubn_net()
     runner = make_runner(tmp_path, model, [HOOK, dict(type='CountingHook')], val=False, epochs=1)
     runner.train()
-    (counting,) = (hook for hook in runner.hooks if isinstance(hook, CountingHook))
+    counting = hook_of(runner, CountingHook)
     steps, optimizer = counting.steps, runner.optim_wrapper.optimizer
     assert steps == len(runner.train_dataloader)
     parameter = next(model.parameters())
@@ -369,8 +369,7 @@ def test_a_training_that_was_broken_off_is_watched_once(tmp_path):
     runner.train_dataloader.dataset.images.fill_(float('nan'))
     with pytest.raises(FloatingPointError, match=r'iteration 2: .* 2 such steps in a row'):
         runner.train()
-    (hook,) = (hook for hook in runner.hooks if isinstance(hook, NonFiniteHook))
-    assert len(hook._watching) == 1
+    assert len(hook_of(runner, NonFiniteHook)._watching) == 1
 
 
 class PlainLoss(ToyNet):
@@ -418,7 +417,7 @@ def test_a_second_look_is_not_recorded(tmp_path):
     runner = make_runner(
         tmp_path, model, [SKIP, dict(type='CondensationHook', interval=1)], val=False, epochs=1
     )
-    (hook,) = (hook for hook in runner.hooks if type(hook).__name__ == 'CondensationHook')
+    hook = hook_of(runner, CondensationHook)
     counts, end = [], hook._end_period
     hook._end_period = lambda *args: (counts.append(hook._seen[:, 0, 1].tolist()), end(*args))
     runner.train()
@@ -438,13 +437,10 @@ def test_settings_out_of_range(bad, message):
 
 
 def test_costs_no_weight_and_no_random_number(tmp_path):
-    data = loader(ToyImages(augment=True), shuffle=True)
-    states = []
-    for number, hooks in enumerate(([], [HOOK])):
-        torch.manual_seed(0)
-        runner = make_runner(
-            tmp_path / str(number), ToyNet(dropout=0.5), hooks, val=False, train_dataloader=data
-        )
-        runner.train()
-        states.append(runner.model.state_dict())
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert_same_training(
+        tmp_path,
+        HOOK,
+        model=lambda: ToyNet(dropout=0.5),
+        train_dataloader=lambda: loader(ToyImages(augment=True), shuffle=True),
+        val=False,
+    )

@@ -9,9 +9,10 @@ from mmengine.model import convert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import Runner
 from torch import nn
-from toy_runner import ToyImages, ToyNet, loader, log_of, make_runner
+from toy_runner import ToyImages, ToyNet, hook_of, loader, log_of, make_runner
 
 import mmubn
+from mmubn.hooks import UBNCheckHook
 from mmubn.hooks.ubn_check_hook import without_effect
 
 HOOK = dict(type='UBNCheckHook')
@@ -35,9 +36,8 @@ class Held(ToyNet):
 
 
 def checked(tmp_path, model, **settings):
-    runner = make_runner(tmp_path, model, hooks=[dict(HOOK, **settings)], epochs=1, val=False)
-    for handler in [runner.logger, *runner.logger.handlers]:
-        handler.setLevel('INFO')
+    options = dict(epochs=1, val=False, log_level='INFO')
+    runner = make_runner(tmp_path, model, hooks=[dict(HOOK, **settings)], **options)
     runner.call_hook('before_train')
     return re.search(r'- (\w+) - ((?:\w+, )*UBN: .*)', log_of(runner)).groups()
 
@@ -207,4 +207,4 @@ def test_minimal_config_passes(tmp_path):
     model.norm = nn.BatchNorm2d(8)
     model = convert_sync_batchnorm(model).eval()
     runner = make_runner(tmp_path, model, hooks=[HOOK], epochs=1, val=False)
-    next(h for h in runner.hooks if type(h).__name__ == 'UBNCheckHook').before_train(runner)
+    hook_of(runner, UBNCheckHook).before_train(runner)

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 import mmubn
-from mmubn.ops import reference
 
 HOOK = dict(type='CondensationHook', interval=1)
 _numbers = itertools.count()
@@ -96,6 +95,7 @@ def make_runner(
 ):
     """A Runner on 32 training images, four iterations an epoch; with ``iters`` without epochs."""
     torch.manual_seed(0)
+    options.setdefault('log_level', 'WARNING')
     options.setdefault('optim_wrapper', dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9)))
     options.setdefault(
         'train_dataloader', loader(ToyImages(), shuffle=True, infinite=iters is not None)
@@ -114,9 +114,36 @@ def make_runner(
         randomness=dict(seed=seed),
         # mmengine shares loggers and visualizers between experiments of one name.
         experiment_name=f'toy{next(_numbers)}',
-        log_level='WARNING',
         **options,
     )
+
+
+def hook_of(runner, kind):
+    """The hook of a class."""
+    (hook,) = (hook for hook in runner.hooks if isinstance(hook, kind))
+    return hook
+
+
+def everything(runner):
+    """Weights, buffers and momenta."""
+    momenta = runner.optim_wrapper.optimizer.state_dict()['state'].values()
+    return [*runner.model.state_dict().values(), *(m['momentum_buffer'] for m in momenta)]
+
+
+def assert_same_training(work_dir, hook, **options):
+    """Trains with and without the hook and returns the Runner with; options may be functions."""
+    runners = []
+    for name, hooks in (('without', []), ('with', [hook])):
+        torch.manual_seed(0)
+        chosen = {key: make() if callable(make) else make for key, make in options.items()}
+        hooks = [*chosen.pop('hooks', []), *hooks]
+        runner = make_runner(work_dir / name, hooks=hooks, **chosen)
+        runner.train()
+        runners.append(runner)
+    without, with_hook = map(everything, runners)
+    assert len(without) == len(with_hook)
+    assert all(map(torch.equal, without, with_hook))
+    return runners[1]
 
 
 def log_of(runner):
@@ -133,8 +160,3 @@ def column(rows, name='similarity', **where):
     """The numbers of a column, of the rows that are as ``where`` says."""
     chosen = [r for r in rows if all(r[k] == str(v) for k, v in where.items())]
     return [float(r[name]) if r[name] else None for r in chosen]
-
-
-def pairwise(x):
-    """Mean cosine over i != j from the N x N matrix, in float64."""
-    return reference.mean_cosine_similarity(x.detach().double()).item()
