@@ -49,7 +49,7 @@ def trained(cfg: Config, epochs: int = 3) -> dict:
     )
 
 
-def told(capsys, checkpoint: dict, cfg: Config) -> str:
+def warned(capsys, checkpoint: dict, cfg: Config) -> str:
     capsys.readouterr()  # what mmengine logged of the training, if a test before has set it up
     check_resumed(cfg, 'x.pth', checkpoint, model())
     return capsys.readouterr().err
@@ -65,16 +65,16 @@ def test_the_same_settings_say_nothing(capsys):
         dict(schedule=(dict(type='CosineAnnealingLR', T_max=9, eta_min=0.0),)),
     ):
         cfg = config(**settings)
-        assert told(capsys, trained(cfg), cfg) == ''
+        assert warned(capsys, trained(cfg), cfg) == ''
 
 
 def test_the_scaled_learning_rate_is_compared(capsys):
     checkpoint = trained(config(lr=0.05))
     cfg = config(lr=0.1)
     cfg.auto_scale_lr = dict(enable=True, base_batch_size=32)
-    assert told(capsys, checkpoint, cfg) == ''
+    assert warned(capsys, checkpoint, cfg) == ''
     cfg.auto_scale_lr.enable = False
-    assert 'optim_wrapper.optimizer.lr is 0.05, not 0.1' in told(capsys, checkpoint, cfg)
+    assert 'optim_wrapper.optimizer.lr is 0.05, not 0.1' in warned(capsys, checkpoint, cfg)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_the_scaled_learning_rate_is_compared(capsys):
     ],
 )
 def test_what_has_no_effect_is_told_in_one_line(capsys, settings, expected):
-    (line,) = told(capsys, trained(config()), config(**settings)).splitlines()
+    (line,) = warned(capsys, trained(config()), config(**settings)).splitlines()
     assert line.startswith('warning: --resume: optimizer and schedule are those of x.pth: ')
     assert expected in line
     assert line.endswith(
@@ -123,7 +123,7 @@ def test_a_checkpoint_without_optimizer(capsys):
     cfg = config()
     checkpoint = trained(cfg)
     del checkpoint['optimizer']
-    assert told(capsys, checkpoint, cfg) == (
+    assert warned(capsys, checkpoint, cfg) == (
         'warning: --resume: x.pth holds no state of the optimizer: it starts anew, without '
         'momentum\n'
     )
@@ -138,10 +138,10 @@ def test_a_finished_training_is_told(capsys):
     checkpoint = trained(cfg)
     cfg.train_cfg.max_epochs = 3
     expected = 'x.pth has finished epoch 3, and train_cfg.max_epochs=3: nothing is left to train'
-    assert expected in told(capsys, checkpoint, cfg)
+    assert expected in warned(capsys, checkpoint, cfg)
 
 
 def test_several_optimizers_are_left_to_mmengine(capsys):
     cfg = config()
     cfg.optim_wrapper = dict(constructor='Own', first=dict(), second=dict())
-    assert told(capsys, trained(config()), cfg) == ''
+    assert warned(capsys, trained(config()), cfg) == ''

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from of_inference import KINDS
+from of_inference import HALF, KINDS
 from torch import nn
 from weights import difference, trained
 
@@ -22,9 +22,6 @@ SETTINGS = [
     dict(type='UBN', kernel_size=1, center=False, scale=False),
     dict(type='UBN', center=False, scale=False),
 ]
-
-# torch 2.1 has no convolution of float16 on a CPU.
-HALF = pytest.param(torch.float16, marks=pytest.mark.newer_torch('no float16 on a CPU'))
 
 
 def make_layer(channels: int = 6, **norm_cfg) -> nn.Module:

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from of_inference import KINDS
+from of_inference import HALF, KINDS
 from own_forward import ActivatedUBN, with_forward
 from torch import nn
 from torch.nn.utils import prune
@@ -17,9 +17,6 @@ from weights import assert_same_state, difference, trained
 import mmubn
 from mmubn import layers, prepare_for_inference
 from mmubn.inference.layer import InferenceNorm
-
-# torch 2.1 has no convolution of float16 on a CPU.
-HALF = pytest.param(torch.float16, marks=pytest.mark.newer_torch('no float16 on a CPU'))
 
 
 def network(kind: str = 'UBN') -> nn.Module:

@@ -12,7 +12,8 @@ from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from mmubn.layers import UBN
 
 
-def trained(layer, training=False):
+def stepped(layer, training=False):
+    """The layer after a training step, with random parameters."""
     randomize(layer)
     channels = layer.num_features
     layer(torch.randn(6, channels, 5, 4, dtype=layer.running_mean.dtype) + 1)
@@ -21,7 +22,7 @@ def trained(layer, training=False):
 
 @pytest.mark.parametrize('mode', MODES)
 def test_gradients_of_gradients(make_layer, mode):
-    layer = trained(make_layer(2).double())
+    layer = stepped(make_layer(2).double())
     set_mode(layer, mode)
     names = [name for name, _ in layer.named_parameters()]
 
@@ -50,7 +51,7 @@ def test_gradient_penalty_is_that_of_batch_norm():
 
 def test_second_order_uses_the_gate_of_its_own_step():
     """The gate shuts and the statistics move between a forward pass and its second derivative."""
-    layer = trained(UBN(3, fct_warmup=0).double(), training=True)
+    layer = stepped(UBN(3, fct_warmup=0).double(), training=True)
 
     def penalty(in_between):
         norm = copy.deepcopy(layer)
@@ -69,7 +70,7 @@ def test_second_order_uses_the_gate_of_its_own_step():
 
 
 def test_a_layer_called_twice_in_a_row_counts_each_gradient_once():
-    layer = trained(UBN(3).double())
+    layer = stepped(UBN(3).double())
     names = [name for name, _ in layer.named_parameters()]
 
     def function(x, *parameters):
@@ -82,7 +83,7 @@ def test_a_layer_called_twice_in_a_row_counts_each_gradient_once():
 
 
 def test_per_sample_gradients(make_layer):
-    layer = trained(make_layer(3).double())
+    layer = stepped(make_layer(3).double())
     state, x = dict(layer.named_parameters()), torch.randn(5, 3, 4, 4, dtype=torch.double)
 
     def loss(state, image):
@@ -97,7 +98,7 @@ def test_per_sample_gradients(make_layer):
 
 def test_per_sample_gradients_in_training_say_what_to_do(make_layer):
     """The error was that of an operation inside, such as 'output with shape [] does not match'."""
-    layer = trained(make_layer(3), training=True)
+    layer = stepped(make_layer(3), training=True)
     state, x = dict(layer.named_parameters()), torch.randn(5, 3, 4, 4)
 
     def loss(state, image):
@@ -113,7 +114,7 @@ def test_per_sample_gradients_in_training_say_what_to_do(make_layer):
 
 
 def test_ensembles(make_layer):
-    members = [trained(make_layer(3)) for _ in range(3)]
+    members = [stepped(make_layer(3)) for _ in range(3)]
     parameters, buffers = stack_module_state(members)
     x = torch.randn(4, 3, 5, 5)
     base = copy.deepcopy(members[0]).to('meta')
@@ -124,7 +125,7 @@ def test_ensembles(make_layer):
 @pytest.mark.filterwarnings('ignore:There is a performance drop')
 @pytest.mark.parametrize('differentiate', [False, True])
 def test_ensembles_in_training(make_layer, differentiate):
-    members = [trained(make_layer(3)).train() for _ in range(3)]
+    members = [stepped(make_layer(3)).train() for _ in range(3)]
     parameters, buffers = stack_module_state(members)
     x = torch.randn(4, 3, 5, 5)
     base = copy.deepcopy(members[0])
@@ -148,7 +149,7 @@ def test_ensembles_in_training(make_layer, differentiate):
 
 @pytest.mark.parametrize('interval', [1, 2])
 def test_grad_of_training_steps(make_layer, interval):
-    layer = trained(make_layer(3)).train()
+    layer = stepped(make_layer(3)).train()
     if isinstance(layer, UBN):
         layer.fct_interval = interval
     twin = copy.deepcopy(layer)
@@ -171,7 +172,7 @@ def test_grad_of_training_steps(make_layer, interval):
 
 
 def test_forward_mode(make_layer):
-    layer = trained(make_layer(3).double())
+    layer = stepped(make_layer(3).double())
     x, tangent = torch.randn(2, 2, 3, 4, 4, dtype=torch.double)
     rows = torch.autograd.functional.jacobian(layer, x).reshape(x.numel(), -1)
     expected = (rows @ tangent.flatten()).view_as(x)
@@ -184,7 +185,7 @@ def test_forward_mode(make_layer):
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.filterwarnings('ignore:There is a performance drop')
 def test_batched_gradients(make_layer, training):
-    layer = trained(make_layer(3).double(), training)
+    layer = stepped(make_layer(3).double(), training)
     x = torch.randn(4, 3, 4, 4, dtype=torch.double, requires_grad=True)
     y = layer(x)
     inputs, upstream = [x, *layer.parameters()], torch.randn(3, *y.shape, dtype=torch.double)
@@ -195,6 +196,6 @@ def test_batched_gradients(make_layer, training):
 
 
 def test_training_without_statistics_under_vmap(make_layer):
-    layer = torch.func.replace_all_batch_norm_modules_(trained(make_layer(3), training=True))
+    layer = torch.func.replace_all_batch_norm_modules_(stepped(make_layer(3), training=True))
     x = torch.randn(2, 5, 3, 4, 4)
     torch.testing.assert_close(vmap(layer)(x), torch.stack([layer(batch) for batch in x]))
