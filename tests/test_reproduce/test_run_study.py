@@ -1,7 +1,7 @@
 """The studies of tools/reproduce.py: their stages, what is chosen, what is told of it."""
 
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,11 +89,13 @@ def rate(job) -> float:
     return float(options(job).get(LEARNING_RATE, 'nan'))
 
 
-TWO = ('batches-of-two', '--rows', 'BN', 'UBN', '--work-dir', 'runs')
+def run_rows(study, *rows, data='data', more=()):
+    argv = [study, '--rows', *rows, '--data-root', data, '--work-dir', 'runs', *more]
+    run_tool('reproduce', 'run', *argv)
 
 
 def run_two(*more):
-    run_tool('reproduce', 'run', *TWO, '--seeds', '2', '--data-root', 'data', *more)
+    run_rows('batches-of-two', 'BN', 'UBN', more=('--seeds', '2', *more))
 
 
 def data_of(job) -> str:
@@ -111,7 +113,8 @@ def tuned(tmp_path_factory):
     with instant_runs(folder) as run:
         run.value_of = lambda job: 60.0 if rate(job) == BEST[job.setting.norm] else 40.0
         run_two()
-        run_tool('reproduce', 'report', *TWO, '--out', 'out')
+        rows = ('--rows', 'BN', 'UBN', '--work-dir', 'runs', '--out', 'out')
+        run_tool('reproduce', 'report', 'batches-of-two', *rows)
     return *run.calls, folder / 'out'
 
 
@@ -137,8 +140,7 @@ def test_each_row_is_tuned_then_trained_with_what_won(tuned):
 
 
 def test_a_classifier_has_other_data_than_its_pretraining(stages):
-    argv = ['run', 'fine-tuning', '--rows', 'BN', '--seeds', '1', '--work-dir', 'runs']
-    run_tool('reproduce', *argv, '--data-root', 'data')
+    run_rows('fine-tuning', 'BN', more=('--seeds', '1'))
     pretraining, *others = stages.calls
     assert [data_of(job) for job in pretraining] == ['data/cifar100']
     assert {data_of(job) for jobs in others for job in jobs} == {'data/cifar10'}
@@ -190,8 +192,7 @@ def test_the_strong_recipe_is_tuned_for_bn(stages):
     grid = EXPERIMENTS['strong-recipe'].study.grid
     best = grid[LEARNING_RATE][1], grid[WEIGHT_DECAY][2]
     stages.value_of = value_of
-    argv = ['run', 'strong-recipe', '--rows', 'UBN', '--data-root', 'data', '--work-dir', 'runs']
-    run_tool('reproduce', *argv)
+    run_rows('strong-recipe', 'UBN')
     tuning, training = stages.calls
     assert {job.setting.norm for job in tuning} == {'BN'}
     assert len(tuning) == 12
@@ -209,8 +210,7 @@ def test_every_norm_of_the_strong_recipe_is_tuned_for_itself(stages):
         return 60.0 if point == best[job.setting.norm] else 40.0
 
     stages.value_of = value_of
-    argv = ['run', 'strong-recipe-tuned', '--rows', 'BN', '*, UBN', '--data-root', 'data']
-    run_tool('reproduce', *argv, '--work-dir', 'runs')
+    run_rows('strong-recipe-tuned', 'BN', '*, UBN')
     tuning, training = stages.calls
     assert len(tuning) == 2 * 20
     assert {
@@ -234,8 +234,7 @@ def test_report_and_table_of_the_tuning(tuned):
 
 def test_a_part_of_the_rows_finds_the_same_contrasts(stages):
     stages.value_of = lambda job: 70.0 if 'norm_eval=True' in str(job.folder) else 50.0
-    argv = ['run', 'batches-of-two', '--rows', 'UBN*', 'BN, frozen*', '--work-dir', 'runs']
-    run_tool('reproduce', *argv, '--seeds', '2', '--data-root', 'data')
+    run_rows('batches-of-two', 'UBN*', 'BN, frozen*', more=('--seeds', '2'))
     text = Path('runs/report/report.md').read_text()
     zero = '+0.00 [+0.00, +0.00]'
     assert f'| UBN, frozen statistics | BN, frozen statistics | bbox_AP | {zero} |' in text
@@ -321,13 +320,12 @@ def test_scenes_of_each_split_are_of_other_pictures(tmp_path, monkeypatch):
 def test_a_split_that_cannot_be_divided_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     make_cifars(tmp_path / 'data')
-    argv = ['run', 'strong-recipe', '--rows', 'UBN', '--work-dir', 'runs', '--data-root']
     for folder, message in (
         ('data/cifar100', 'has 400 training images; the study tunes on the first 45000 and valid'),
         ('data', ''),
     ):
         with pytest.raises(SystemExit):
-            run_tool('reproduce', *argv, folder)
+            run_rows('strong-recipe', 'UBN', data=folder)
         error = capsys.readouterr().err
         assert error.startswith(f'error: --data-root: {folder}')
         assert message in error
@@ -338,12 +336,8 @@ def test_a_split_that_cannot_be_divided_is_refused(tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize(('images', 'refused'), [(50000, False), (49999, True)])
 def test_the_parts_of_a_split_may_not_overlap(stages, monkeypatch, images, refused):
     monkeypatch.setattr(run_study, 'training_images', lambda config, data: images)
-    argv = ['run', 'strong-recipe', '--rows', 'UBN', '--data-root', 'data', '--work-dir', 'runs']
-    if refused:
-        with pytest.raises(SystemExit):
-            run_tool('reproduce', *argv)
-    else:
-        run_tool('reproduce', *argv)
+    with pytest.raises(SystemExit) if refused else nullcontext():
+        run_rows('strong-recipe', 'UBN')
     assert bool(stages.calls) is not refused
 
 
@@ -351,11 +345,9 @@ def test_the_parts_of_a_split_may_not_overlap(stages, monkeypatch, images, refus
 def test_a_whole_study_on_a_tiny_budget(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     make_cifars(tmp_path / 'data')
-    argv = ['run', 'batches-of-two', '--rows', 'UBN, no gate', '--budget', '0.01', '--seeds', '1']
     small = ['train_dataloader.dataset.indices=8', 'val_dataloader.dataset.indices=4']
-    run_tool(
-        'reproduce', *argv, '--data-root', 'data', '--work-dir', 'runs', '--cfg-options', *small
-    )
+    tiny = ('--budget', '0.01', '--seeds', '1', '--cfg-options', *small)
+    run_rows('batches-of-two', 'UBN, no gate', more=tiny)
     assert '1 of 1 runs' not in capfd.readouterr().out
     row = next(r for r in ROWS if r.norm == 'UBN, no gate' and r.network)
     (folder,) = Path('runs').glob('faster_rcnn*/seed0')
@@ -363,7 +355,5 @@ def test_a_whole_study_on_a_tiny_budget(tmp_path, monkeypatch, capfd):
     assert 'BatchNorm checkpoint loaded into UBN layers' in (folder / 'output.log').read_text()
     values = run_study.grid_values(TWO_IMAGES.study, row, Path('runs'))
     assert all(value >= 0 for _, value in values)
-    run_tool(
-        'reproduce', *argv, '--data-root', 'data', '--work-dir', 'runs', '--cfg-options', *small
-    )
+    run_rows('batches-of-two', 'UBN, no gate', more=tiny)
     assert capfd.readouterr().out.count('1 of 1 runs are finished') == 2

@@ -2,13 +2,20 @@
 
 import pytest
 import torch
-from tool import ROOT, read_csv, run_tool
+from tool import CONFIGS, read_csv, run_tool
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mmubn.layers import UBN
 from mmubn.ops import mean_cosine_similarity
 from mmubn.similarity_options import compare, follow, record
+
+CONFIG = CONFIGS / 'demo' / 'resnet18_ubn_shapes.py'
+SMALL = [
+    '--cfg-options',
+    *('train_dataloader.batch_size=8', 'train_dataloader.dataset.count=48'),
+    'train_dataloader.num_workers=0',
+]
 
 
 class Frozen(UBN):
@@ -34,10 +41,8 @@ def test_follows_as_the_layer(interval, stride):
 
 def test_table_of_a_training(tmp_path, capsys):
     arguments = ['--iterations', '6', '--intervals', '1', '4', '--strides', '1', '4']
-    arguments += ['--csv', tmp_path / 'table.csv', '--cfg-options', 'train_dataloader.batch_size=8']
-    arguments += ['train_dataloader.dataset.count=48', 'train_dataloader.num_workers=0']
-    config = ROOT / 'configs' / 'demo' / 'resnet18_ubn_shapes.py'
-    run_tool('similarity_options', config, '--work-dir', tmp_path / 'run', *arguments)
+    arguments += ['--csv', tmp_path / 'table.csv', '--work-dir', tmp_path / 'run', *SMALL]
+    run_tool('similarity_options', CONFIG, *arguments)
     rows = read_csv(tmp_path / 'table.csv')
     found = {(row['fct_interval'], row['fct_stride']): row for row in rows}
     assert set(found) == {('1', '1'), ('1', '4'), ('4', '1'), ('4', '4')}
@@ -47,29 +52,20 @@ def test_table_of_a_training(tmp_path, capsys):
     assert ' UBN layers, 6 steps of ' in capsys.readouterr().out
 
 
-SMALL = [
-    '--cfg-options',
-    *('train_dataloader.batch_size=8', 'train_dataloader.dataset.count=48'),
-    'train_dataloader.num_workers=0',
-]
-
-
 def test_a_training_of_the_config_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = ROOT / 'configs' / 'demo' / 'resnet18_ubn_shapes.py'
     trained = tmp_path / 'work_dirs' / 'resnet18_ubn_shapes'
     trained.mkdir(parents=True)
     (trained / 'last_checkpoint').write_text('epoch_2.pth')
-    run_tool('similarity_options', config, '--iterations', '2', *SMALL)
+    run_tool('similarity_options', CONFIG, '--iterations', '2', *SMALL)
     assert [path.name for path in trained.iterdir()] == ['last_checkpoint']
-    run_tool('similarity_options', config, '--iterations', '2', '--work-dir', trained, *SMALL)
+    run_tool('similarity_options', CONFIG, '--iterations', '2', '--work-dir', trained, *SMALL)
     assert (trained / 'last_checkpoint').read_text() == 'epoch_2.pth'
     assert not list(trained.rglob('*.pth'))
 
 
 def test_checks_and_processes_as_the_command_line_says(tmp_path, capsys):
-    config = ROOT / 'configs' / 'demo' / 'resnet18_ubn_shapes.py'
-    argv = ['similarity_options', config, '--iterations', '1', '--work-dir', tmp_path, *SMALL]
+    argv = ['similarity_options', CONFIG, '--iterations', '1', '--work-dir', tmp_path, *SMALL]
     with pytest.raises(SystemExit):
         run_tool(*argv, 'optim_wrapper.optimizer.lr=-1')
     assert 'error: optim_wrapper.optimizer' in capsys.readouterr().err
@@ -120,13 +116,13 @@ def test_counts(option, capsys):
 def test_without_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        run_tool('similarity_options', ROOT / 'configs' / 'cifar10' / 'resnet18_small_cifar10.py')
+        run_tool('similarity_options', CONFIGS / 'cifar10' / 'resnet18_small_cifar10.py')
     assert capsys.readouterr().err.startswith('error: train_dataloader.dataset.data_root: no ')
     assert not list(tmp_path.iterdir())
 
 
 def test_a_config_without_ubn(tmp_path, capsys):
-    arguments = [f'{ROOT}/configs/demo/resnet18_bn_shapes.py', '--work-dir', str(tmp_path)]
+    arguments = [CONFIGS / 'demo' / 'resnet18_bn_shapes.py', '--work-dir', tmp_path]
     with pytest.raises(SystemExit):
         run_tool('similarity_options', *arguments)
     assert "no UBN layer to measure; set norm_cfg=dict(type='UBN')" in capsys.readouterr().err
