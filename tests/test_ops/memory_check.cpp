@@ -1,5 +1,6 @@
-// A step on tensors that end where their memory ends, of every kind of plane. Built with the address
-// sanitizer by test_cpp_backend.py, which stops at the first number that is read or written outside.
+// A step on tensors that end where their memory ends, of every kind of plane; with an argument, tiles
+// after memory ran out. Built with the address sanitizer by test_cpp_backend.py, which stops at the
+// first number that is read or written outside.
 #include <vector>
 
 #include "step.cpp"
@@ -46,7 +47,26 @@ void step(int64_t batch, int64_t channels, int64_t height, int64_t width, bool p
                      dx.data(), d_center.data());
 }
 
-int main() {
+// 0 where the borders are zeros. The sanitizer is asked to give freed memory away at once, filled
+// with other numbers.
+int tiles_after_memory_ran_out() {
+  Layer small{}, huge{};
+  small.batch = small.threads = 1, small.channels = N, small.height = small.width = 4;
+  huge = small, huge.height = huge.width = int64_t(1) << 20;
+  Plan(small).tiles<1>();
+  try {
+    Plan(huge).tiles<1>();
+    return 1;  // there was memory
+  } catch (const std::bad_alloc&) {
+  }
+  const auto [tile] = Plan(small).tiles<1>();
+  for (const A* number = tile.at(0, -1); number < tile.at(0, 0); number++)
+    if (*number != 0) return 2;
+  return 0;
+}
+
+int main(int count, char**) {
+  if (count > 1) return tiles_after_memory_ran_out();
   for (int64_t batch : {1, 3})
     for (int64_t channels : {1, 2, 7, 20})
       for (int64_t height : {1, 2, 5, 11})

@@ -1,5 +1,6 @@
 """The C++ backend: against torch in float64, against torch's errors, and as a library."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -395,24 +396,28 @@ def test_loading_flushes_no_denormals():
     assert (torch.tensor([1e-40]) * torch.tensor([1.0])).item() > 0
 
 
-def run_with_sanitizer(source, dtype, kernel_size, tmp_path):
-    program = str(tmp_path / 'check')
+@pytest.fixture(scope='module', params=[('float', 3), ('ubn::bf16', 7)], ids=str)
+def sanitized(request, tmp_path_factory):
+    """memory_check.cpp for a dtype and k."""
+    (dtype, kernel_size), program = request.param, tmp_path_factory.mktemp('sanitized') / 'check'
     flags = ['-O1', '-std=c++17', '-march=native', '-fsanitize=address', f'-I{cpp_build._SOURCES}']
     command = [*cpp_build._compiler(), *flags, f'-DUBN_T={dtype}', f'-DUBN_K={kernel_size}']
-    command += [str(Path(__file__).with_name(source)), '-o', program]
+    command += [str(Path(__file__).with_name('memory_check.cpp')), '-o', str(program)]
     built = subprocess.run(command, capture_output=True, text=True)
     if 'asan' in built.stderr:
         pytest.skip('the compiler has no address sanitizer')
     assert built.returncode == 0, built.stderr
-    run = subprocess.run([program], capture_output=True, text=True)
+    return program
+
+
+def test_nothing_outside_of_a_tensor_is_touched(sanitized):
+    run = subprocess.run([sanitized], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[:2000]
 
 
-@pytest.mark.parametrize(('dtype', 'kernel_size'), [('float', 3), ('ubn::bf16', 7)])
-def test_nothing_outside_of_a_tensor_is_touched(dtype, kernel_size, tmp_path):
-    run_with_sanitizer('memory_check.cpp', dtype, kernel_size, tmp_path)
-
-
-def test_tiles_after_memory_ran_out(tmp_path):
+def test_tiles_after_memory_ran_out(sanitized):
     """What is allocated anew at the old place has no zeros around it."""
-    run_with_sanitizer('tile_check.cpp', 'float', 3, tmp_path)
+    options = 'allocator_may_return_null=1:quarantine_size_mb=0:thread_local_quarantine_size_kb=0'
+    environment = {**os.environ, 'ASAN_OPTIONS': options}
+    run = subprocess.run([sanitized, 'tiles'], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, (run.returncode, run.stderr[:2000])
