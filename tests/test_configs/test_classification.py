@@ -21,8 +21,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from mmubn.cli.data_root import set_data_root
 from mmubn.runs import read_condensation
 
-pytest.importorskip('mmpretrain')
-
 # Norm layers and millions of parameters of each network with BN.
 NETWORKS = {
     'imagenet/resnet50': (53, 25.557),

@@ -16,7 +16,6 @@ from mmubn.cli.norm_check import check_norms
 from mmubn.cli.options import make_parser
 from mmubn.layers import UBN
 
-pytest.importorskip('mmpretrain')
 COMMANDS = re.findall(r'`P (configs/.+?)`', (ROOT / 'docs' / 'classification.md').read_text())
 OWN_DATA = re.findall(r'```python\n(.+?)```', (ROOT / 'docs' / 'own_data.md').read_text(), re.S)
 

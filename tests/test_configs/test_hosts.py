@@ -17,7 +17,6 @@ from mmubn import UBN
 from mmubn.reproduce.rows import HOST_TABLES
 
 pytest.importorskip('mmdet')
-pytest.importorskip('mmpretrain')
 BASES = {Path(line['config']).stem: line for line in read_csv(HOST_TABLES)}
 # What each kind changes of its base.
 TRAINS = dict(norm_eval=False)
