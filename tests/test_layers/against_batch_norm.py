@@ -21,14 +21,14 @@ def pair(kind, own=None, **settings):
     return batch_norm, layer
 
 
-def assert_same_steps(batch_norm, layer, dtype=torch.float32, steps=3):
+def assert_same_steps(batch_norm, layer, dtype=torch.float32, steps=3, shape=(5, CHANNELS, 6, 7)):
     """Training steps, then an evaluation: outputs, all gradients and buffers."""
     buffers = dict(batch_norm.named_buffers())
     for step in range(steps + 1):
         for norm in (batch_norm, layer):
             if step == steps:
                 norm.eval()
-        x = torch.randn(5, CHANNELS, 6, 7, dtype=dtype) + 2
+        x = torch.randn(shape, dtype=dtype) + 2
         inputs = x.clone().requires_grad_(), x.clone().requires_grad_()
         expected, actual = batch_norm(inputs[0]), layer(inputs[1])
         torch.testing.assert_close(actual, expected)

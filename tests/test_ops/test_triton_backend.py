@@ -222,7 +222,7 @@ def test_step_by_shape(case):
 
 def test_more_parts_than_are_added_at_once():
     """Shares of the pixels and tiles: one after the other, hundreds would wait for memory."""
-    shape = batch, channels, height, width = 9, 17, 5, 80
+    shape = batch, channels, height, width = 9, 17, 3, 45
     at_once = triton_backend._at_once(2, 16 * 16)
     assert triton_backend._split_pixels(batch, channels, height * width, True, True)[1] > at_once
     assert triton_backend._tile(TRITON.tiles, *shape, True, 3).grid[1] > at_once
