@@ -15,7 +15,14 @@ from mmubn.reproduce.report import Line, condensation, mean_sd, paired
 from mmubn.reproduce.run import make_setting
 from mmubn.runs import COLUMNS
 
-REPORT = ('report', 'table3', 'table8', '--config', 'net.py', '--work-dir', 'runs', '--out', 'out')
+FROM = ('--config', 'net.py', '--work-dir', 'runs')
+
+
+def reported(*experiments: str) -> str:
+    """What the report says of the logs; of tables 3 and 8 unless others are named."""
+    names = experiments or ('table3', 'table8')
+    run_tool('reproduce', 'report', *names, *FROM, '--out', 'out')
+    return Path('out/report.md').read_text()
 
 
 @pytest.fixture(scope='module')
@@ -25,7 +32,7 @@ def report(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, saved_figures() as drawn:
         patch.chdir(folder)
         write_logs()
-        run_tool('reproduce', *REPORT)
+        reported()
     return folder / 'out', drawn
 
 
@@ -76,15 +83,14 @@ def test_table_8_says_who_never_got_there(logs):
         lines = [json.loads(line) for line in log.read_text().splitlines()[:-1]]
         lines[-1]['accuracy/top1'] = top1
         log.write_text('\n'.join(map(json.dumps, lines)))
-    run_tool('reproduce', *REPORT)
-    assert '| 2.0 epochs, 6.0 s (in 1 of 3) | 2.00 an epoch |' in Path('out/report.md').read_text()
+    assert '| 2.0 epochs, 6.0 s (in 1 of 3) | 2.00 an epoch |' in reported()
 
 
 def test_the_report_has_the_layers_of_the_last_epoch(logs):
     rows = ['2,30,a,UBN,train/input,0.1,0.2,1', '3,45,a,UBN,train/input,0.3,0.4,0']
     rows += ['3,45,a,UBN,fixed/input,0.5,0.4,']
     write_table(small('UBN', 1), *rows)
-    run_tool('reproduce', *REPORT)
+    reported()
     _, *rows = Path('out/layers.csv').read_text().splitlines()
     assert rows == [
         'table3,net-UBN,1,3,a,UBN,train/input,0.3,0.4,0',
@@ -99,9 +105,8 @@ def write_table(run: Path, *rows: str):
 def test_condensation_is_that_after_the_last_epoch(logs):
     write_table(small('BN', 0), '2,30,a,BN,fixed/input,0.1,,')
     write_table(small('BN', 1), '3,45,a,BN,fixed/input,0.2,,')
-    run_tool('reproduce', 'report', 'figure7-10', *REPORT[3:])
     # The first run did not record its end; the second is drawn in its place.
-    assert '| BN | 20.00 | 1 |  |' in Path('out/report.md').read_text()
+    assert '| BN | 20.00 | 1 |  |' in reported('figure7-10')
     assert Path('out/figure7-10_layers.png').is_file()
 
 
@@ -120,7 +125,7 @@ def test_condensation_names_the_network(logs):
 def test_a_table_that_is_none_is_one_line(logs, capsys):
     (small('BN', 0) / 'condensation.csv').write_bytes(b'\0' * 10 + b'\r\n0,0\r\n')
     with pytest.raises(SystemExit):
-        run_tool('reproduce', *REPORT)
+        reported()
     path = small('BN', 0) / 'condensation.csv'
     assert capsys.readouterr().err.startswith(f'error: {path} is no condensation table')
 
@@ -140,39 +145,36 @@ def test_studies_with_settings_of_the_same_names(logs):
 def test_a_run_without_a_last_value_is_told(logs):
     (log,) = small('UBN', 1).glob('*/vis_data/scalars.json')
     log.write_text(log.read_text().replace('"accuracy/top1": 45.0, ', ''))  # of the last epoch
-    run_tool('reproduce', *REPORT)
-    text = Path('out/report.md').read_text()
+    text = reported()
     assert '44.50 ± 4.95 | 3 done, 1 without a value | +2.50 [' in text
 
 
 def test_pictures_of_an_earlier_report_go(logs):
-    run_tool('reproduce', *REPORT)
+    reported()
     assert Path('out/table3_differences.png').is_file()
     shutil.rmtree('runs/net-UBN')
-    run_tool('reproduce', *REPORT)
+    reported()
     assert not Path('out/table3_differences.png').exists()
 
 
 def test_the_default_folder_is_checked(logs, capsys):
     Path('runs/report').touch()
     with pytest.raises(SystemExit):
-        run_tool('reproduce', *REPORT[:-2])
+        run_tool('reproduce', 'report', 'table3', *FROM)
     assert capsys.readouterr().err.startswith('error: --out: cannot write to ')
 
 
 def test_runs_without_a_fixed_batch_have_a_report(logs):
     for norm in 'BN', 'UBN':
         write_table(small(norm, 0), '3,45,a,UBN,train/input,0.3,0.4,0')  # of fixed_samples=0
-    run_tool('reproduce', 'report', 'figure2', *REPORT[3:])
-    assert 'Condensation' not in Path('out/report.md').read_text()
+    assert 'Condensation' not in reported('figure2')
     assert not list(Path('out').glob('*.png'))
 
 
 def test_an_unfinished_run_counts_for_nothing(logs):
     path = small('UBN', 2) / SETTINGS
     path.write_text(path.read_text().replace('"epochs": 3', '"epochs": 5'))
-    run_tool('reproduce', *REPORT)
-    assert '43.00 ± 2.83 | 2 done, 1 part | +2.00 [' in Path('out/report.md').read_text()
+    assert '43.00 ± 2.83 | 2 done, 1 part | +2.00 [' in reported()
 
 
 def test_pictures_of_the_report(report):
@@ -202,8 +204,7 @@ def test_our_own_rows_are_set_against_each_other(logs):
     for seed, top1 in enumerate((42.0, 45.0, 49.0)):  # UBN has 41, 45 and 48
         name = 'UBN-fct_warmup=0'
         write_run(small(name, seed), 3, [[(e, 0.1, top1) for e in (1, 2, 3)]], seed)
-    run_tool('reproduce', *REPORT[:1], 'ours', *REPORT[3:])
-    text = Path('out/report.md').read_text()
+    text = reported('ours')
     # Differences 1, 0, 1: mean 0.667, sd 0.577.
     assert '| UBN, literal gate | UBN | top1 | +0.67 [-0.77, +2.10] |' in text
     assert '| BNET, identity kernel | BNET, published kernel | top1 | not run |' in text
@@ -215,10 +216,7 @@ def test_the_report_of_detection_has_the_loss(logs, capsys):
         for value in (30, 39, 40, 41, 42, 43, 44, 45, 48, 20):
             text = text.replace(f'"coco/bbox_mAP": {value}.0', f'"coco/bbox_mAP": 0.{value}')
         log.write_text(text)
-    argv = list(REPORT)
-    argv[1:3] = ['table6']
-    run_tool('reproduce', *argv)
-    text = Path('out/report.md').read_text()
+    text = reported('table6')
     assert (
         '| UBN | bbox_AP | 38.5 | +4.50 | 38.2 | 44.67 ± 3.51 | 3 done | +2.67 [-1.13, +6.46] |'
         in text
@@ -255,8 +253,7 @@ def test_runs_of_other_conditions_are_not_compared(logs, changes, why):
         change_records(norm, flags=[], config_digest='old')
     change_records('UBN', **changes)
     with saved_figures() as drawn:
-        run_tool('reproduce', *REPORT)
-    text = Path('out/report.md').read_text()
+        text = reported()
     table3, table8 = text.split('## Table 8')
     (row,) = [line for line in table3.splitlines() if line.startswith('| UBN | top1')]
     assert row.endswith('| 3 done |  |')
@@ -276,8 +273,7 @@ def test_runs_of_other_conditions_are_not_compared(logs, changes, why):
 def test_contrasts_of_other_conditions_are_not_compared(logs):
     for seed in range(3):
         write_run(small('UBN-fct_warmup=0', seed), 2, [[(e, 0.1, 50.0) for e in (1, 2)]], seed)
-    run_tool('reproduce', *REPORT[:1], 'ours', *REPORT[3:])
-    text = Path('out/report.md').read_text().split('| row | minus |')[1]
+    text = reported('ours').split('| row | minus |')[1]
     assert '| UBN, literal gate | UBN | top1 |  |' in text
     assert 'UBN, literal gate minus UBN (epochs 2 and 3).' in text
 
@@ -299,8 +295,7 @@ def test_options_of_the_row_itself_may_differ(logs):
         if norm == 'UBN':
             record['options'].insert(1, 'model.backbone.norm_cfg.fct=0.15')
         (folder / SETTINGS).write_text(json.dumps(record))
-    run_tool('reproduce', *REPORT[:1], 'small-batches', *REPORT[3:])
-    text = Path('out/report.md').read_text()
+    text = reported('small-batches')
     assert '| UBN, batch 4 | top1 | 51.00 ± 1.00 | 3 done | +0.00 [+0.00, +0.00] |' in text
     assert 'Not compared' not in text
 
@@ -311,15 +306,13 @@ def test_seconds_of_an_epoch_are_by_the_epochs_of_each(logs):
     for seed in range(3):  # BN ends after two, UBN was trained on
         (log,) = small('BN', seed).glob('*/vis_data/scalars.json')
         log.write_text('\n'.join(log.read_text().splitlines()[:8]) + '\n')
-    run_tool('reproduce', *REPORT)
-    assert '| 2.00 an epoch |' in Path('out/report.md').read_text()
+    assert '| 2.00 an epoch |' in reported()
 
 
 def test_a_seed_that_diverged_is_shown_without_a_spread(logs):
     (log,) = small('UBN', 1).glob('*/vis_data/scalars.json')
     log.write_text(log.read_text().replace('45.0', 'NaN'))
-    run_tool('reproduce', *REPORT)
-    assert '| nan | 3 done |  |' in Path('out/report.md').read_text()
+    assert '| nan | 3 done |  |' in reported()
     assert Path('out/table3_differences.png').is_file()
 
 
@@ -338,10 +331,10 @@ def test_curves_are_of_the_runs_that_have_the_metric(logs, seeds):
         (log,) = small('UBN', seed).glob('*/vis_data/scalars.json')
         log.write_text(log.read_text().replace('accuracy/top1', 'accuracy/top5'))
     with saved_figures() as drawn:
-        run_tool('reproduce', *REPORT)
+        text = reported()
     lines = {line.get_label(): line for line in drawn['table3_epochs.png'].axes[0].lines}
     assert set(lines) == ({'BN', 'UBN'} if len(seeds) == 1 else {'BN'})
     if len(seeds) == 1:
         assert list(lines['UBN'].get_ydata()) == [41.5, 41.5, 44.5]  # seeds 0 and 2
         shown = '44.50 ± 4.95 | 3 done, 1 without a value | +2.50 ['
-        assert shown in Path('out/report.md').read_text()
+        assert shown in text
