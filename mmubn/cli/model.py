@@ -38,7 +38,7 @@ def build_model(cfg: Config) -> nn.Module:
         if 'argument' not in str(error):
             raise
         raise CommandError(f'{_refusing(cfg, str(error))}: {error}') from error
-    except (AssertionError, KeyError, RuntimeError, ValueError) as error:
+    except (AssertionError, KeyError, ValueError) as error:
         reason = (str(error.args[0]) if error.args else type(error).__name__).splitlines()[0]
         if 'must contain the key "type"' in reason:
             raise CommandError(f'model: a type is left out: {reason}') from error

@@ -183,18 +183,6 @@ def test_mistakes_inside_of_the_model():
         build_model(cfg)
 
 
-def test_a_model_that_makes_other_norm_layers(monkeypatch):
-    """RTMDet makes SyncBatchNorm on several processes, which the layer refuses in one line."""
-    monkeypatch.setattr('mmdet.models.detectors.rtmdet.get_world_size', lambda: 2)
-    head = dict(type='RTMDetHead', num_classes=1, in_channels=512, norm_cfg=dict(type='UBN'))
-    backbone = dict(config().model.backbone, out_indices=(3,))
-    model = dict(type='RTMDet', backbone=backbone, neck=None, bbox_head=head)
-    with DefaultScope.overwrite_default_scope('mmdet'):
-        reason = told(build_model, Config(dict(model=model)))
-    assert reason.startswith('model: UBN cannot become SyncBatchNorm: ')
-    assert 'give RTMDet use_syncbn=False' in reason
-
-
 def test_evaluation_alone_needs_no_training():
     cfg = config()
     for name in ('dataloader', 'cfg', 'evaluator'):
