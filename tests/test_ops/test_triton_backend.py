@@ -1,10 +1,6 @@
 """The fused backend beside the plain one, in Triton's interpreter where there is no GPU."""
 
-import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -444,34 +440,3 @@ def test_parameters_and_inputs_that_keep_their_numbers_elsewhere():
     layer.center_weight = torch.nn.Parameter(there(layer.center_weight))
     with pytest.raises(RuntimeError, match=r'mixed torch\.Tensor and DTensor'):
         layer.eval()(x)
-
-
-def compile_all(*arguments):
-    script = Path(__file__).with_name('compile_kernels.py')
-    output = subprocess.run(
-        [sys.executable, script, *arguments],
-        env={**os.environ, 'TRITON_INTERPRET': '0'},
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert output.returncode == 0, output.stderr[-2000:]
-    return [json.loads(line) for line in output.stdout.splitlines()]
-
-
-def test_kernels_compile_without_spilling():
-    """For an H100's architecture, without one; half precision, k = 3, both layouts."""
-    compiled = compile_all('90', 'bfloat16', '3')
-    assert len(compiled) == 2 * 8
-    for kernel in compiled:
-        assert kernel['spilled_bytes'] == 0, kernel
-        assert kernel['registers'] <= 128, kernel
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('architecture', ['80', '90', 'gfx942'])
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float64'])
-def test_every_kernel_compiles(architecture, dtype):
-    compiled = compile_all(architecture, dtype, '3', '--every-layer')
-    for kernel in compiled + compile_all(architecture, dtype, '1', '5', '7'):
-        assert dtype == 'float64' or kernel['spilled_bytes'] <= 16, kernel

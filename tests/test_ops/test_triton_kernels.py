@@ -1,5 +1,6 @@
-"""What the Triton kernels compile to for an NVIDIA GPU, run on the CPU: see ptx.py."""
+"""What the Triton kernels compile to with no GPU present, and that it computes a step."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,13 +10,13 @@ import ptx
 import pytest
 import torch
 
-pytest.importorskip('triton', minversion='3.6')  # whose driver run_ptx.py stands in for
+pytest.importorskip('triton', minversion='3.3')
 
 
-def run_ptx(*arguments):
-    script = Path(__file__).with_name('run_ptx.py')
+def lines_of(script, *arguments):
+    """What a script beside this file prints."""
     done = subprocess.run(
-        [sys.executable, script, *arguments],
+        [sys.executable, Path(__file__).with_name(script), *arguments],
         env={**os.environ, 'TRITON_INTERPRET': '0'},
         capture_output=True,
         text=True,
@@ -23,6 +24,33 @@ def run_ptx(*arguments):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.splitlines()
+
+
+def compile_all(*arguments):
+    return [json.loads(line) for line in lines_of('compile_kernels.py', *arguments)]
+
+
+def run_ptx(*arguments):
+    pytest.importorskip('triton', minversion='3.6')  # whose driver the script stands in for
+    return lines_of('run_ptx.py', *arguments)
+
+
+def test_kernels_compile_without_spilling():
+    """For an H100's architecture, without one; half precision, k = 3, both layouts."""
+    compiled = compile_all('90', 'bfloat16', '3')
+    assert len(compiled) == 2 * 8
+    for kernel in compiled:
+        assert kernel['spilled_bytes'] == 0, kernel
+        assert kernel['registers'] <= 128, kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('architecture', ['80', '90', 'gfx942'])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float64'])
+def test_every_kernel_compiles(architecture, dtype):
+    compiled = compile_all(architecture, dtype, '3', '--every-layer')
+    for kernel in compiled + compile_all(architecture, dtype, '1', '5', '7'):
+        assert dtype == 'float64' or kernel['spilled_bytes'] <= 16, kernel
 
 
 def test_a_step_by_what_the_kernels_compile_to():
