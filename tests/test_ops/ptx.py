@@ -17,6 +17,7 @@ Source: NVIDIA, PTX ISA 8.7.
 
 import ctypes
 import re
+from bisect import bisect
 from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
@@ -211,7 +212,7 @@ class _Warp:
             waits = self.at == last
             while not waits.all():
                 start, here = self._next(waits)
-                stop = next(s for s in program.starts if s > start)
+                stop = program.starts[bisect(program.starts, start)]
                 following: Any = stop
                 for index, instruction in enumerate(program.instructions[start:stop], start):
                     self.active = here
@@ -246,15 +247,14 @@ class _Warp:
         own = getattr(self, f'_{name}', None)
         if own:
             own(instruction)
-        elif name in SIMPLE and 'wide' in instruction.modifiers:
-            wide = f'{kind[0]}{2 * int(kind[1:])}'
-            narrow = [self.read(operand, kind).astype(TYPES[wide]) for operand in operands[1:3]]
+        elif name in SIMPLE and {'wide', 'hi'} & {*instruction.modifiers}:
+            wide, bits = f'{kind[0]}{2 * int(kind[1:])}', int(kind[1:])
+            factors = [self.read(operand, kind).astype(TYPES[wide]) for operand in operands[1:3]]
             added = [self.read(operand, wide) for operand in operands[3:]]
-            self.write(operands[0], SIMPLE[name](*narrow, *added))
-        elif 'hi' in instruction.modifiers:
-            wide = TYPES[f'{kind[0]}{2 * int(kind[1:])}']
-            product = SIMPLE[name](*(self.read(o, kind).astype(wide) for o in operands[1:]))
-            self.write(operands[0], (product >> wide(int(kind[1:]))).astype(TYPES[kind]))
+            value = SIMPLE[name](*factors, *added)
+            if 'hi' in instruction.modifiers:
+                value = (value >> TYPES[wide](bits)).astype(TYPES[kind])
+            self.write(operands[0], value)
         elif name in SIMPLE:
             sources = [self.read(operand, kind) for operand in operands[1:]]
             if 'ftz' in instruction.modifiers:

@@ -6,18 +6,19 @@ tensors of the CPU. Prints a line for each step, and fails at the first that dif
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator, Tuple
 from unittest import mock
 
 import ptx
 import torch
-from one_step import CALIBRATION, assert_same, copy, random_buffers, random_parameters, run_step
+from compile_kernels import layers
+from one_step import assert_same, copy, random_buffers, run_step
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 
 from mmubn.benchmark.host import Driver
-from mmubn.ops import Settings
+from mmubn.ops import Parameters
 from mmubn.ops.backend import TORCH, TRITON
 from mmubn.ops.triton_backend import Tiles
 
@@ -49,19 +50,20 @@ class PtxDriver(Driver):
         return launch
 
 
-# Kernel size, settings, what the layer lacks, processes.
-LAYERS = {
-    'UBN': (3, Settings(fct=0.15), (), 1),
-    'UBN, other tiles': (3, Settings(fct=0.15), (), 1),
-    'UBN, kernel 7': (7, Settings(fct=0.15), (), 1),
-    'SyncUBN': (3, Settings(fct=0.15, stride=2, momentum=None), (), 2),
-    'evaluation': (3, Settings(training=False), (), 1),
-    'IEBN': (1, Settings(scale_from_input=True), ('center_weight',), 1),
-    'BNET': (5, Settings(), CALIBRATION, 1),
-    'plain': (1, Settings(update=False), (*CALIBRATION, 'weight', 'kernel', 'bias'), 1),
-}
 # Those that are not the chosen ones.
-TILES = {'UBN, other tiles': Tiles(programs=1, ahead=2, unroll=3)}
+OTHER_TILES = Tiles(programs=1, ahead=2, unroll=3)
+
+
+def cases(dtype: torch.dtype) -> Iterator[Tuple]:
+    """Name, tiles, empty parameters, settings, ranks: every layer; UBN with other k and tiles."""
+    channels = SHAPE[1]
+    for name, *layer in layers(channels, 3, dtype):
+        yield name, Tiles(), *layer
+        if name == 'UBN':
+            yield 'UBN, other tiles', OTHER_TILES, *layer
+    for size in (1, 5, 7):
+        name, *layer = next(layers(channels, size, dtype))
+        yield f'{name}, kernel {size}', Tiles(), *layer
 
 
 def main(architecture: str, dtype: str, *options: str) -> None:
@@ -70,17 +72,18 @@ def main(architecture: str, dtype: str, *options: str) -> None:
     wide = torch.promote_types(dtype, torch.float32)
     # Y and dX are rounded to the dtype at the end.
     rounding = max(torch.finfo(dtype).eps, 1000 * torch.finfo(wide).eps)
+    chosen = cases(wide) if options else [next(cases(wide))]
     with mock.patch.object(driver, '_active', PtxDriver(int(architecture))):
-        for name in LAYERS if options else ['UBN']:
-            size, settings, without, ranks = LAYERS[name]
-            TRITON.tiles = TILES.get(name, Tiles())
+        for name, tiles, empty, settings, ranks in chosen:
+            TRITON.tiles = tiles
             for layout, memory_format in FORMATS.items():
                 torch.manual_seed(0)
                 x, dy = (
                     torch.randn(SHAPE).to(dtype).contiguous(memory_format=memory_format) + shift
                     for shift in (3, 0)
                 )
-                parameters = random_parameters(SHAPE[1], size, wide, without)
+                values = [None if value is None else torch.randn_like(value) for value in empty]
+                parameters = Parameters(*values)
                 buffers = random_buffers(SHAPE[1], wide)
                 steps = []
                 for backend in (TRITON, TORCH):

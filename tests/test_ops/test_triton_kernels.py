@@ -61,7 +61,7 @@ def test_a_step_by_what_the_kernels_compile_to():
 @pytest.mark.parametrize('architecture', ['80', '90'])
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16', 'float32', 'float64'])
 def test_every_layer_by_what_the_kernels_compile_to(architecture, dtype):
-    assert len(run_ptx(architecture, dtype, '--every-layer')) == 2 * 8
+    assert len(run_ptx(architecture, dtype, '--every-layer')) == 2 * 11
 
 
 REVERSES = """
