@@ -185,7 +185,7 @@ def _holds_constants(module: nn.Module) -> bool:
 _TWINS = {*SYNCHRONISED.items(), *((twin, kind) for kind, twin in SYNCHRONISED.items())}
 
 
-def _why_not(module: _BatchNorm, target: type) -> str:
+def _why_not(module: nn.Module, target: type) -> str:
     """Why this layer cannot be replaced by such a one; empty where it can."""
     kind = type(module).__name__
     if _holds_constants(module):
