@@ -182,12 +182,12 @@ def _fine_tuning() -> Iterator[Row]:
     yield Row(*place, NO_PRETRAINING, 'BN', options=everything, network=network)
 
 
-# The last of CIFAR-10's training images, to tune where the first 5,000 train.
-_OTHER_IMAGES = {
-    'train_dataloader.dataset.indices': 5000,
+# The last of CIFAR's training images, to tune on.
+_LAST_IMAGES = {
     'val_dataloader.dataset.split': 'train',
     'val_dataloader.dataset.indices': -5000,
 }
+_OTHER_IMAGES = {'train_dataloader.dataset.indices': 5000, **_LAST_IMAGES}
 
 
 def _strong_recipe() -> Iterator[Row]:
@@ -204,11 +204,7 @@ _STRONG_STUDY = Study(
     seeds=3,
     grid={LEARNING_RATE: (0.2, 0.4, 0.8), WEIGHT_DECAY: (2e-4, 5e-4, 1e-3, 2e-3)},
     metric='top1',
-    validation={
-        'train_dataloader.dataset.indices': 45000,
-        'val_dataloader.dataset.split': 'train',
-        'val_dataloader.dataset.indices': -5000,
-    },
+    validation={'train_dataloader.dataset.indices': 45000, **_LAST_IMAGES},
     tuning_budget=1 / 6,
     tuned_for='BN',
 )
@@ -236,6 +232,21 @@ def _small_batches_tuned() -> Iterator[Row]:
         for norm in ('BN', 'UBN', 'RBN'):
             yield Row(*place, norm, norm, **shared)
         yield Row(*place, NO_GATE, 'UBN', dict(fct=None), **shared)
+
+
+def _longer_training() -> Iterator[Row]:
+    for model, shared in (
+        ('small ResNet-18, 32 epochs', dict(network='studies/resnet18_longer_cifar10.py')),
+        (
+            'small ResNet-18, 20,000 images',
+            dict(
+                network='cifar10/resnet18_small_cifar10.py',
+                options={'train_dataloader.dataset.indices': 20000},
+            ),
+        ),
+    ):
+        yield Row('CIFAR-10', model, 'BN', 'BN', **shared)
+        yield Row('CIFAR-10', model, NO_GATE, 'UBN', dict(fct=None), **shared)
 
 
 # --- Experiments, in the order in which they are listed.
@@ -422,6 +433,19 @@ _EXPERIMENTS = (
             grid={LEARNING_RATE: (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)},
             metric='top1',
             validation=_OTHER_IMAGES,
+            tuning_budget=0.5,
+        ),
+    ),
+    Experiment(
+        'longer-training',
+        'Not in the paper: four times the epochs, and four times the images',
+        _longer_training(),
+        ('differences', 'curves'),
+        study=Study(
+            seeds=5,
+            grid={LEARNING_RATE: (0.03, 0.1, 0.3, 1.0)},
+            metric='top1',
+            validation=_LAST_IMAGES,
             tuning_budget=0.5,
         ),
     ),

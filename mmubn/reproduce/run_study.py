@@ -69,7 +69,7 @@ def run_study(
     # Before hours of pretraining and tuning.
     _refuse_varied(study, rows, told.user_options)
     data = given / study.folder
-    _check_split(study, make_setting(rows[0]).config, data)
+    _check_split(study, rows, data)
     if study.prepare:
         data = study.prepare(given, root / SCENES)
     told = replace(told, data_root=str(data))
@@ -116,18 +116,25 @@ def _refuse_varied(study: Study, rows: Sequence[Row], options: Sequence[str]) ->
         refuse_varied(options, setting, schedule, (*study.grid, *study.validation))
 
 
-def _check_split(study: Study, config: Path, data: Path) -> None:
+def _check_split(study: Study, rows: Sequence[Row], data: Path) -> None:
     """Refuses a training split that is too small to tune on one part by another."""
-    first = study.validation.get('train_dataloader.dataset.indices', 0)
     last = -study.validation.get('val_dataloader.dataset.indices', 0)
     if not last:
         return
-    images = training_images(config, data)
+    settings = [_at(make_setting(row), {}, study.validation) for row in rows]
+    first = max(_tuned_on(setting) for setting in settings)
+    images = training_images(settings[0].config, data)
     if images < first + last:
         raise CommandError(
             f'--data-root: {data} has {images} training images; the study tunes on the first '
             f'{first} and validates on the last {last}, so it needs {first + last}'
         )
+
+
+def _tuned_on(setting: Setting) -> int:
+    """How many training images a tuning run takes."""
+    of_config = read_config(setting.config).train_dataloader.dataset.get('indices', 0)
+    return setting.options.get('train_dataloader.dataset.indices', of_config)
 
 
 def training_images(config: Path, data: Path) -> int:

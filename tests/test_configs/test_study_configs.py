@@ -126,13 +126,28 @@ def test_tuning_changes_the_split_and_what_is_tuned_alone(name):
     assert tuned.to_dict() == plain.to_dict()
 
 
-@pytest.mark.parametrize('name', ['strong-recipe', 'fine-tuning'])
-def test_the_tuning_of_a_classifier_keeps_its_images_apart(name):
-    study = STUDIES[name]
-    first, last = (study.validation[f'{s}_dataloader.dataset.indices'] for s in ('train', 'val'))
+CLASSIFICATIONS = [row for name in STUDIES for row in rows(name) if not row.detects]
+
+
+@pytest.mark.parametrize(
+    'row', CLASSIFICATIONS, ids=lambda row: f'{row.experiment}, {row.model}, {row.name}'
+)
+def test_the_tuning_of_a_classifier_keeps_its_images_apart(row):
+    cfg = config(_at(make_setting(row), {}, STUDIES[row.experiment].validation))
+    train, val = (cfg[f'{split}_dataloader'].dataset for split in ('train', 'val'))
     images = list(range(50000))
-    assert not {*images[:first]} & {*images[last:]}
-    assert study.validation['val_dataloader.dataset.split'] == 'train'
+    assert train.split == val.split == 'train'
+    assert not {*images[: train.indices]} & {*images[val.indices :]}
+
+
+def test_longer_training_is_four_times_the_steps():
+    steps = []
+    for row in [rows('small-batches-tuned')[-1], *rows('longer-training')]:
+        cfg = config(make_setting(row))
+        assert cfg.train_dataloader.batch_size == 64
+        assert cfg.param_scheduler.end == cfg.train_cfg.max_epochs
+        steps.append(cfg.train_cfg.max_epochs * cfg.train_dataloader.dataset.indices)
+    assert steps == [40000, *[160000] * 4]
 
 
 def test_small_batches_scale_the_learning_rate():
