@@ -340,8 +340,10 @@ def _filled(
             held[key] = weights.replace(state[key], changed.pop(key))
         elif key in state:
             held[key] = state[key]
+        elif key in settings:
+            pass  # bias=True, for a layer without one
         elif getattr(module, 'affine' if key in _AFFINE else 'track_running_stats'):
-            held[key] = None  # taken away on the built layer
+            held[key] = None  # taken away on the built layer, or never there
             changed.pop(key, None)
     with torch.no_grad():
         for key, value in changed.items():
@@ -371,6 +373,7 @@ def _other_ubn(module: layers.UBN, target: type, settings: Dict[str, Any]) -> la
     kept = {key: getattr(module, key) for key in keywords(target) if hasattr(module, key)}
     kept.update(_place(module), eps=float(module.eps))
     kept.update(track_running_stats=module.running_mean is not None)
+    kept.update(bias=module.bias is not None)
     new = target(**{**kept, **settings})
     if _shapes(new) != _shapes(target(**kept)):
         raise ValueError(f'its weights do not fit {target.__name__} with {settings}')

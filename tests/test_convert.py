@@ -444,6 +444,23 @@ def test_what_was_changed_on_the_built_layer_is_kept():
 
 
 @pytest.mark.parametrize('kind', TYPES)
+def test_without_a_bias(kind):
+    bn = nn.BatchNorm2d(3)
+    bn.bias = None  # as torch's bias=False has it, from 2.12 on
+    model = nn.Sequential(trained(bn)).eval()
+    expected = copy.deepcopy(model)
+    assert mmubn.convert_norm(model, dict(type=kind))[0].bias is None
+    same_output(expected, model, size=6)
+    assert mmubn.convert_norm(model, dict(type='BN'))[0].bias is None
+    same_output(expected, model, size=6)
+    assert mmubn.convert_norm(model, dict(type=kind, bias=True))[0].bias is not None
+    same_output(expected, model, size=6)
+    twin = TYPES[kind](3, bias=False).eval()
+    twin.load_state_dict(expected[0].state_dict())  # a checkpoint of BatchNorm
+    same_output(expected, twin, size=6)
+
+
+@pytest.mark.parametrize('kind', TYPES)
 def test_an_affine_layer_in_place_of_one_without(kind):
     model = nn.Sequential(nn.BatchNorm2d(3, affine=False)).eval()
     model[0].running_mean.normal_()
@@ -457,6 +474,8 @@ def test_settings_that_would_lose_something_are_refused():
         mmubn.convert_norm(model, dict(type='UBN', affine=False))
     with pytest.raises(ValueError, match='0 cannot become UBN: fct is a cosine'):
         mmubn.convert_norm(model, dict(type='UBN', fct=7))
+    with pytest.raises(ValueError, match=r'0 cannot become RBN: with .* no bias'):
+        mmubn.convert_norm(model, dict(type='RBN', bias=False))
     stateless = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False))
     with pytest.raises(ValueError, match='0 cannot become UBN: fct needs running statistics'):
         mmubn.convert_norm(stateless, dict(type='UBN'))

@@ -64,17 +64,21 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
         backend: str = 'auto',
         device=None,
         dtype=None,
+        *,
+        bias: bool = True,
         **unknown,
     ) -> None:
         if unknown:
             raise TypeError(_unknown_key_message(type(self), next(iter(unknown))))
         check_integer('kernel_size', self.kernel_size, odd=True)
-        for name, value in (('center', self.center), ('scale', self.scale)):
+        for name, value in (('center', self.center), ('scale', self.scale), ('bias', bias)):
             if not isinstance(value, bool):
                 raise TypeError(f'{name} must be True or False, got {value!r}')
         check_name(backend)
         factory = dict(device=device, dtype=dtype)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **factory)
+        if not bias:  # BatchNorm of torch before 2.12 does not know it
+            self.bias = None
         self.backend = backend
 
         def register(name: str, present: bool, *shape: int) -> None:
@@ -90,7 +94,10 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
 
     def reset_parameters(self) -> None:
         """Sets every parameter and buffer to its initial value."""
-        super().reset_parameters()
+        self.reset_running_stats()
+        for value, initial in ((self.weight, 1), (self.bias, 0)):
+            if value is not None:
+                nn.init.constant_(value, initial)
         if hasattr(self, 'kernel'):  # BatchNorm's constructor comes here before it exists
             self._reset_rectifications()
 
@@ -240,7 +247,7 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
         another layer. ``version`` is that of the class that wrote the dict, where the dict
         still says so.
         """
-        affine = () if self.weight is None else ('weight', 'bias')
+        affine = tuple(name for name in ('weight', 'bias') if getattr(self, name) is not None)
         tracked = () if self.running_mean is None else ('running_mean', 'running_var')
         if version is None and not (affine and tracked):
             tracked += ('num_batches_tracked',)
@@ -291,6 +298,8 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
         shown = ('eps', 'momentum', 'affine', 'track_running_stats')
         shown += ('kernel_size', 'center', 'scale')
         settings = ', '.join(f'{name}={getattr(self, name)}' for name in shown)
+        if self.affine and self.bias is None:
+            settings += ', bias=False'
         return f'{self.num_features}, {settings}'
 
 

@@ -35,6 +35,7 @@ class BNET(RectifiedBatchNorm, _BatchNorm):
             Default: ``'auto'``.
         device (torch.device, optional): As in ``nn.BatchNorm2d``.
         dtype (torch.dtype, optional): As in ``nn.BatchNorm2d``.
+        bias (bool): Whether the affine has a ``bias``; by name only. Default: True.
 
     Shape:
         - Input: (N, C, H, W), any float dtype and memory format. Output: the same.
@@ -60,7 +61,7 @@ class BNET(RectifiedBatchNorm, _BatchNorm):
         backend: str = 'auto',
         device=None,
         dtype=None,
-        **unknown,
+        **settings,
     ) -> None:
         if kernel_init not in ('published', 'identity'):
             raise ValueError(f"kernel_init must be 'published' or 'identity', got {kernel_init!r}")
@@ -75,7 +76,7 @@ class BNET(RectifiedBatchNorm, _BatchNorm):
             backend,
             device,
             dtype,
-            **unknown,
+            **settings,
         )
 
     @torch.no_grad()
@@ -83,7 +84,8 @@ class BNET(RectifiedBatchNorm, _BatchNorm):
         super()._reset_rectifications()
         if self.kernel_init == 'published' and self.kernel is not None:
             nn.init.kaiming_uniform_(self.kernel, a=math.sqrt(5))
-            nn.init.uniform_(self.bias, -1 / self.kernel_size, 1 / self.kernel_size)
+            if self.bias is not None:
+                nn.init.uniform_(self.bias, -1 / self.kernel_size, 1 / self.kernel_size)
 
     def extra_repr(self) -> str:
         """The settings, BatchNorm's first."""

@@ -27,6 +27,7 @@ class IEBN(RectifiedBatchNorm, _BatchNorm):
             Default: ``'auto'``.
         device (torch.device, optional): As in ``nn.BatchNorm2d``.
         dtype (torch.dtype, optional): As in ``nn.BatchNorm2d``.
+        bias (bool): Whether the affine has a ``bias``; by name only. Default: True.
 
     Shape:
         - Input: (N, C, H, W), any float dtype and memory format. Output: the same.

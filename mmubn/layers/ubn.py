@@ -90,6 +90,7 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
             Default: ``'auto'``.
         device (torch.device, optional): As in ``nn.BatchNorm2d``.
         dtype (torch.dtype, optional): As in ``nn.BatchNorm2d``.
+        bias (bool): Whether the affine has a ``bias``; by name only. Default: True.
 
     Shape:
         - Input: (N, C, H, W), any float dtype and memory format; statistics are
@@ -136,7 +137,7 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         backend: str = 'auto',
         device=None,
         dtype=None,
-        **unknown,
+        **settings,
     ) -> None:
         self.kernel_size = kernel_size
         self.center = center
@@ -150,7 +151,7 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
             backend,
             device,
             dtype,
-            **unknown,
+            **settings,
         )
         self.fct = fct
         self.fct_momentum = fct_momentum

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from weights import assert_same_state
 
+from mmubn import layers
 from mmubn.layers import UBN
 from mmubn.ops import Buffers, Settings, reference
 from mmubn.ops.step import _is_due
@@ -227,6 +228,27 @@ def test_state_dict_names():
     assert list(off.state_dict()) == full[:2] + buffers
 
 
+@pytest.mark.parametrize('kind', layers.__all__)
+def test_without_a_bias(kind):
+    layer, full = (getattr(layers, kind)(3, bias=bias) for bias in (False, True))
+    assert 'bias=False' in repr(layer)
+    assert full.state_dict().keys() - layer.state_dict().keys() == {'bias'}
+    full.load_state_dict({**layer.state_dict(), 'bias': torch.zeros(3)})
+    x, dy = torch.randn(2, 2, 3, 4, 5)
+    results = []
+    for norm in (layer, full):
+        own = x.clone().requires_grad_()
+        y = norm(own)
+        y.backward(dy)
+        results.append((y, own.grad, norm.weight.grad))
+    for own, expected in zip(*results):
+        torch.testing.assert_close(own, expected)
+    layer.weight.data.fill_(7)
+    layer.reset_parameters()
+    assert (layer.weight == 1).all()
+    assert layer.bias is None
+
+
 @pytest.mark.parametrize(
     ('settings', 'message'),
     [
@@ -235,6 +257,7 @@ def test_state_dict_names():
         (dict(qqq=3), "unknown key 'qqq'; it takes num_features, eps"),
         (dict(kernel_size=4), 'kernel_size must be a positive odd integer, got 4'),
         (dict(track_running_stats=False), 'fct needs running statistics'),
+        (dict(bias=torch.zeros(3)), r'bias must be True or False, got tensor'),
     ],
 )
 def test_bad_settings(settings, message):
