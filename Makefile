@@ -1,9 +1,10 @@
-# make demo | compare | demo-cls | test | test-slow | test-oldest | gpu-check | lint | docs | doctor | env.
+# make demo | compare | demo-cls | test | test-slow | test-oldest | test-newest | gpu-check | lint | docs | doctor | env.
 # Everything runs in one virtual environment, built on first use and again when requirements.txt
 # changes; VENV=... puts it elsewhere. Nothing is compiled, unless OPS=1 asks for mmcv's own operators;
 # OPS=0 goes back.
 VENV ?= .venv
 OLDEST ?= .venv-oldest
+NEWEST ?= .venv-newest
 DOCS ?= .venv-docs
 PYTHON ?= python3.11
 NORM ?= ubn
@@ -15,7 +16,7 @@ OPERATORS = $(OPS) $(shell grep -E '^(onedl-mmcv|torch)==' requirements.txt)
 $(if $(filter 0 1,$(OPS)),,$(error OPS=$(OPS): 1 compiles the operators of mmcv, 0 takes those of torchvision))
 
 .PHONY: env install operators operators-0 operators-1 oldest docs-env doctor
-.PHONY: demo compare demo-cls test test-slow test-oldest gpu-check lint docs clean
+.PHONY: demo compare demo-cls test test-slow test-oldest test-newest gpu-check lint docs clean
 
 # The package itself is linked in every time: another checkout may share the environment.
 env:
@@ -88,8 +89,9 @@ demo-cls: env
 # Side by side on as many cores, of which each takes about 1.5 GB. Each gets its share in the order of the
 # files, so that what a file prepares is made once; who ends first takes over some of the others.
 WORKERS ?= auto
+FAST := -m 'not slow' -n $(WORKERS) --maxprocesses 4 --dist worksteal
 test: env
-	"$(BIN)/python" -m pytest -m 'not slow' -n $(WORKERS) --maxprocesses 4 --dist worksteal
+	"$(BIN)/python" -m pytest $(FAST)
 
 test-slow: env
 	"$(BIN)/python" -m pytest -m slow
@@ -99,7 +101,7 @@ test-slow: env
 test-oldest:
 	@cmp -s tests/requirements-oldest.txt "$(OLDEST)/requirements.txt" || $(MAKE) --no-print-directory oldest
 	@"$(OLDEST)/bin/pip" install --quiet --no-build-isolation --no-deps --force-reinstall . ./tools/mmcv_ops
-	"$(OLDEST)/bin/pytest" -m 'not slow'
+	"$(OLDEST)/bin/pytest" $(FAST)
 
 oldest:
 	$(PYTHON) -m venv "$(OLDEST)"
@@ -107,6 +109,14 @@ oldest:
 	"$(OLDEST)/bin/pip" install -r tests/requirements-oldest.txt
 	"$(OLDEST)/bin/pip" install --no-deps --force-reinstall $$(grep '^opencv-python-headless==' tests/requirements-oldest.txt)
 	cp tests/requirements-oldest.txt "$(OLDEST)/requirements.txt"
+
+# The fast tests with the newest packages, as pip installs them today by the README's command.
+test-newest:
+	@test -d "$(NEWEST)" || $(PYTHON) -m venv "$(NEWEST)"
+	"$(NEWEST)/bin/pip" install --quiet --upgrade --upgrade-strategy eager '.[mm,test]' ./tools/mmcv_ops
+	"$(NEWEST)/bin/pip" install --quiet --no-deps --force-reinstall \
+		$$("$(NEWEST)/bin/pip" freeze | grep '^opencv-python-headless==')
+	"$(NEWEST)/bin/pytest" $(FAST)
 
 # On a machine with a GPU: the kernel tests, then the benchmarks, in ten minutes.
 gpu-check: env
