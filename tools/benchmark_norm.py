@@ -10,10 +10,10 @@ set PYTHONPATH=. first. The norms of a setting run in turn, round after round; t
 ratios are medians of the ratios within a round. Tables and goals go to stdout, progress to stderr,
 and each setting's rows to a CSV as it ends.
 
-The norms: bn is nn.BatchNorm2d; ubn chooses its backend itself, ubn_torch, ubn_cpp and
-ubn_triton name it, bn_compiled and ubn_compiled are under torch.compile; literal is UBN's equations
-under autograd with the N x N matrix of similarities; rbn, bnet and iebn are the layers of
-that name.
+The norms: bn is nn.BatchNorm2d; ubn has the paper's gate, ubn_no_gate has none (fct=None). Both
+choose their backend themselves; ubn_torch, ubn_cpp and ubn_triton name it. bn_compiled and
+ubn_compiled are under torch.compile; literal is UBN's equations under autograd with the N x N
+matrix of similarities; rbn, bnet and iebn are the layers of that name.
 """
 
 import argparse

@@ -27,9 +27,9 @@ BASE_SHAPES += [(64, 512, 4, 4), (4, 16, 4, 4)]
 RESNET50_SHAPES = [(256, channels, side, side) for channels, side in RESNET50_LAYERS]
 # Norms, dtypes and layouts by default. On CUDA ubn is ubn_triton, on the CPU ubn_cpp.
 _OTHERS = [kind for kind in KINDS if kind != 'ubn']
-NORMS_CPU = ['bn', 'ubn', 'ubn_torch', 'literal', *_OTHERS]
-NORMS_CUDA = ['bn', 'ubn', 'ubn_torch', 'ubn_compiled', 'literal', *_OTHERS]
-NORMS_MODEL = ['bn', 'ubn', 'literal']
+NORMS_CPU = ['bn', 'ubn', 'ubn_no_gate', 'ubn_torch', 'literal', *_OTHERS]
+NORMS_CUDA = ['bn', 'ubn', 'ubn_no_gate', 'ubn_torch', 'ubn_compiled', 'literal', *_OTHERS]
+NORMS_MODEL = ['bn', 'ubn', 'ubn_no_gate', 'literal']
 MODEL_SHAPES = {
     ('resnet50', 'cuda'): (256, 3, 224, 224),
     ('resnet50', 'cpu'): (8, 3, 224, 224),

@@ -21,6 +21,7 @@ NORMS: Dict[str, Optional[dict]] = {
     'bn': None,
     'bn_compiled': None,
     'ubn': _UBN,
+    'ubn_no_gate': dict(type='UBN', fct=None),
     **{f'ubn_{name}': dict(_UBN, backend=name) for name in BACKENDS if name != 'auto'},
     'ubn_compiled': _UBN,
     'literal': _UBN,
