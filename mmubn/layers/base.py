@@ -26,6 +26,10 @@ TRACKED = ('running_mean', 'running_var', 'num_batches_tracked')
 # What a state dict of these layers may hold and one of BatchNorm never does.
 _OWN_NAMES = {*ops.Parameters._fields, 'running_similarity'} - {'weight', 'bias'}
 
+# torch and mmengine hand one list of missing keys to every layer of a load, which
+# tells a new load from the next layer of the same.
+_announced_load: Optional[List[str]] = None
+
 
 class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
     r"""BatchNorm with calibrated centering, calibrated scaling and a convolution as affine.
@@ -229,7 +233,7 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
             names = [n for n in held if n in state_dict and not n.endswith('num_batches_tracked')]
             if all(getattr(state_dict[n], 'shape', None) == held[n].shape for n in names):
                 state_dict = {**state_dict, **self._complete_batch_norm(state_dict, prefix)}
-                _announce_batch_norm(type(self).__name__, prefix[:-1], missing_keys)
+                self._announce_batch_norm(state_dict, prefix, missing_keys)
             else:  # torch refuses it, so what BatchNorm lacks stays as well
                 state_dict = {**held, **state_dict}
         super()._load_from_state_dict(
@@ -247,9 +251,10 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
         another layer. ``version`` is that of the class that wrote the dict, where the dict
         still says so.
         """
-        affine = tuple(name for name in ('weight', 'bias') if getattr(self, name) is not None)
+        affine = () if self.weight is None else ('weight',)
         tracked = () if self.running_mean is None else ('running_mean', 'running_var')
-        if version is None and not (affine and tracked):
+        has_bias = prefix + 'bias' in state_dict  # some BatchNorms have none
+        if version is None and not (affine and has_bias and tracked):
             tracked += ('num_batches_tracked',)
         if version == self._version or not affine + tracked:
             return False
@@ -259,6 +264,26 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
         whole = _whole_state_dict(state_dict)
         layers.update(key[: -len('running_mean')] for key in whole if key.endswith('running_mean'))
         return not any(layer + name in whole for layer in layers for name in _OWN_NAMES)
+
+    def _announce_batch_norm(
+        self, state_dict: Dict[str, Tensor], prefix: str, missing_keys: List[str]
+    ) -> None:
+        global _announced_load
+        if missing_keys is _announced_load:
+            return
+        _announced_load = missing_keys
+        affine = ('weight', 'bias')
+        lost = [n for n in affine if prefix + n in state_dict and getattr(self, n) is None]
+        logger.warning(
+            "BatchNorm checkpoint loaded into %s layers (first: '%s'): what BatchNorm lacks starts "
+            'neutral and weight is divided by the initial sigmoid(scale_bias) where there is one, '
+            '%s.',
+            type(self).__name__,
+            prefix[:-1],
+            f"but its {' and '.join(lost)} are left out, so outputs differ from BatchNorm's"
+            if lost
+            else "so evaluation gives BatchNorm's outputs",
+        )
 
     @torch.no_grad()
     def _complete_batch_norm(self, state_dict: Dict[str, Tensor], prefix: str) -> Dict[str, Tensor]:
@@ -354,25 +379,6 @@ def check_integer(name: str, value: Any, odd: bool = False) -> None:
     if not whole or value < 1 or (odd and value % 2 == 0):
         kind = 'odd integer' if odd else 'integer'
         raise ValueError(f'{name} must be a positive {kind}, got {value!r}')
-
-
-# torch and mmengine hand one list of missing keys to every layer of a load, which
-# tells a new load from the next layer of the same.
-_announced_load: Optional[List[str]] = None
-
-
-def _announce_batch_norm(kind: str, layer: str, missing_keys: List[str]) -> None:
-    global _announced_load
-    if missing_keys is _announced_load:
-        return
-    _announced_load = missing_keys
-    logger.warning(
-        "BatchNorm checkpoint loaded into %s layers (first: '%s'): what BatchNorm lacks starts "
-        'neutral and weight is divided by the initial sigmoid(scale_bias) where there is one, '
-        "so evaluation gives BatchNorm's outputs.",
-        kind,
-        layer,
-    )
 
 
 def keywords(layer: type) -> List[str]:

@@ -39,6 +39,20 @@ def test_batch_norm_without_affine_keeps_its_outputs(layer):
     torch.testing.assert_close(norm.eval()(x), bn(x))
 
 
+@pytest.mark.parametrize('layer', LAYERS)
+@pytest.mark.parametrize('bias', [True, False])
+def test_batch_norm_without_bias_keeps_its_outputs(layer, bias):
+    bn = trained(nn.BatchNorm2d(6))
+    bn.bias = None
+    state = {name: value for name, value in bn.state_dict().items() if value is not None}
+    for given in (state, bn.state_dict()):  # without and with the version of what wrote it
+        norm = layer(6, bias=bias)
+        randomize(norm)
+        assert not any(norm.load_state_dict(given))
+        x = torch.randn(4, 6, 5, 7)
+        torch.testing.assert_close(norm.eval()(x), bn(x))
+
+
 @torch.no_grad()
 def test_torchvision_resnet18_keeps_its_outputs():
     bn = trained(torchvision.models.resnet18(weights=None))
@@ -57,6 +71,15 @@ def test_one_line_a_load(caplog):
         target.load_state_dict(target.state_dict())
     assert len(caplog.records) == 2
     assert "into UBN layers (first: 'bn1')" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ('settings', 'lost'), [(dict(bias=False), 'bias'), (dict(affine=False), 'weight and bias')]
+)
+def test_what_the_layer_has_no_place_for_is_told(settings, lost, caplog):
+    state = nn.BatchNorm2d(4).state_dict()
+    UBN(4, **settings).load_state_dict(state, strict=False)
+    assert f'but its {lost} are left out, so outputs differ from BatchNorm' in caplog.text
 
 
 def test_layer_round_trips(make_layer):
