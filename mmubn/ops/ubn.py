@@ -67,8 +67,12 @@ def ubn(
         MemoryError: The C++ finds no memory for its sums.
     """
     if compiling() and (x.numel() or group is not None):
+        # For collectives, for torch older than 2.4, which knows no operators, and for what loses()
+        # says.
         if group is not None or not compiled.available or compiled.loses(buffers):
-            return _not_compiled(x, parameters, buffers, settings, group, backend)
+            from .not_compiled import ubn_not_compiled
+
+            return ubn_not_compiled(x, parameters, buffers, settings, group, backend)
         if compiled.serves(settings):
             return compiled.step(x, parameters, buffers, settings, backend)
     traced = tracing()
@@ -105,11 +109,6 @@ def _of_transform(buffers: Buffers) -> Buffers:
         with torch._C._DisableFuncTorch():
             buffers.steps.add_(1)
     return buffers._replace(gate=gate, steps=steps)
-
-
-# A break in what is compiled: for collectives, for torch older than 2.4, which knows no operators,
-# and for what compiled.loses() says.
-_not_compiled = torch.compiler.disable(lambda *arguments: ubn(*arguments))
 
 
 class _UBNFunction(torch.autograd.Function):
