@@ -19,10 +19,13 @@ class BuildWithConfigs(build_py):
     """
 
     def run(self):
-        super().run()
         if self.editable_mode:
+            super().run()
             return
-        target = Path(self.build_lib) / 'mmubn' / '.mim'
+        package = Path(self.build_lib) / 'mmubn'
+        shutil.rmtree(package, ignore_errors=True)  # what an older build left goes into no wheel
+        super().run()
+        target = package / '.mim'
         target.mkdir(exist_ok=True)
         for name in ('configs', 'tools', 'model-index.yml'):
             source = ROOT / name
