@@ -6,11 +6,13 @@ import sys
 import time
 from contextlib import contextmanager
 from typing import Callable, Iterator, Optional, Sequence, Type
+from urllib.error import URLError
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from .leave_group import leave_group
 
+_DOWNLOAD = 'a download failed; without it, give data by --data-root and weights as a file'
 # How much later than the others the process that tells an error may get there.
 _LAG_S = 60
 
@@ -63,6 +65,8 @@ def _is_first_of_machine() -> bool:
 def command(main: Callable[[Optional[Sequence[str]]], None]) -> Callable[..., None]:
     """Ends ``main`` with ``error: ...`` on stderr and exit code 1 on a :class:`CommandError`.
 
+    So does a download that fails, which the libraries begin by themselves.
+
     Any other exception keeps its traceback, which torchrun repeats as the one that ended
     the job. Of several processes the first one of each machine speaks. The others wait to be
     ended: torchrun and srun end all with the first that fails, which must have spoken.
@@ -75,7 +79,8 @@ def command(main: Callable[[Optional[Sequence[str]]], None]) -> Callable[..., No
     @functools.wraps(main)
     def wrapper(argv: Optional[Sequence[str]] = None) -> None:
         try:
-            main(argv)
+            with user_error(URLError, of=_DOWNLOAD):
+                main(argv)
         except CommandError as error:
             speaks = _is_first_process() or _is_first_of_machine()
             if speaks:

@@ -11,8 +11,9 @@ class Leaf:
     def __prepare_scriptable__(self):
         """What ``torch.jit.script`` asks every module for."""
         raise RuntimeError(
-            f'torch.jit.script cannot compile {type(self).__name__}: use torch.jit.trace or '
-            'torch.export.export on the model in evaluation (model.eval())'
+            f'torch.jit.script cannot compile {type(self).__name__}: use torch.export.export or '
+            'torch.jit.trace (which newer torch deprecates) on the model in evaluation '
+            '(model.eval())'
         )
 
     def __call__(self, *args, **kwargs):

@@ -1,5 +1,7 @@
 """Which process tells an error, and how what other code raises is told."""
 
+from urllib.error import HTTPError, URLError
+
 import pytest
 from told import told
 
@@ -38,6 +40,17 @@ def test_the_first_process_of_each_machine_speaks(monkeypatch, capsys, environme
     assert ended.value.code == 1
     assert capsys.readouterr().err == ('error: key: a reason\n' if speaks else '')
     assert waited == ([] if speaks else [60])
+
+
+@pytest.mark.parametrize('error', [URLError('no route'), HTTPError('url', 404, 'gone', None, None)])
+def test_a_failed_download_is_one_line(error, capsys):
+    @command
+    def main(argv=None) -> None:
+        raise error
+
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err == f'error: {errors._DOWNLOAD}: {error}\n'
 
 
 @pytest.mark.parametrize(
