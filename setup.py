@@ -76,6 +76,7 @@ setup(
             'onnx',
             'onnxscript',
             'onnxruntime',
+            'openvino',
         ],
     },
     cmdclass={'build_py': BuildWithConfigs},
