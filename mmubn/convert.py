@@ -34,6 +34,9 @@ def convert_norm(
     - From those types back to ``BN``: only if BatchNorm can give the same output.
     - From UBN to SyncUBN and back: everything that the layer holds is kept.
 
+    Name in ``exclude`` a SyncBatchNorm that stands in for a BatchNorm1d: it looks like the others,
+    and the new layers take images alone.
+
     A layer that a plain list, tuple, set or dict of a module holds too is left alone: a forward
     that takes it from there would go on to use the old one.
 
