@@ -61,7 +61,9 @@ class BNET(RectifiedBatchNorm, _BatchNorm):
         backend: str = 'auto',
         device=None,
         dtype=None,
-        **settings,
+        *,
+        bias: bool = True,
+        **unknown,
     ) -> None:
         if kernel_init not in ('published', 'identity'):
             raise ValueError(f"kernel_init must be 'published' or 'identity', got {kernel_init!r}")
@@ -76,7 +78,8 @@ class BNET(RectifiedBatchNorm, _BatchNorm):
             backend,
             device,
             dtype,
-            **settings,
+            bias=bias,
+            **unknown,
         )
 
     @torch.no_grad()

@@ -137,7 +137,9 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         backend: str = 'auto',
         device=None,
         dtype=None,
-        **settings,
+        *,
+        bias: bool = True,
+        **unknown,
     ) -> None:
         self.kernel_size = kernel_size
         self.center = center
@@ -151,7 +153,8 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
             backend,
             device,
             dtype,
-            **settings,
+            bias=bias,
+            **unknown,
         )
         self.fct = fct
         self.fct_momentum = fct_momentum

@@ -17,9 +17,9 @@ from .report import (
     finals_of,
     mean_sd,
     of_fixed_batch,
-    several,
     with_baselines,
 )
+from .rows import several
 
 DASHES = ['-', '--', ':', '-.', (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3))]
 
@@ -64,7 +64,8 @@ def _title(experiment: str, lines: Sequence[Line], one_network: bool) -> str:
 
 
 def _name(line: Line, lines: Sequence[Line]) -> str:
-    return f'{line.row.model} {line.row.name}' if several(lines) else line.row.name
+    rows = [other.row for other in lines]
+    return f'{line.row.model}, {line.row.name}' if several(rows) else line.row.name
 
 
 def _seconds(run: Run, epochs: Sequence[int]) -> List[float]:
@@ -116,7 +117,7 @@ def _differences(lines: Sequence[Line]) -> Optional[Figure]:
             axis.plot(paper, number, 'D', color='C3', markerfacecolor='white', label=label)
     axis.axvline(0, color='0.6', linewidth=0.8)
     axis.set_yticks(range(len(found)), [_name(line, lines) for line, *_ in found], fontsize=8)
-    axis.invert_yaxis()
+    axis.set_ylim(len(found) - 0.5, -0.5)  # the first on top
     axis.set_xlabel(f'{metric} minus that of BN, percentage points')
     return _finish(axis)
 

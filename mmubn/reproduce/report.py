@@ -14,7 +14,7 @@ from ..markdown import table
 from ..runs import as_written
 from .experiments import EXPERIMENTS
 from .logs import Run
-from .rows import Row
+from .rows import Row, name_among
 from .run import Setting, as_arguments
 
 CSV_COLUMNS = (
@@ -91,14 +91,8 @@ def baseline(line: Line, lines: Sequence[Line]) -> Optional[Line]:
     return next((other for other in lines if other.row.is_baseline_of(line.row)), None)
 
 
-def several(lines: Sequence[Line]) -> bool:
-    """Whether they are of more than one network or data set."""
-    return len({(line.row.dataset, line.row.model) for line in lines}) > 1
-
-
 def _name(line: Line, lines: Sequence[Line]) -> str:
-    """What tells a line from the others, with network and data set where these differ."""
-    return line.row.label if several(lines) else line.row.name
+    return name_among(line.row, [other.row for other in lines])
 
 
 def mean_sd(values: Sequence[float]) -> Tuple[float, float]:

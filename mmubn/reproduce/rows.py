@@ -3,7 +3,7 @@
 import csv
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from .. import layers
 
@@ -154,6 +154,16 @@ class Row:
         """Whether all but the norm and its treatment is the same."""
         keys = ('experiment', 'dataset', 'model', 'batch_size')
         return all(getattr(self, key) == getattr(other, key) for key in keys)
+
+
+def several(rows: Sequence[Row]) -> bool:
+    """Whether they are of more than one network or data set."""
+    return len({(row.dataset, row.model) for row in rows}) > 1
+
+
+def name_among(row: Row, rows: Sequence[Row]) -> str:
+    """What tells a row from the others, with network and data set where these differ."""
+    return row.label if several(rows) else row.name
 
 
 def paper_rows(table: str, paper: Path = PAPER) -> List[Row]:

@@ -19,7 +19,7 @@ from ..cli.errors import CommandError, user_error
 from ..cli.options import read_config
 from ..markdown import table
 from .logs import read_run
-from .rows import Row
+from .rows import Row, name_among
 from .run import (
     Job,
     Options,
@@ -225,17 +225,16 @@ def write_tuning(study: Study, rows: Sequence[Row], root: Path, out: Path) -> Li
         writer.writerow(COLUMNS)
         for row in tuned:
             chosen = choose(study, row, root)
+            name = name_among(row, rows)
             cells = []
             for point, value in grid_values(study, row, root):
                 shown = '' if math.isnan(value) else f'{value:.2f}'
                 edge = study.at_edge(point)
-                writer.writerow(
-                    (row.name, _point(point), study.metric, shown, point == chosen, edge)
-                )
+                writer.writerow((name, _point(point), study.metric, shown, point == chosen, edge))
                 cells.append(f'{_point(point)}: {shown or "no result"}')
             edge = ' (at the edge of the grid)' if chosen and study.at_edge(chosen) else ''
             won = f'{_point(chosen)}{edge}' if chosen else 'not run'
-            shown_rows.append((row.name, won, '; '.join(cells)))
+            shown_rows.append((name, won, '; '.join(cells)))
     if not tuned:  # the report is of other rows
         return text
     header = 'row', 'chosen', f'{study.metric} at each point of the grid'
