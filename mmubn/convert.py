@@ -375,8 +375,8 @@ def _other_ubn(module: layers.UBN, target: type, settings: Dict[str, Any]) -> la
     """The same layer, synchronised or no longer."""
     kept = {key: getattr(module, key) for key in keywords(target) if hasattr(module, key)}
     kept.update(_place(module), eps=float(module.eps))
-    kept.update(track_running_stats=module.running_mean is not None)
-    kept.update(bias=module.bias is not None)
+    # The attributes of these names are what was asked for once, and a tensor.
+    kept.update(track_running_stats=module.running_mean is not None, bias=module.bias is not None)
     new = target(**{**kept, **settings})
     if _shapes(new) != _shapes(target(**kept)):
         raise ValueError(f'its weights do not fit {target.__name__} with {settings}')

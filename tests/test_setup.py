@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tool import ROOT
 
 
 def test_a_build_has_the_configs_and_nothing_of_an_older_one(tmp_path):

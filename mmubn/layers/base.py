@@ -99,6 +99,7 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
     def reset_parameters(self) -> None:
         """Sets every parameter and buffer to its initial value."""
         self.reset_running_stats()
+        # Not BatchNorm's own, which before torch 2.12 wants a bias.
         for value, initial in ((self.weight, 1), (self.bias, 0)):
             if value is not None:
                 nn.init.constant_(value, initial)

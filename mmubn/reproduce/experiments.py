@@ -11,7 +11,7 @@ from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 from ..cli.errors import CommandError
 from .cifar_scenes import make_cifar_scenes
 from .rows import NORM_CFGS, SCENES, ZOO, Row, paper_rows
-from .study import LEARNING_RATE, WEIGHT_DECAY, Study
+from .study import LEARNING_RATE, TRAINING_IMAGES, WEIGHT_DECAY, Study
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ _LAST_IMAGES = {
     'val_dataloader.dataset.split': 'train',
     'val_dataloader.dataset.indices': -5000,
 }
-_OTHER_IMAGES = {'train_dataloader.dataset.indices': 5000, **_LAST_IMAGES}
+_OTHER_IMAGES = {TRAINING_IMAGES: 5000, **_LAST_IMAGES}
 
 
 def _strong_recipe() -> Iterator[Row]:
@@ -204,7 +204,7 @@ _STRONG_STUDY = Study(
     seeds=3,
     grid={LEARNING_RATE: (0.2, 0.4, 0.8), WEIGHT_DECAY: (2e-4, 5e-4, 1e-3, 2e-3)},
     metric='top1',
-    validation={'train_dataloader.dataset.indices': 45000, **_LAST_IMAGES},
+    validation={TRAINING_IMAGES: 45000, **_LAST_IMAGES},
     tuning_budget=1 / 6,
     tuned_for='BN',
 )
@@ -235,18 +235,12 @@ def _small_batches_tuned() -> Iterator[Row]:
 
 
 def _longer_training() -> Iterator[Row]:
-    for model, shared in (
-        ('small ResNet-18, 32 epochs', dict(network='studies/resnet18_longer_cifar10.py')),
-        (
-            'small ResNet-18, 20,000 images',
-            dict(
-                network='cifar10/resnet18_small_cifar10.py',
-                options={'train_dataloader.dataset.indices': 20000},
-            ),
-        ),
-    ):
-        yield Row('CIFAR-10', model, 'BN', 'BN', **shared)
-        yield Row('CIFAR-10', model, NO_GATE, 'UBN', dict(fct=None), **shared)
+    longer = dict(network='studies/resnet18_longer_cifar10.py')
+    more = dict(network='cifar10/resnet18_small_cifar10.py', options={TRAINING_IMAGES: 20000})
+    for change, shared in (('32 epochs', longer), ('20,000 images', more)):
+        place = 'CIFAR-10', f'small ResNet-18, {change}'
+        yield Row(*place, 'BN', 'BN', **shared)
+        yield Row(*place, NO_GATE, 'UBN', dict(fct=None), **shared)
 
 
 # --- Experiments, in the order in which they are listed.

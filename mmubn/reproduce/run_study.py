@@ -31,7 +31,7 @@ from .run import (
     run_jobs,
     scaled_schedule,
 )
-from .study import Study
+from .study import TRAINING_IMAGES, Study
 
 TUNING, PRETRAINING, SCENES = 'tuning', 'pretraining', 'scenes'
 COLUMNS = ('row', 'setting', 'metric', 'value', 'chosen', 'at_edge')
@@ -133,8 +133,9 @@ def _check_split(study: Study, rows: Sequence[Row], data: Path) -> None:
 
 def _tuned_on(setting: Setting) -> int:
     """How many training images a tuning run takes."""
-    of_config = read_config(setting.config).train_dataloader.dataset.get('indices', 0)
-    return setting.options.get('train_dataloader.dataset.indices', of_config)
+    if TRAINING_IMAGES in setting.options:
+        return setting.options[TRAINING_IMAGES]
+    return read_config(setting.config).train_dataloader.dataset.get('indices', 0)
 
 
 def training_images(config: Path, data: Path) -> int:

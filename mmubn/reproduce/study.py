@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 
 LEARNING_RATE = 'optim_wrapper.optimizer.lr'
 WEIGHT_DECAY = 'optim_wrapper.optimizer.weight_decay'
+TRAINING_IMAGES = 'train_dataloader.dataset.indices'
 
 
 @dataclass(frozen=True)
