@@ -1,4 +1,4 @@
-# What `tools/reproduce.py run longer-training` trains for 32 epochs in place of 8.
+# What the studies longer-training and longer-small-batches train for 32 epochs in place of 8.
 _base_ = '../cifar10/resnet18_small_cifar10.py'
 
 train_cfg = dict(max_epochs=32)

@@ -234,6 +234,13 @@ def _small_batches_tuned() -> Iterator[Row]:
         yield Row(*place, NO_GATE, 'UBN', dict(fct=None), **shared)
 
 
+def _longer_small_batches() -> Iterator[Row]:
+    place = 'CIFAR-10', 'small ResNet-18'
+    shared = dict(batch_size=8, network='studies/resnet18_longer_cifar10.py')
+    yield Row(*place, 'BN', 'BN', **shared)
+    yield Row(*place, NO_GATE, 'UBN', dict(fct=None), **shared)
+
+
 def _longer_training() -> Iterator[Row]:
     longer = dict(network='studies/resnet18_longer_cifar10.py')
     more = dict(network='cifar10/resnet18_small_cifar10.py', options={TRAINING_IMAGES: 20000})
@@ -441,6 +448,19 @@ _EXPERIMENTS = (
             metric='top1',
             validation=_LAST_IMAGES,
             tuning_budget=0.5,
+        ),
+    ),
+    Experiment(
+        'longer-small-batches',
+        'Not in the paper: four times the epochs with 8 images per step',
+        _longer_small_batches(),
+        ('differences', 'curves'),
+        study=Study(
+            seeds=5,
+            grid={LEARNING_RATE: (0.01, 0.03, 0.1, 0.3)},
+            metric='top1',
+            validation=_OTHER_IMAGES,
+            tuning_budget=0.25,
         ),
     ),
 )

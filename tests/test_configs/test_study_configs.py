@@ -141,13 +141,16 @@ def test_the_tuning_of_a_classifier_keeps_its_images_apart(row):
 
 
 def test_longer_training_is_four_times_the_steps():
-    steps = []
-    for row in [rows('small-batches-tuned')[-1], *rows('longer-training')]:
+    def steps(row):
         cfg = config(make_setting(row))
-        assert cfg.train_dataloader.batch_size == 64
         assert cfg.param_scheduler.end == cfg.train_cfg.max_epochs
-        steps.append(cfg.train_cfg.max_epochs * cfg.train_dataloader.dataset.indices)
-    assert steps == [40000, *[160000] * 4]
+        loader = cfg.train_dataloader
+        return cfg.train_cfg.max_epochs * loader.dataset.indices // loader.batch_size
+
+    short = {row.batch_size: steps(row) for row in rows('small-batches-tuned')}
+    assert short == {8: 5000, 64: 625}
+    assert [steps(row) for row in rows('longer-training')] == [4 * short[64]] * 4
+    assert [steps(row) for row in rows('longer-small-batches')] == [4 * short[8]] * 2
 
 
 def test_small_batches_scale_the_learning_rate():
