@@ -54,7 +54,7 @@ setup(
     ],
     keywords='batch normalization, PyTorch, MMDetection, MMPretrain, OpenMMLab',
     packages=find_packages(include=['mmubn', 'mmubn.*']),
-    package_data={'mmubn.ops': ['cpp/*'], 'mmubn.reproduce': ['*.csv']},
+    package_data={'mmubn': ['py.typed'], 'mmubn.ops': ['cpp/*'], 'mmubn.reproduce': ['*.csv']},
     install_requires=['torch>=2.1'],
     extras_require={
         # The line of OpenMMLab packages that this project is tested with. The upstream

@@ -26,3 +26,4 @@ def test_a_build_has_the_configs_and_nothing_of_an_older_one(tmp_path):
         assert {Path('.mim') / file for file in files} <= built
     assert (package / '.mim/model-index.yml').is_file()
     assert list(package.glob('ops/cpp/*.cpp'))
+    assert (package / 'py.typed').is_file()  # else type checkers take no annotation of ours

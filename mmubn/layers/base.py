@@ -58,6 +58,12 @@ class RectifiedBatchNorm(BatchNormGuard, _BatchNorm):
     center = False
     scale = False
 
+    # Each is None where the layer does without it.
+    kernel: Optional[nn.Parameter]
+    center_weight: Optional[nn.Parameter]
+    scale_weight: Optional[nn.Parameter]
+    scale_bias: Optional[nn.Parameter]
+
     def __init__(
         self,
         num_features: int,

@@ -119,6 +119,8 @@ class UBN(RectifiedBatchNorm, _BatchNorm):
         >>> y = norm(torch.randn(8, 64, 32, 32))
     """
 
+    running_similarity: Optional[Tensor]
+
     def __init__(
         self,
         num_features: int,
