@@ -234,6 +234,13 @@ def _small_batches_tuned() -> Iterator[Row]:
         yield Row(*place, NO_GATE, 'UBN', dict(fct=None), **shared)
 
 
+def _convolution_alone() -> Iterator[Row]:
+    place = 'CIFAR-10', 'small ResNet-18'
+    shared = dict(batch_size=8, network='cifar10/resnet18_small_cifar10.py')
+    yield Row(*place, IDENTITY_BNET, 'BNET', dict(kernel_init='identity'), **shared)
+    yield Row(*place, NO_GATE, 'UBN', dict(fct=None), **shared)
+
+
 def _longer_small_batches() -> Iterator[Row]:
     place = 'CIFAR-10', 'small ResNet-18'
     shared = dict(batch_size=8, network='studies/resnet18_longer_cifar10.py')
@@ -461,6 +468,20 @@ _EXPERIMENTS = (
             metric='top1',
             validation=_OTHER_IMAGES,
             tuning_budget=0.25,
+        ),
+    ),
+    Experiment(
+        'convolution-alone',
+        'Not in the paper: UBN without its gate beside its convolution alone',
+        _convolution_alone(),
+        ('curves',),
+        contrasts=((NO_GATE, IDENTITY_BNET),),
+        study=Study(
+            seeds=5,
+            grid={LEARNING_RATE: (0.01, 0.03, 0.1, 0.3)},
+            metric='top1',
+            validation=_OTHER_IMAGES,
+            tuning_budget=0.5,
         ),
     ),
 )
