@@ -237,6 +237,7 @@ def _small_batches_tuned() -> Iterator[Row]:
 def _convolution_alone() -> Iterator[Row]:
     place = 'CIFAR-10', 'small ResNet-18'
     shared = dict(batch_size=8, network='cifar10/resnet18_small_cifar10.py')
+    yield Row(*place, 'BN', 'BN', **shared)
     yield Row(*place, IDENTITY_BNET, 'BNET', dict(kernel_init='identity'), **shared)
     yield Row(*place, NO_GATE, 'UBN', dict(fct=None), **shared)
 
@@ -474,7 +475,7 @@ _EXPERIMENTS = (
         'convolution-alone',
         'Not in the paper: UBN without its gate beside its convolution alone',
         _convolution_alone(),
-        ('curves',),
+        ('differences', 'curves'),
         contrasts=((NO_GATE, IDENTITY_BNET),),
         study=Study(
             seeds=5,
