@@ -101,7 +101,27 @@ def quick_interpreter():
 
 
 @pytest.fixture(scope='session')
-def kernel_device(quick_interpreter) -> str:
+def boolean_masks():
+    """Keeps scalars of the interpreter boolean where they are spread over a block.
+
+    A comparison has the type of what was compared there, so its block was one of int32. Triton 3.9
+    refuses it as a mask. A GPU is not concerned.
+    """
+    interpreter = pytest.importorskip('triton.runtime.interpreter')
+    create_splat = interpreter.InterpreterBuilder.create_splat
+
+    def splat(self, block, scalar):
+        if scalar.data.dtype == bool:
+            scalar = interpreter.TensorHandle(scalar.data, interpreter.tl.int1)
+        return create_splat(self, block, scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, 'create_splat', splat)
+        yield
+
+
+@pytest.fixture(scope='session')
+def kernel_device(quick_interpreter, boolean_masks) -> str:
     """Where the Triton kernels run in these tests; skipped where Triton cannot compile them."""
     pytest.importorskip('triton', minversion='3.3')
     return 'cpu' if os.environ['TRITON_INTERPRET'] == '1' else 'cuda'
