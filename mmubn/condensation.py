@@ -142,13 +142,13 @@ class CondensationRecorder:
             Tensor: (L, 4, 2) on the CPU: per layer and per entry of
             :data:`QUANTITIES` the sum and the count of the values.
         """
-        state = torch.zeros(len(self.layers), len(QUANTITIES), 2)
+        state = torch.zeros(len(self.layers), len(QUANTITIES), 2, device='cpu')
         for row, (name, module) in zip(state, self.layers.items()):
             if name in self._totals:
                 row[:3] = self._totals[name].cpu()
             tau = getattr(module, 'running_similarity', None)
             if tau is not None and module.fct is not None:
-                row[3] = torch.tensor([float(tau), 1.0])
+                row[3] = torch.tensor([float(tau), 1.0], device='cpu')
         return state
 
     def to_dict(self, state: Optional[Tensor] = None) -> Dict[str, Dict[str, Any]]:

@@ -61,6 +61,15 @@ def test_gate_of_ubn():
     assert rec.to_dict()['0']['batch_statistics_used'] is None
 
 
+def test_the_state_is_on_the_cpu_whatever_the_default_device():
+    net = small_net()
+    with mmubn.record_condensation(net) as rec:
+        net(images())
+    expected = rec.to_dict()
+    with torch.device('meta'):
+        assert rec.to_dict() == expected
+
+
 def test_rows_are_tidy():
     net = small_net()
     with mmubn.record_condensation(net, layers='4') as rec:

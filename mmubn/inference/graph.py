@@ -287,6 +287,6 @@ def _watch_call(
 
 def _noise(model: nn.Module) -> Tensor:
     conv = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-    # A generator of its own leaves the global one as it is.
-    noise = torch.rand(1, conv.in_channels, 224, 224, generator=torch.Generator().manual_seed(0))
-    return noise.to(conv.weight)
+    # A generator of its own leaves the global one as it is. It is on the CPU, whatever the default.
+    generator, shape = torch.Generator().manual_seed(0), (1, conv.in_channels, 224, 224)
+    return torch.rand(shape, generator=generator, device='cpu').to(conv.weight)

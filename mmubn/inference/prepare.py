@@ -271,7 +271,8 @@ def _scale(conv: nn.Module, part: Fold) -> None:
 @torch.no_grad()
 def _batch_norm(norm: nn.Module, constants: Constants) -> nn.BatchNorm2d:
     """The BatchNorm of a layer that is one, beside a constant factor."""
-    new = nn.BatchNorm2d(norm.num_features, float(norm.eps)).to(norm.running_mean)
+    place = dict(device=norm.running_mean.device, dtype=norm.running_mean.dtype)
+    new = nn.BatchNorm2d(norm.num_features, float(norm.eps), **place)
     std = (norm.running_var.double() + float(norm.eps)).sqrt()
     new.running_mean.copy_(norm.running_mean)
     new.running_var.copy_(norm.running_var)

@@ -506,6 +506,17 @@ def test_watches_a_run_where_forward_cannot_be_read():
         assert difference(prepared(x), model(x)) < 2e-6
 
 
+def test_a_default_device_is_not_that_of_the_model():
+    """torch.set_default_device names one for new tensors."""
+    model = trained(nn.Sequential(Branching(), nn.ReLU()))
+    alone = nn.Sequential(nn.ReLU(), mmubn.RBN(8)).eval()
+    with torch.device('meta'):
+        prepared = prepare_for_inference(model)
+        (layer,) = prepare_for_inference(alone).inference_report
+    assert prepared.inference_report[0].convolution == '0.conv'
+    assert layer.left == 'BatchNorm2d'
+
+
 class Demanding(Branching):
     """Neither readable nor willing to take an image of noise."""
 
