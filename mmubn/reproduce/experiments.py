@@ -6,7 +6,7 @@ the network nor the thresholds; what is assumed then is said in the titles.
 
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 from ..cli.errors import CommandError
 from .cifar_scenes import make_cifar_scenes
@@ -73,6 +73,26 @@ NO_PRETRAINING = 'BN, no pretraining'
 _FROZEN = ((FROZEN_UBN, FROZEN_BN), ('UBN', FROZEN_BN), ('UBN', FROZEN_UBN))
 _GATE = (NO_GATE, 'UBN')
 _KERNEL = (IDENTITY_BNET, PUBLISHED_BNET)
+_RECTIFIED = {
+    'BN + running statistics rectification': dict(kernel_size=1, center=False, scale=False),
+    'BN + normalization rectification': dict(fct=None, kernel_size=1),
+    'BN + affine rectification': dict(fct=None, center=False, scale=False),
+}
+
+_FROZEN_STATISTICS = {'model.backbone.norm_eval': True}
+# What a row has by its norm, where that is no key of NORM_CFGS.
+_TREATMENTS: Dict[str, Dict[str, Any]] = {
+    FROZEN_BN: dict(base='BN', options=_FROZEN_STATISTICS),
+    FROZEN_UBN: dict(base='UBN', options=_FROZEN_STATISTICS),
+    LITERAL_GATE: dict(base='UBN', changes=dict(fct_warmup=0)),
+    LONG_WARM_UP: dict(base='UBN', changes=dict(fct_warmup=400)),
+    NO_GATE: dict(base='UBN', changes=dict(fct=None)),
+    PUBLISHED_BNET: dict(base='BNET'),
+    IDENTITY_BNET: dict(base='BNET', changes=dict(kernel_init='identity')),
+    # In a classifier all stages train anyway. There it gives these runs a folder of their own.
+    NO_PRETRAINING: dict(base='BN', options={'model.backbone.frozen_stages': -1}),
+    **{label: dict(base='UBN', changes=changes) for label, changes in _RECTIFIED.items()},
+}
 
 RESNETS = ('ResNet-50', 'ResNet-101')
 
@@ -80,27 +100,22 @@ RESNETS = ('ResNet-50', 'ResNet-101')
 # --- Rows.
 
 
+def _rows(dataset: str, model: str, norms: Iterable[str], **others: Any) -> Iterator[Row]:
+    """A row of each norm, or treatment of one, that differ in nothing else."""
+    for norm in norms:
+        yield Row(dataset, model, norm, **{'base': norm, **_TREATMENTS.get(norm, {}), **others})
+
+
 def _pairs(dataset: str, models: Iterable[str], batches: Sequence[int] = (0,)) -> Iterator[Row]:
     for model in models:
         for batch in batches:
-            for norm in ('BN', 'UBN'):
-                yield Row(dataset, model, norm, norm, batch_size=batch)
+            yield from _rows(dataset, model, ('BN', 'UBN'), batch_size=batch)
 
 
 def _ablation(dataset: str, models: Iterable[str]) -> Iterator[Row]:
     """Each of the three rectifications by itself."""
     for model in models:
-        yield Row(dataset, model, 'BN', 'BN')
-        for label, changes in (
-            (
-                'BN + running statistics rectification',
-                dict(kernel_size=1, center=False, scale=False),
-            ),
-            ('BN + normalization rectification', dict(fct=None, kernel_size=1)),
-            ('BN + affine rectification', dict(fct=None, center=False, scale=False)),
-        ):
-            yield Row(dataset, model, label, 'UBN', changes)
-        yield Row(dataset, model, 'UBN', 'UBN')
+        yield from _rows(dataset, model, ('BN', *_RECTIFIED, 'UBN'))
 
 
 def _thresholds(dataset: str, models: Iterable[str]) -> Iterator[Row]:
@@ -111,33 +126,22 @@ def _thresholds(dataset: str, models: Iterable[str]) -> Iterator[Row]:
             yield Row(dataset, model, f'UBN, FCT {fct:g}', 'UBN', changes)
 
 
-def _ours() -> Iterator[Row]:
-    place = 'CIFAR-100', 'ResNet-50'
-    yield Row(*place, 'BN', 'BN')
-    yield Row(*place, 'UBN', 'UBN')
-    yield Row(*place, LITERAL_GATE, 'UBN', dict(fct_warmup=0))
-    yield Row(*place, LONG_WARM_UP, 'UBN', dict(fct_warmup=400))
-    yield Row(*place, NO_GATE, 'UBN', dict(fct=None))
-    yield Row(*place, PUBLISHED_BNET, 'BNET')
-    yield Row(*place, IDENTITY_BNET, 'BNET', dict(kernel_init='identity'))
-
-
 def _hosts_detection() -> Iterator[Row]:
     """The recipes of mmdet's model zoo with other norms.
 
     norm_eval is said again here, as in the config: so that ``--config`` keeps it.
     """
-    frozen, trains = ({'model.backbone.norm_eval': value} for value in (True, False))
+    trains = dict(options={'model.backbone.norm_eval': False})
     for place, zoo in ZOO.items():
         if place[0] != 'COCO':
             continue
         stem = f'hosts/{zoo.stem}'
-        yield Row(*place, 'BN', 'BN', options=trains)  # the paper's: its own config
-        yield Row(*place, FROZEN_BN, 'BN', options=frozen, file=f'{stem}_bn.py')
-        yield Row(*place, 'UBN', 'UBN', options=trains)
-        yield Row(*place, FROZEN_UBN, 'UBN', options=frozen, file=f'{stem}_ubn-frozen.py')
-        yield Row(*place, 'SyncBN', 'SyncBN', options=trains, file=f'{stem}_sync-bn.py')
-        yield Row(*place, 'SyncUBN', 'SyncUBN', options=trains, file=f'{stem}_sync-ubn.py')
+        yield from _rows(*place, ['BN'], **trains)  # the paper's: its own config
+        yield from _rows(*place, [FROZEN_BN], file=f'{stem}_bn.py')
+        yield from _rows(*place, ['UBN'], **trains)
+        yield from _rows(*place, [FROZEN_UBN], file=f'{stem}_ubn-frozen.py')
+        yield from _rows(*place, ['SyncBN'], file=f'{stem}_sync-bn.py', **trains)
+        yield from _rows(*place, ['SyncUBN'], file=f'{stem}_sync-ubn.py', **trains)
 
 
 def _hosts_classification() -> Iterator[Row]:
@@ -150,36 +154,23 @@ def _hosts_classification() -> Iterator[Row]:
 
 def _batches_of_two() -> Iterator[Row]:
     place = SCENES, 'Faster R-CNN, small ResNet-18'
-    shared = dict(network='studies/faster_rcnn_r18_cifar_scenes.py', pretrained='BN')
-    frozen = {'model.backbone.norm_eval': True}
-    yield Row(*place, 'BN', 'BN', **shared)
-    yield Row(*place, FROZEN_BN, 'BN', options=frozen, **shared)
-    yield Row(*place, 'GN', 'GN', **{**shared, 'pretrained': 'GN'})
-    yield Row(*place, 'UBN', 'UBN', **shared)
-    yield Row(*place, FROZEN_UBN, 'UBN', options=frozen, **shared)
-    yield Row(*place, NO_GATE, 'UBN', dict(fct=None), **shared)
-    yield Row(*place, 'RBN', 'RBN', **shared)
-    yield Row(*place, 'BNET', 'BNET', **shared)
+    network = dict(network='studies/faster_rcnn_r18_cifar_scenes.py')
+    shared = dict(network, pretrained='BN')
+    yield from _rows(*place, ['BN', FROZEN_BN], **shared)
+    yield from _rows(*place, ['GN'], pretrained='GN', **network)
+    yield from _rows(*place, ['UBN', FROZEN_UBN, NO_GATE, 'RBN', 'BNET'], **shared)
     for batch in (8, 16):
-        yield Row(*place, 'BN', 'BN', batch_size=batch, **shared)
-        yield Row(*place, 'UBN', 'UBN', batch_size=batch, **shared)
-    everything = {'model.backbone.frozen_stages': -1}
-    yield Row(*place, NO_PRETRAINING, 'BN', options=everything, network=shared['network'])
+        yield from _rows(*place, ['BN', 'UBN'], batch_size=batch, **shared)
+    yield from _rows(*place, [NO_PRETRAINING], **network)
 
 
 def _fine_tuning() -> Iterator[Row]:
     place = 'CIFAR-10', 'small ResNet-18'
-    network = 'studies/resnet18_fine_tuning_cifar10.py'
-    shared = dict(network=network, pretrained='BN')
-    yield Row(*place, 'BN', 'BN', **shared)
-    yield Row(*place, 'UBN', 'UBN', **shared)
-    yield Row(*place, NO_GATE, 'UBN', dict(fct=None), **shared)
-    yield Row(*place, 'RBN', 'RBN', **shared)
-    yield Row(*place, 'BN', 'BN', batch_size=8, **shared)
-    yield Row(*place, NO_GATE, 'UBN', dict(fct=None), batch_size=8, **shared)
-    # What the option says is so in the others, too. It gives these runs a folder of their own.
-    everything = {'model.backbone.frozen_stages': -1}
-    yield Row(*place, NO_PRETRAINING, 'BN', options=everything, network=network)
+    network = dict(network='studies/resnet18_fine_tuning_cifar10.py')
+    shared = dict(network, pretrained='BN')
+    yield from _rows(*place, ['BN', 'UBN', NO_GATE, 'RBN'], **shared)
+    yield from _rows(*place, ['BN', NO_GATE], batch_size=8, **shared)
+    yield from _rows(*place, [NO_PRETRAINING], **network)
 
 
 # The last of CIFAR's training images, to tune on.
@@ -190,14 +181,9 @@ _LAST_IMAGES = {
 _OTHER_IMAGES = {TRAINING_IMAGES: 5000, **_LAST_IMAGES}
 
 
-def _strong_recipe() -> Iterator[Row]:
-    place = 'CIFAR-100', 'ResNet-18 of half the channels'
+def _strong_recipe(norms: Iterable[str]) -> Iterator[Row]:
     network = 'studies/resnet18_strong_cifar100.py'
-    for norm in ('BN', 'UBN', 'RBN'):
-        yield Row(*place, norm, norm, network=network)
-    yield Row(*place, NO_GATE, 'UBN', dict(fct=None), network=network)
-    yield Row(*place, PUBLISHED_BNET, 'BNET', network=network)
-    yield Row(*place, IDENTITY_BNET, 'BNET', dict(kernel_init='identity'), network=network)
+    return _rows('CIFAR-100', 'ResNet-18 of half the channels', norms, network=network)
 
 
 _STRONG_STUDY = Study(
@@ -216,22 +202,16 @@ _WIDE_GRID = {
 
 
 def _small_batches() -> Iterator[Row]:
-    place = 'CIFAR-10', 'small ResNet-18'
     network = 'cifar10/resnet18_small_cifar10.py'  # learning rate 0.1 for 64 images
     for batch in (2, 4, 8, 32, 128):
         shared = dict(batch_size=batch, options={LEARNING_RATE: 0.1 * batch / 64}, network=network)
-        yield Row(*place, 'BN', 'BN', **shared)
-        yield Row(*place, 'UBN', 'UBN', **shared)
-        yield Row(*place, NO_GATE, 'UBN', dict(fct=None), **shared)
+        yield from _rows('CIFAR-10', 'small ResNet-18', ['BN', 'UBN', NO_GATE], **shared)
 
 
 def _small_batches_tuned() -> Iterator[Row]:
-    place = 'CIFAR-10', 'small ResNet-18'
     for batch in (8, 64):
         shared = dict(batch_size=batch, network='cifar10/resnet18_small_cifar10.py')
-        for norm in ('BN', 'UBN', 'RBN'):
-            yield Row(*place, norm, norm, **shared)
-        yield Row(*place, NO_GATE, 'UBN', dict(fct=None), **shared)
+        yield from _rows('CIFAR-10', 'small ResNet-18', ['BN', 'UBN', 'RBN', NO_GATE], **shared)
 
 
 def _convolution_alone() -> Iterator[Row]:
@@ -243,19 +223,15 @@ def _convolution_alone() -> Iterator[Row]:
 
 
 def _longer_small_batches() -> Iterator[Row]:
-    place = 'CIFAR-10', 'small ResNet-18'
     shared = dict(batch_size=8, network='studies/resnet18_longer_cifar10.py')
-    yield Row(*place, 'BN', 'BN', **shared)
-    yield Row(*place, NO_GATE, 'UBN', dict(fct=None), **shared)
+    return _rows('CIFAR-10', 'small ResNet-18', ['BN', NO_GATE], **shared)
 
 
 def _longer_training() -> Iterator[Row]:
     longer = dict(network='studies/resnet18_longer_cifar10.py')
     more = dict(network='cifar10/resnet18_small_cifar10.py', options={TRAINING_IMAGES: 20000})
     for change, shared in (('32 epochs', longer), ('20,000 images', more)):
-        place = 'CIFAR-10', f'small ResNet-18, {change}'
-        yield Row(*place, 'BN', 'BN', **shared)
-        yield Row(*place, NO_GATE, 'UBN', dict(fct=None), **shared)
+        yield from _rows('CIFAR-10', f'small ResNet-18, {change}', ['BN', NO_GATE], **shared)
 
 
 # --- Experiments, in the order in which they are listed.
@@ -293,10 +269,7 @@ _EXPERIMENTS = (
     Experiment(
         'figure4',
         'Figure 4: norms over the epochs of CIFAR-100',
-        (
-            Row('CIFAR-100', 'ResNet-50', norm, norm)
-            for norm in ('BN', 'IN', 'GN', 'RBN', 'BNET', 'IEBN', 'UBN')
-        ),
+        _rows('CIFAR-100', 'ResNet-50', ('BN', 'IN', 'GN', 'RBN', 'BNET', 'IEBN', 'UBN')),
         ('curves',),
     ),
     Experiment(
@@ -345,7 +318,10 @@ _EXPERIMENTS = (
     Experiment(
         'ours',
         'Not in the paper: the warm-up of the gate, no gate, initial kernels',
-        _ours(),
+        _rows(
+            *('CIFAR-100', 'ResNet-50'),
+            ('BN', 'UBN', LITERAL_GATE, LONG_WARM_UP, NO_GATE, PUBLISHED_BNET, IDENTITY_BNET),
+        ),
         ('curves', 'differences'),
         contrasts=((LITERAL_GATE, 'UBN'), (LONG_WARM_UP, 'UBN'), _GATE, _KERNEL),
     ),
@@ -411,7 +387,7 @@ _EXPERIMENTS = (
     Experiment(
         'strong-recipe',
         'Not in the paper: CIFAR-100, longer and tuned for BN',
-        _strong_recipe(),
+        _strong_recipe(('BN', 'UBN', 'RBN', NO_GATE, PUBLISHED_BNET, IDENTITY_BNET)),
         ('curves', 'differences', 'condensation'),
         contrasts=(_GATE, _KERNEL, ('UBN', 'RBN'), ('UBN', IDENTITY_BNET)),
         study=_STRONG_STUDY,
@@ -419,7 +395,7 @@ _EXPERIMENTS = (
     Experiment(
         'strong-recipe-tuned',
         'Not in the paper: CIFAR-100, longer and every norm tuned for itself',
-        [row for row in _strong_recipe() if row.norm in ('BN', 'UBN', NO_GATE)],
+        _strong_recipe(('BN', 'UBN', NO_GATE)),
         ('curves', 'differences', 'condensation'),
         contrasts=(_GATE,),
         study=replace(_STRONG_STUDY, tuned_for='', grid=_WIDE_GRID),
