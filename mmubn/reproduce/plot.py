@@ -1,5 +1,6 @@
 """Pictures of the report: accuracy by epoch and time, differences, thresholds, batch sizes."""
 
+from operator import methodcaller
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence
 
@@ -9,16 +10,7 @@ from matplotlib.figure import Figure
 
 from .. import plot_condensation
 from .experiments import EXPERIMENTS
-from .logs import Run
-from .report import (
-    FIXED_BATCH,
-    Line,
-    difference,
-    finals_of,
-    mean_sd,
-    of_fixed_batch,
-    with_baselines,
-)
+from .report import FIXED_BATCH, Line, difference, mean_sd, of_fixed_batch, with_baselines
 from .rows import several
 
 DASHES = ['-', '--', ':', '-.', (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3))]
@@ -68,10 +60,6 @@ def _name(line: Line, lines: Sequence[Line]) -> str:
     return f'{line.row.model}, {line.row.name}' if several(rows) else line.row.name
 
 
-def _seconds(run: Run, epochs: Sequence[int]) -> List[float]:
-    return [run.seconds[epoch] for epoch in epochs]
-
-
 def _curves(
     lines: Sequence[Line], by: str, unit: str, metric: Optional[str] = None
 ) -> Optional[Figure]:
@@ -88,7 +76,9 @@ def _curves(
             continue
         epochs = sorted(set.intersection(*(set(run.curves[metric]) for run in runs)))
         values = np.array([[run.curves[metric][epoch] for epoch in epochs] for run in runs])
-        x = epochs if by == 'epochs' else np.mean([_seconds(r, epochs) for r in runs], axis=0)
+        x = epochs
+        if by == 'time':
+            x = np.mean([[run.seconds[epoch] for epoch in epochs] for run in runs], axis=0)
         style = dict(color=f'C{number % 10}', linestyle=DASHES[number % len(DASHES)])
         axis.plot(x, values.mean(0), label=_name(line, lines), linewidth=1.3, **style)
         axis.fill_between(x, values.min(0), values.max(0), alpha=0.12, color=style['color'])
@@ -101,7 +91,7 @@ def _differences(lines: Sequence[Line]) -> Optional[Figure]:
     """Norm minus BN: ours with its interval of confidence, and the paper's."""
     found = []
     for line, bn in with_baselines(lines):
-        mean, half, pairs = difference(line, bn, finals_of(line.metrics[0]))
+        mean, half, pairs = difference(line, bn, methodcaller('finals', line.metrics[0]))
         if pairs:
             found.append((line, bn, mean, half))
     if not found:
@@ -136,6 +126,7 @@ def _against(
     """The final metric over a setting; a line without it, BN, lies across."""
     if not lines:
         return None
+    metric = lines[0].metrics[0]
     axis = Figure(figsize=(6.4, 3.6), layout='constrained').subplots()
     groups: Dict[str, List[Line]] = {}
     for line in lines:
@@ -144,7 +135,7 @@ def _against(
         groups.setdefault(paper + (line.row.norm if log else line.row.base), []).append(line)
     for number, (name, group) in enumerate(groups.items()):
         color = f'C{number % 10}'
-        points = [(place(line), *mean_sd(list(_finals(line).values()))) for line in group]
+        points = [(place(line), *mean_sd([*line.finals(metric).values()])) for line in group]
         if points[0][0] is None:
             axis.axhline(points[0][1], color=color, linestyle='--', label=name)
             continue
@@ -152,7 +143,7 @@ def _against(
         axis.errorbar(x, mean, sd, marker='o', capsize=3, color=color, label=f'{name} (± sd)')
     if log:
         axis.set_xscale('log', base=2)
-    axis.set(xlabel=unit, ylabel=f'{lines[0].metrics[0]}, %')
+    axis.set(xlabel=unit, ylabel=f'{metric}, %')
     return _finish(axis)
 
 
@@ -160,10 +151,6 @@ def _finish(axis: Axes) -> Figure:
     axis.legend(frameon=False, fontsize=7)
     axis.spines[['top', 'right']].set_visible(False)
     return axis.figure
-
-
-def _finals(line: Line) -> Dict[int, float]:
-    return line.finals(line.metrics[0])
 
 
 def _condensation(lines: Sequence[Line], one_network: bool) -> Dict[str, Optional[Figure]]:

@@ -5,6 +5,7 @@ import math
 import statistics
 from dataclasses import dataclass
 from itertools import compress
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
@@ -147,14 +148,9 @@ def with_baselines(lines: Sequence[Line]) -> List[Tuple[Line, Line]]:
     return [(line, bn) for line in lines if (bn := baseline(line, lines)) is not None]
 
 
-def cells(lines: Sequence[Line]) -> List[Dict[str, object]]:
-    """A dict of :data:`CSV_COLUMNS` for each row and metric."""
-    return [cell for line in lines for cell in _cells(line, baseline(line, lines))]
-
-
-def _cells(line: Line, bn: Optional[Line]) -> Iterator[Dict[str, object]]:
-    """Those of a line, a metric each."""
-    row = line.row
+def cells(line: Line, lines: Sequence[Line]) -> Iterator[Dict[str, object]]:
+    """A dict of :data:`CSV_COLUMNS` for each metric of a line."""
+    row, bn = line.row, baseline(line, lines)
     for metric in line.metrics:
         cell: Dict[str, object] = dict.fromkeys(CSV_COLUMNS, '')
         cell.update(experiment=row.experiment, paper_dataset=row.dataset, norm=row.norm)
@@ -179,13 +175,8 @@ def _cells(line: Line, bn: Optional[Line]) -> Iterator[Dict[str, object]]:
             cell.update({key: settings[key] for key in ('epochs', 'data', 'device')})
         if finals and bn is not None:
             names = 'minus_bn', 'ci95_low', 'ci95_high', 'pairs'
-            cell.update(zip(names, _interval(line, bn, finals_of(metric))))
+            cell.update(zip(names, _interval(line, bn, methodcaller('finals', metric))))
         yield cell
-
-
-def finals_of(metric: str) -> Callable[[Line], Dict[int, float]]:
-    """:meth:`Line.finals` of a metric, for :func:`difference`."""
-    return lambda line: line.finals(metric)
 
 
 def _interval(
@@ -289,7 +280,7 @@ def _values(lines: Sequence[Line], one_network: bool) -> List[str]:
     rows = []
     for line in lines:
         name = _name(line, () if one_network else lines)
-        for cell in _cells(line, baseline(line, lines)):
+        for cell in cells(line, lines):
             row = [name, cell['metric'], _shown(cell['paper'], '.4g')]
             row += [_shown(cell['paper_minus_bn'], '+.2f'), _shown(cell['host_bn'], '.4g')]
             sd = '' if cell['sd'] == '' else f' ± {cell["sd"]:.2f}'
@@ -361,7 +352,7 @@ def contrasts(lines: Sequence[Line]) -> List[str]:
         others = {other.row.norm: other for other in lines if other.row.differs_in_norm(row)}
         for other in (others[norm] for norm in wanted if norm in others):
             metric = line.metrics[0]
-            shown = _difference(*_interval(line, other, finals_of(metric))[:3])
+            shown = _difference(*_interval(line, other, methodcaller('finals', metric))[:3])
             missing = '' if unequal(line, other) else 'not run'
             rows.append((_name(line, lines), other.row.norm, metric, shown or missing))
             pairs.append((line, other))
@@ -407,7 +398,8 @@ def write_tables(by_experiment: Dict[str, List[Line]], out: Path, one_network: b
         writer = csv.DictWriter(file, CSV_COLUMNS, lineterminator='\n')
         writer.writeheader()
         for lines in by_experiment.values():
-            writer.writerows(cells(lines))
+            for line in lines:
+                writer.writerows(cells(line, lines))
     # Studies have settings of the same names in other folders.
     named: Dict[Path, Tuple[Tuple[str, str, int], Run]] = {}
     for line in (line for lines in by_experiment.values() for line in lines):
