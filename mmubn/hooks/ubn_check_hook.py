@@ -1,6 +1,6 @@
 """Checks before training that the UBN layers a config asks for exist and train."""
 
-from typing import Any, Iterator, List, Tuple
+from typing import Iterator, List
 
 from mmengine.hooks import Hook
 from torch import nn
@@ -125,19 +125,14 @@ def _requires_grad(layer: nn.Module) -> bool:
 
 
 def _raise_if_asked_for(runner) -> None:
-    for key, kind in _requested(runner.cfg.get('model'), 'model'):
+    for path, node in walk(runner.cfg.get('model'), 'model'):
+        kind = type_name(node)
+        if kind not in layers.__all__:
+            continue
         norms = [type(m).__name__ for m in _others(runner.model)]
         found = ', '.join(f'{norms.count(name)} {name}' for name in sorted(set(norms)))
         raise RuntimeError(
-            f"{key} asks for '{kind}', but the model has no such layer; it has "
+            f"{path} asks for '{kind}', but the model has no such layer; it has "
             f'{found or "no batch norm"}. Something replaced them after the model was built: '
             'remove sync_bn= or convert_sync_batchnorm.'
         )
-
-
-def _requested(config: Any, key: str) -> Iterator[Tuple[str, str]]:
-    """Where under ``config`` a type of ours is named, and which."""
-    for path, node in walk(config, key):
-        name = type_name(node)
-        if name in layers.__all__:
-            yield path, name
