@@ -1,18 +1,16 @@
 """Records feature condensation while a Runner trains."""
 
 import copy
-import random
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-import numpy as np
 import torch
 from mmengine.dataset import pseudo_collate
 from mmengine.dist import all_reduce, is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
-from mmengine.runner import IterBasedTrainLoop
+from mmengine.runner import IterBasedTrainLoop, set_random_seed
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
@@ -286,9 +284,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def _seeded(seed: int):
     """Seeds the global random generators and puts them back as they were."""
     with isolated_random():
-        random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002
-        torch.manual_seed(seed)
+        set_random_seed(seed)
         yield
 
 
