@@ -1,10 +1,11 @@
-"""Checks before the work starts that results can be written, and replaces files by whole ones."""
+"""Checks before the work starts that results can be written, and writes tables and whole files."""
 
+import csv
 import errno
 import os
 import tempfile
 from pathlib import Path
-from typing import Union
+from typing import Any, Iterable, Union
 
 from .cli.errors import CommandError
 
@@ -66,3 +67,10 @@ def replace_text(path: Place, text: str) -> None:
     partial = Path(f'{path}.partial')
     partial.write_text(text)
     os.replace(partial, path)
+
+
+def write_csv(path: Place, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Writes a table; its folder is made where it is missing."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'w', newline='', encoding='utf-8') as file:
+        csv.writer(file, lineterminator='\n').writerows([header, *rows])

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from mmubn.cli.errors import CommandError
-from mmubn.writing import check_file, check_folder
+from mmubn.writing import check_file, check_folder, write_csv
 
 
 def test_sound_places_stay_as_they_are(tmp_path):
@@ -54,3 +54,9 @@ def test_system_that_reserves_no_room(tmp_path, monkeypatch):
     (tmp_path / 'file').touch()
     with pytest.raises(CommandError, match='cannot write'):
         check_folder('--out', tmp_path / 'file' / 'x')
+
+
+def test_a_table_is_written_with_its_folder(tmp_path):
+    path = tmp_path / 'new' / 'table.csv'
+    write_csv(path, ('layer', 'value'), [('größe, 1', 0.1), ('b', None)])
+    assert path.read_bytes() == 'layer,value\n"größe, 1",0.1\nb,\n'.encode()

@@ -7,7 +7,6 @@ everything in every step. It keeps no checkpoint.
 """
 
 import argparse
-import csv
 from pathlib import Path
 from typing import Optional, Sequence
 
@@ -17,7 +16,7 @@ from mmubn.cli.options import build_runner, load_config, make_parser
 from mmubn.cli.preflight import preflight
 from mmubn.cli.work_dir_lock import locked
 from mmubn.similarity_options import COLUMNS, compare, record
-from mmubn.writing import check_file
+from mmubn.writing import check_file, write_csv
 
 
 def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -64,9 +63,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     for interval, stride, mean, largest, gate in rows:
         print(f'{interval:>8} {stride:>6} {mean:>11.4f} {largest:>8.4f} {gate:>12.2%}')
     if args.csv:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with args.csv.open('w', newline='') as file:
-            csv.writer(file).writerows([COLUMNS, *rows])
+        write_csv(args.csv, COLUMNS, rows)
 
 
 if __name__ == '__main__':

@@ -10,7 +10,6 @@ training: give ``--checkpoint`` where there is one, or the folder of a run with
 """
 
 import argparse
-import csv
 from pathlib import Path
 from typing import Optional, Sequence
 
@@ -20,7 +19,7 @@ from mmubn.cli.errors import CommandError, command, user_error
 from mmubn.cli.options import load_config, make_parser
 from mmubn.cli.survey import survey_config
 from mmubn.similarity_survey import THRESHOLDS, read_survey
-from mmubn.writing import check_folder
+from mmubn.writing import check_folder, write_csv
 
 # Options that say nothing of a run.
 _OF_A_CONFIG = ('data_root', 'cfg_options', 'checkpoint', 'batches', 'layers')
@@ -65,13 +64,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         cfg, batches = load_config(args), args.batches or 20
         survey = survey_config(cfg, args.checkpoint, batches, args.thresholds, args.layers)
     print(survey)
-    args.out.mkdir(parents=True, exist_ok=True)
     table, picture = (args.out / f'similarity_survey.{kind}' for kind in ('csv', 'png'))
     rows = survey.to_list()
-    with table.open('w', newline='') as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(table, rows[0], (row.values() for row in rows))
     survey.plot(picture)
     print(table, picture, sep='\n')
 

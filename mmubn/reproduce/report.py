@@ -1,6 +1,5 @@
 """Tables of the paper's figures beside ours, as Markdown and CSV."""
 
-import csv
 import math
 import statistics
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from scipy.stats import t as student
 
 from ..markdown import table
 from ..runs import as_written
+from ..writing import write_csv
 from .experiments import EXPERIMENTS
 from .logs import Run
 from .rows import Row, name_among
@@ -394,30 +394,26 @@ def write_tables(by_experiment: Dict[str, List[Line]], out: Path, one_network: b
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / 'report.md').write_text(markdown(by_experiment, one_network), encoding='utf-8')
-    with (out / 'report.csv').open('w', newline='') as file:
-        writer = csv.DictWriter(file, CSV_COLUMNS, lineterminator='\n')
-        writer.writeheader()
-        for lines in by_experiment.values():
-            for line in lines:
-                writer.writerows(cells(line, lines))
+    pairs = [(line, lines) for lines in by_experiment.values() for line in lines]
+    rows = (cell.values() for line, lines in pairs for cell in cells(line, lines))
+    write_csv(out / 'report.csv', CSV_COLUMNS, rows)
     # Studies have settings of the same names in other folders.
     named: Dict[Path, Tuple[Tuple[str, str, int], Run]] = {}
-    for line in (line for lines in by_experiment.values() for line in lines):
+    for line, _ in pairs:
         for seed, run in line.runs.items():
             names = line.row.experiment, line.setting.name, seed
             named.setdefault(run.folder, (names, run))
-    with (out / 'curves.csv').open('w', newline='') as file:
-        writer = csv.writer(file, lineterminator='\n')
-        writer.writerow((*LAYER_COLUMNS[:4], 'train_seconds', 'metric', 'value'))
-        for names, run in named.values():
-            for metric, curve in run.curves.items():
-                for epoch, value in curve.items():
-                    seconds = f'{run.seconds.get(epoch, math.nan):.2f}'
-                    writer.writerow((*names, epoch, seconds, metric, f'{value:.4g}'))
-    with (out / 'layers.csv').open('w', newline='') as file:
-        writer = csv.DictWriter(file, LAYER_COLUMNS, lineterminator='\n', extrasaction='ignore')
-        writer.writeheader()
-        for names, run in named.values():
-            for layer in run.last_condensation if run.state == 'done' else ():
-                writer.writerow({**dict(zip(LAYER_COLUMNS, names)), **as_written(layer)})
+    curves = (
+        (*names, epoch, f'{run.seconds.get(epoch, math.nan):.2f}', metric, f'{value:.4g}')
+        for names, run in named.values()
+        for metric, curve in run.curves.items()
+        for epoch, value in curve.items()
+    )
+    write_csv(out / 'curves.csv', (*LAYER_COLUMNS[:4], 'train_seconds', 'metric', 'value'), curves)
+    layers = (
+        (*names, *(as_written(layer)[column] for column in LAYER_COLUMNS[3:]))
+        for names, run in named.values()
+        for layer in (run.last_condensation if run.state == 'done' else ())
+    )
+    write_csv(out / 'layers.csv', LAYER_COLUMNS, layers)
     return [out / name for name in ('report.md', 'report.csv', 'curves.csv', 'layers.csv')]

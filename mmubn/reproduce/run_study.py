@@ -6,7 +6,6 @@ then trains the rows, several seeds each, with the settings that won there, on t
 What is tuned, and how the results are read, is written in docs/evidence.md.
 """
 
-import csv
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..cli.data_root import set_data_root
 from ..cli.errors import CommandError, user_error
 from ..cli.options import read_config
 from ..markdown import table
+from ..writing import write_csv
 from .logs import read_run
 from .rows import Row, name_among
 from .run import (
@@ -220,22 +220,20 @@ def write_tuning(study: Study, rows: Sequence[Row], root: Path, out: Path) -> Li
             text.append(f'- pretraining with {kind}: top1 {run.final("top1"):.2f}')
     text = ['', '## Pretraining', '', *text] if text else []
     tuned = [row for row in rows if row.norm == study.tuned_for or not study.tuned_for]
-    shown_rows = []
-    with (out / 'tuning.csv').open('w', newline='') as file:
-        writer = csv.writer(file, lineterminator='\n')
-        writer.writerow(COLUMNS)
-        for row in tuned:
-            chosen = choose(study, row, root)
-            name = name_among(row, rows)
-            cells = []
-            for point, value in grid_values(study, row, root):
-                shown = '' if math.isnan(value) else f'{value:.2f}'
-                edge = study.at_edge(point)
-                writer.writerow((name, _point(point), study.metric, shown, point == chosen, edge))
-                cells.append(f'{_point(point)}: {shown or "no result"}')
-            edge = ' (at the edge of the grid)' if chosen and study.at_edge(chosen) else ''
-            won = f'{_point(chosen)}{edge}' if chosen else 'not run'
-            shown_rows.append((name, won, '; '.join(cells)))
+    shown_rows, lines = [], []
+    for row in tuned:
+        chosen = choose(study, row, root)
+        name = name_among(row, rows)
+        cells = []
+        for point, value in grid_values(study, row, root):
+            shown = '' if math.isnan(value) else f'{value:.2f}'
+            edge = study.at_edge(point)
+            lines.append((name, _point(point), study.metric, shown, point == chosen, edge))
+            cells.append(f'{_point(point)}: {shown or "no result"}')
+        edge = ' (at the edge of the grid)' if chosen and study.at_edge(chosen) else ''
+        won = f'{_point(chosen)}{edge}' if chosen else 'not run'
+        shown_rows.append((name, won, '; '.join(cells)))
+    write_csv(out / 'tuning.csv', COLUMNS, lines)
     if not tuned:  # the report is of other rows
         return text
     header = 'row', 'chosen', f'{study.metric} at each point of the grid'
