@@ -215,11 +215,8 @@ def _small_batches_tuned() -> Iterator[Row]:
 
 
 def _convolution_alone() -> Iterator[Row]:
-    place = 'CIFAR-10', 'small ResNet-18'
     shared = dict(batch_size=8, network='cifar10/resnet18_small_cifar10.py')
-    yield Row(*place, 'BN', 'BN', **shared)
-    yield Row(*place, IDENTITY_BNET, 'BNET', dict(kernel_init='identity'), **shared)
-    yield Row(*place, NO_GATE, 'UBN', dict(fct=None), **shared)
+    return _rows('CIFAR-10', 'small ResNet-18', ['BN', IDENTITY_BNET, NO_GATE], **shared)
 
 
 def _longer_small_batches() -> Iterator[Row]:
@@ -319,7 +316,8 @@ _EXPERIMENTS = (
         'ours',
         'Not in the paper: the warm-up of the gate, no gate, initial kernels',
         _rows(
-            *('CIFAR-100', 'ResNet-50'),
+            'CIFAR-100',
+            'ResNet-50',
             ('BN', 'UBN', LITERAL_GATE, LONG_WARM_UP, NO_GATE, PUBLISHED_BNET, IDENTITY_BNET),
         ),
         ('curves', 'differences'),
