@@ -214,11 +214,6 @@ def _small_batches_tuned() -> Iterator[Row]:
         yield from _rows('CIFAR-10', 'small ResNet-18', ['BN', 'UBN', 'RBN', NO_GATE], **shared)
 
 
-def _convolution_alone() -> Iterator[Row]:
-    shared = dict(batch_size=8, network='cifar10/resnet18_small_cifar10.py')
-    return _rows('CIFAR-10', 'small ResNet-18', ['BN', IDENTITY_BNET, NO_GATE], **shared)
-
-
 def _longer_small_batches() -> Iterator[Row]:
     shared = dict(batch_size=8, network='studies/resnet18_longer_cifar10.py')
     return _rows('CIFAR-10', 'small ResNet-18', ['BN', NO_GATE], **shared)
@@ -443,20 +438,6 @@ _EXPERIMENTS = (
             metric='top1',
             validation=_OTHER_IMAGES,
             tuning_budget=0.25,
-        ),
-    ),
-    Experiment(
-        'convolution-alone',
-        'Not in the paper: UBN without its gate beside its convolution alone',
-        _convolution_alone(),
-        ('differences', 'curves'),
-        contrasts=((NO_GATE, IDENTITY_BNET),),
-        study=Study(
-            seeds=5,
-            grid={LEARNING_RATE: (0.01, 0.03, 0.1, 0.3)},
-            metric='top1',
-            validation=_OTHER_IMAGES,
-            tuning_budget=0.5,
         ),
     ),
 )
