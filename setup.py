@@ -49,7 +49,9 @@ setup(
         'Intended Audience :: Science/Research',
         'Operating System :: POSIX :: Linux',
         'Programming Language :: Python :: 3',
-        'Programming Language :: Python :: 3.11',  # the one that is tested
+        'Programming Language :: Python :: 3.9',
+        'Programming Language :: Python :: 3.11',  # the one that is tested most
+        'Programming Language :: Python :: 3.13',
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
     ],
     keywords='batch normalization, PyTorch, MMDetection, MMPretrain, OpenMMLab',

@@ -46,3 +46,11 @@ def type_name(node: dict) -> str:
     """
     kind = node.get('type', '')
     return kind.__name__ if inspect.isclass(kind) else str(kind).split('.')[-1]
+
+
+def hook_nodes(cfg: dict) -> Iterator[Tuple[str, Any]]:
+    """What the config has for each hook, with its dotted path."""
+    for name, node in (cfg.get('default_hooks') or {}).items():
+        if node is not None:
+            yield f'default_hooks.{name}', node
+    yield from each(cfg.get('custom_hooks'), 'custom_hooks')

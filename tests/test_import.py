@@ -11,8 +11,8 @@ find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == 'mmengine' else find(name, *a)
 before = {*sys.modules}
 import mmubn
-new = sys.modules.keys() - before
-print(*(name for name in new if name.split('.')[0] not in sys.stdlib_module_names))
+files = {name: str(getattr(sys.modules[name], '__file__', '')) for name in {*sys.modules} - before}
+print(*(name for name, file in files.items() if 'site-packages' in file))
 """
 
 

@@ -10,8 +10,8 @@ from mmengine.config import Config
 from mmengine.registry import HOOKS, METRICS
 
 import mmubn  # noqa: F401  registers UBN for configs without custom_imports
-from mmubn.cli.config_check import find_class
 from mmubn.cli.errors import CommandError, command
+from mmubn.cli.lookup import find_class
 from mmubn.cli.options import build_runner, load_config, make_parser
 from mmubn.cli.preflight import preflight
 from mmubn.cli.processes import on_main_process, start_processes

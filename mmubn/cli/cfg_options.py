@@ -11,8 +11,9 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import DefaultScope, Registry
 
 from ..walk import walk
-from .config_check import RUNNER_KEYS, Arguments, did_you_mean, find_class
+from .config_check import RUNNER_KEYS
 from .errors import CommandError, user_error, warn
+from .lookup import Arguments, did_you_mean, find_class
 
 # In a config or in Python.
 _DICT = re.compile(r"""\s*(\[?\s*dict\(|\{\s*(['"].*:.*)?\}\s*$)""", re.DOTALL)

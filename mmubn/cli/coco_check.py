@@ -9,9 +9,9 @@ from typing import Any, Collection, Dict, List, Sequence
 from mmengine.dist import is_main_process
 from mmengine.utils import is_seq_of
 
-from .config_check import did_you_mean
 from .errors import CommandError, listed, warn
 from .folder_check import missing_files
+from .lookup import did_you_mean
 
 _ID = (int, float, str), 'a number or a text'
 _NUMBER = (int, float), 'a number'

@@ -1,14 +1,12 @@
 """Checks that a config is laid out as mmengine's Runner reads it."""
 
 import difflib
-import functools
 import inspect
 from typing import (
     Any,
     Callable,
     Collection,
     Iterator,
-    List,
     NamedTuple,
     Optional,
     Set,
@@ -32,13 +30,12 @@ from mmengine.runner import (
     ValLoop,
 )
 from mmengine.visualization import Visualizer
-from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.utils.data import DataLoader
 
-from .. import registration
-from ..walk import each, type_name, walk
+from ..walk import each, hook_nodes, type_name, walk
 from .errors import CommandError, warn
+from .lookup import Arguments, did_you_mean, find_class, near_type
 
 # What else the tools and mmengine read from the top of a config.
 _OTHER_KEYS = (
@@ -60,8 +57,6 @@ _NEEDED = dict(
     val=('val_dataloader', 'val_cfg', 'val_evaluator'),
     test=('test_dataloader', 'test_cfg', 'test_evaluator'),
 )
-# Where classes come from whose arguments and methods are what they seem.
-HOSTS = ('torch.', 'mmengine.', 'mmcv.', 'mmdet.', 'mmpretrain.')
 _MODEL_PARTS = ('_cfg', 'backbone', 'neck', 'head', 'data_preprocessor')
 
 
@@ -183,14 +178,6 @@ def _split_parts(cfg: Config, split: str) -> Iterator[Part]:
         required = ('by_epoch',) if split == 'train' and 'type' not in loop else ()
         given = ('runner', 'dataloader', 'evaluator')
         yield Part(f'{split}_cfg', loop, roots.LOOPS, default, required, given)
-
-
-def hook_nodes(cfg: Config) -> Iterator[Tuple[str, Any]]:
-    """What the config has for each hook, with its dotted path."""
-    for name, node in (cfg.get('default_hooks') or {}).items():
-        if node is not None:
-            yield f'default_hooks.{name}', node
-    yield from each(cfg.get('custom_hooks'), 'custom_hooks')
 
 
 def _env_cfg(cudnn_benchmark=False, mp_cfg=None, dist_cfg=None, resource_limit=4096) -> None:
@@ -325,78 +312,3 @@ def _check_part(part: Part) -> None:
 def _found(part: Part) -> str:
     nearest = [key for key in part.node if difflib.get_close_matches(key, ['type'])]
     return f", not '{nearest[0]}'" if nearest else ''
-
-
-def near_type(node: dict, registry: Registry) -> str:
-    """What to say of a ``type`` that a registry does not know, to follow it in a message."""
-    with registry.switch_scope_and_registry(node.get('_scope_')) as found:
-        known = {*found.module_dict, *registry.module_dict}
-    return did_you_mean(str(node['type']), known) or '; is its module in custom_imports?'
-
-
-def find_class(node: dict, registry: Registry) -> Optional[Callable]:
-    """What a registry builds for a dict with a ``type``; None where it knows no such type."""
-    kind = node.get('type')
-    if not isinstance(kind, str):
-        return kind
-    with registry.switch_scope_and_registry(node.get('_scope_')) as found:
-        build = found.get(kind)
-    if isinstance(build, functools.partial) and build.func is registration.build:
-        build = registration.find(*build.args)  # a type of ours, imported by now
-    return build
-
-
-def did_you_mean(name: str, known: Collection[str], cutoff: float = 0.6) -> str:
-    """``, did you mean '...'?``, or nothing where no known name is near."""
-    folded = {other.lower(): other for other in known}
-    nearest = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=cutoff)
-    return f", did you mean '{folded[nearest[0]]}'?" if nearest else ''
-
-
-class Arguments:
-    """The arguments of a class or function, those that it hands on to base classes included.
-
-    Attributes:
-        names (set[str]): All that are known by name.
-        required (list[str]): Those without a default value.
-        is_open (bool): Any name can be given: all down to the last base have ``**kwargs``, or one
-            is written in C.
-        hands_on (bool): A class that is not of the hosts has ``**kwargs``. It may use a name
-            itself, and hand on the rest.
-    """
-
-    def __init__(self, build: Callable) -> None:
-        self.names: Set[str] = set()
-        self.required: List[str] = []
-        self.is_open = True
-        self.hands_on = False
-        for function in _constructors(build):
-            try:
-                parameters = inspect.signature(function).parameters.values()
-            except ValueError:  # written in C
-                break
-            if inspect.isclass(build):
-                parameters = list(parameters)[1:]
-            named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-            if not self.names:  # what a base class needs, this one may give it
-                self.required = [p.name for p in named if p.default is p.empty]
-            self.names |= {p.name for p in named}
-            if not any(p.kind == p.VAR_KEYWORD for p in parameters):
-                self.is_open = False
-                break
-            self.hands_on |= not (function.__module__ or '').startswith(HOSTS)
-
-    def take(self, name: str) -> bool:
-        """Whether an argument of this name can be given."""
-        return self.is_open or name in self.names
-
-
-def _constructors(build: Callable) -> Iterator[Callable]:
-    if not inspect.isclass(build):
-        yield build
-        return
-    for base in build.__mro__:
-        if base in (object, nn.Module):
-            return
-        if '__init__' in vars(base):
-            yield vars(base)['__init__']

@@ -14,7 +14,6 @@ from mmengine.utils import is_seq_of
 
 from ..walk import type_name, walk
 from .coco_check import CocoFile, check_coco, check_evaluated
-from .config_check import HOSTS, did_you_mean, find_class
 from .errors import CommandError, user_error, warn
 from .folder_check import (
     Folders,
@@ -28,6 +27,7 @@ from .folder_check import (
     read_labels,
     skips_foreign,
 )
+from .lookup import HOSTS, did_you_mean, find_class
 
 _REMEDY = '--data-root DIR points every dataset and evaluator at another folder'
 _EVALUATION_REMEDY = f'{_REMEDY}, --eval-on-train evaluates on the training images'

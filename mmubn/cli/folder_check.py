@@ -8,8 +8,8 @@ from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Se
 from mmengine.fileio import list_from_file
 
 from ..datasets.class_folders import class_folders, foreign_folders, is_foreign
-from .config_check import did_you_mean
 from .errors import CommandError, listed, warn
+from .lookup import did_you_mean
 
 # Files that are asked for more than their names: of a million on a network it takes minutes.
 _MOST_ASKED = 100_000

@@ -10,8 +10,9 @@ from torch import nn
 
 from ..condensation import CondensationRecorder
 from ..hooks import CondensationHook
-from .config_check import find_class, hook_nodes
+from ..walk import hook_nodes
 from .errors import CommandError, user_error
+from .lookup import find_class
 
 _OTHERS = (CheckpointHook, LoggerHook)  # every config has them, and they only keep their arguments
 

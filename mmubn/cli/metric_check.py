@@ -7,9 +7,9 @@ from mmengine.config import Config
 from mmengine.registry import METRICS
 from torch import nn
 
-from ..walk import each
-from .config_check import did_you_mean, find_class, hook_nodes
+from ..walk import each, hook_nodes
 from .errors import CommandError, listed
+from .lookup import did_you_mean, find_class
 
 # Arguments of mmengine's CheckpointHook and EarlyStoppingHook.
 _KEYS = ('save_best', 'monitor')

@@ -12,8 +12,8 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from ..walk import walk
-from .config_check import find_class
 from .errors import CommandError
+from .lookup import find_class
 
 
 def build_model(cfg: Config) -> nn.Module:

@@ -10,8 +10,8 @@ from torch import nn
 from .. import layers
 from ..layers import SYNCHRONISED
 from ..walk import walk
-from .config_check import did_you_mean, find_class, near_type
 from .errors import CommandError, user_error
+from .lookup import did_you_mean, find_class, near_type
 
 
 def check_norms(cfg: Config) -> None:

@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..walk import each
-from .config_check import HOSTS, find_class
 from .errors import CommandError, user_error
+from .lookup import HOSTS, find_class
 
 
 def check_optimizer(cfg: Config, model: nn.Module) -> None:

@@ -7,8 +7,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import SYNCHRONISED
 from ..layers.base import RectifiedBatchNorm
-from .config_check import find_class
 from .errors import CommandError
+from .lookup import find_class
 from .norm_check import norm_cfgs
 
 _BATCH_NORMS = dict(torch='SyncBN', mmcv='MMSyncBN')

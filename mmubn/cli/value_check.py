@@ -13,8 +13,8 @@ from mmengine.registry import DATASETS
 from torch import nn
 
 from ..walk import type_name, walk
-from .config_check import find_class
 from .errors import CommandError
+from .lookup import find_class
 
 
 def check_values(cfg: Config, model: nn.Module) -> None:

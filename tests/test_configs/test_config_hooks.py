@@ -9,7 +9,7 @@ from resolved import resolved
 from tool import CONFIGS
 
 from mmubn import registry
-from mmubn.cli.config_check import find_class
+from mmubn.cli.lookup import find_class
 from mmubn.hooks import __all__ as OURS
 
 pytest.importorskip('mmdet')
