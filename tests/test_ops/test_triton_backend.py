@@ -358,17 +358,22 @@ class Launches(TorchDispatchMode):
         self.names, self._inside = [], False
         self._on_host = getattr(layer, '_steps', None)
         kernel_type = type(kernels.moments)
-        run = kernel_type.run
+        on_grid = kernel_type.__getitem__
 
-        def counted(kernel, *arguments, **keywords):
-            self.names.append(kernel.__name__)
-            self._inside = True  # the interpreter copies arguments
-            try:
-                return run(kernel, *arguments, **keywords)
-            finally:
-                self._inside = False
+        def counted(kernel, grid):
+            launch = on_grid(kernel, grid)
 
-        monkeypatch.setattr(kernel_type, 'run', counted)
+            def call(*arguments, **keywords):
+                self.names.append(kernel.__name__)
+                self._inside = True  # the interpreter copies arguments
+                try:
+                    return launch(*arguments, **keywords)
+                finally:
+                    self._inside = False
+
+            return call
+
+        monkeypatch.setattr(kernel_type, '__getitem__', counted)
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         returns = function._schema.returns
