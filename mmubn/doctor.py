@@ -89,7 +89,7 @@ def _version(distribution: str) -> str:
 
 def system() -> Iterator[Line]:
     """Python, the platform, and this package."""
-    old = 'install Python 3.9 or newer; 3.11 is tested' if sys.version_info < (3, 9) else ''
+    old = 'install Python 3.9 or newer; 3.11 is tested most' if sys.version_info < (3, 9) else ''
     yield Line('python', f'{platform.python_version()}, {platform.platform()}', old)
     version = re.search(r"'(.+)'", (ROOT / 'version.py').read_text()).group(1)
     yield Line('mmubn', f'{version} in {ROOT}')
