@@ -186,6 +186,14 @@ def _strong_recipe(norms: Iterable[str]) -> Iterator[Row]:
     return _rows('CIFAR-100', 'ResNet-18 of half the channels', norms, network=network)
 
 
+# Of the small ResNet-18, which trains on the first 5,000 images.
+_SMALL_STUDY = Study(
+    seeds=5,
+    grid={LEARNING_RATE: (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)},
+    metric='top1',
+    validation=_OTHER_IMAGES,
+    tuning_budget=0.5,
+)
 _STRONG_STUDY = Study(
     seeds=3,
     grid={LEARNING_RATE: (0.2, 0.4, 0.8), WEIGHT_DECAY: (2e-4, 5e-4, 1e-3, 2e-3)},
@@ -366,12 +374,9 @@ _EXPERIMENTS = (
         _fine_tuning(),
         ('curves', 'differences'),
         contrasts=(_GATE, (NO_GATE, 'RBN'), ('BN', NO_PRETRAINING)),
-        study=Study(
-            seeds=5,
+        study=replace(
+            _SMALL_STUDY,
             grid={LEARNING_RATE: (0.003, 0.01, 0.03, 0.1, 0.3)},
-            metric='top1',
-            validation=_OTHER_IMAGES,
-            tuning_budget=0.5,
             pretraining='studies/resnet18_pretraining_cifar100.py',
             folder='cifar10',
             pretraining_folder='cifar100',
@@ -406,25 +411,17 @@ _EXPERIMENTS = (
         _small_batches_tuned(),
         ('differences', 'curves'),
         contrasts=(_GATE, (NO_GATE, 'RBN')),
-        study=Study(
-            seeds=5,
-            grid={LEARNING_RATE: (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)},
-            metric='top1',
-            validation=_OTHER_IMAGES,
-            tuning_budget=0.5,
-        ),
+        study=_SMALL_STUDY,
     ),
     Experiment(
         'longer-training',
         'Not in the paper: four times the epochs, and four times the images',
         _longer_training(),
         ('differences', 'curves'),
-        study=Study(
-            seeds=5,
+        study=replace(
+            _SMALL_STUDY,
             grid={LEARNING_RATE: (0.03, 0.1, 0.3, 1.0)},
-            metric='top1',
-            validation=_LAST_IMAGES,
-            tuning_budget=0.5,
+            validation=_LAST_IMAGES,  # rows differ in the number of images
         ),
     ),
     Experiment(
@@ -432,12 +429,8 @@ _EXPERIMENTS = (
         'Not in the paper: four times the epochs with 8 images per step',
         _longer_small_batches(),
         ('differences', 'curves'),
-        study=Study(
-            seeds=5,
-            grid={LEARNING_RATE: (0.01, 0.03, 0.1, 0.3)},
-            metric='top1',
-            validation=_OTHER_IMAGES,
-            tuning_budget=0.25,
+        study=replace(
+            _SMALL_STUDY, grid={LEARNING_RATE: (0.01, 0.03, 0.1, 0.3)}, tuning_budget=0.25
         ),
     ),
 )
