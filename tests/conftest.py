@@ -14,7 +14,7 @@ os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
 
 import pytest
 import torch
-from tool import saved_figures
+from tool import saved_figures, version
 
 # Without a GPU the Triton kernels run in Triton's interpreter. Read when triton is imported.
 os.environ.setdefault('TRITON_INTERPRET', '0' if torch.cuda.is_available() else '1')
@@ -22,12 +22,8 @@ os.environ.setdefault('TRITON_INTERPRET', '0' if torch.cuda.is_available() else 
 
 def pytest_runtest_setup(item):
     marker = item.get_closest_marker('newer_torch')
-    if marker and _version(torch.__version__) <= _version(marker.kwargs.get('than', '2.1')):
+    if marker and version(torch.__version__) <= version(marker.kwargs.get('than', '2.1')):
         pytest.skip(f'torch {torch.__version__}: {marker.args[0]}')
-
-
-def _version(text: str) -> tuple:
-    return tuple(int(part) for part in text.split('.')[:2])
 
 
 @pytest.fixture(autouse=True)

@@ -5,12 +5,17 @@ import runpy
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / 'configs'
+
+
+def version(text: str) -> Tuple[int, ...]:
+    """Major and minor, to compare."""
+    return tuple(int(part) for part in text.split('.')[:2])
 
 
 def run_tool(name: str, *argv: object) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 import ptx
 import pytest
 import torch
+from tool import version
 
-pytest.importorskip('triton', minversion='3.3')
+triton = pytest.importorskip('triton', minversion='3.3')
 
 
 def lines_of(script, *arguments):
@@ -35,16 +36,14 @@ def run_ptx(*arguments):
     return lines_of('run_ptx.py', *arguments)
 
 
-# Of registers, in bytes for each thread: two or four of them, which a loop hardly feels.
-MOST_SPILLED = 16
-
-
-def test_kernels_compile_and_hardly_spill():
+def test_kernels_compile_without_spilling():
     """For an H100's architecture, without one; half precision, k = 3, both layouts."""
+    # From Triton 3.9 on, finish_row spills two registers in channels_last.
+    spilled = dict(finish_row=8) if version(triton.__version__) >= (3, 9) else {}
     compiled = compile_all('90', 'bfloat16', '3')
     assert len(compiled) == 2 * 8
     for kernel in compiled:
-        assert kernel['spilled_bytes'] <= MOST_SPILLED, kernel
+        assert kernel['spilled_bytes'] <= spilled.get(kernel['kernel'], 0), kernel
         assert kernel['registers'] <= 128, kernel
 
 
@@ -54,7 +53,7 @@ def test_kernels_compile_and_hardly_spill():
 def test_every_kernel_compiles(architecture, dtype):
     compiled = compile_all(architecture, dtype, '3', '--every-layer')
     for kernel in compiled + compile_all(architecture, dtype, '1', '5', '7'):
-        assert dtype == 'float64' or kernel['spilled_bytes'] <= MOST_SPILLED, kernel
+        assert dtype == 'float64' or kernel['spilled_bytes'] <= 16, kernel
 
 
 def test_a_step_by_what_the_kernels_compile_to():
